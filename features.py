@@ -1,0 +1,151 @@
+"""The feature cache: a frozen backbone sees each view of an image once, whatever run, trial or mode asks for it.
+
+One file a view, memory-mapped: for each image of the dataset a checksum and the features as float16. A row is filled
+when it is first needed. Everything that determines the numbers (backbone, weights, image size, precision, the bytes
+and names of the images, the augmentation) is in the file's path, so a file never holds anything stale; a row torn by a
+crash fails its checksum and is computed again. Several processes may fill one file: they write the same numbers.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import Views
+from models import Encoder
+
+GIB = 2**30
+
+
+class FeatureSource:
+    """``source(kind, indices, draws)`` gives features [B, D] float32: views through the frozen backbone, not kept."""
+
+    def __init__(self, views: Views, encoder: Encoder) -> None:
+        self.views, self.encoder = views, encoder
+
+    def __call__(self, kind: str, indices: Sequence[int], draws: Sequence[int]) -> torch.Tensor:
+        return self.encoder(self.views(kind, indices, draws))
+
+
+class FeatureCache(FeatureSource):
+    """The same source, with what it computed kept in ``folder``."""
+
+    def __init__(self, views: Views, encoder: Encoder, folder: Path) -> None:
+        super().__init__(views, encoder)
+        self.folder = folder
+        self.row = row_type(encoder.n_features)
+        self.tables: dict[str, np.ndarray] = {}
+        self.verified: dict[str, np.ndarray] = {}
+
+    def __call__(self, kind: str, indices: Sequence[int], draws: Sequence[int]) -> torch.Tensor:
+        indices, draws = np.asarray(indices), np.asarray(draws)
+        features = np.empty((len(indices), self.encoder.n_features), dtype=np.float16)
+        missing = np.zeros(len(indices), dtype=bool)
+        for draw in np.unique(draws):
+            here = draws == draw
+            missing[here], features[here] = self._read(self._table(kind, draw), indices[here])
+        if missing.any():
+            fresh = super().__call__(kind, indices[missing], draws[missing])
+            features[missing] = fresh.cpu().numpy().astype(np.float16)
+            for i in np.flatnonzero(missing):
+                table = self.tables[self._table(kind, draws[i])]
+                table["features"][indices[i]] = features[i]
+                table["check"][indices[i]] = _check(features[i])
+        return torch.from_numpy(features).to(self.encoder.device).float()
+
+    def _read(self, name: str, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which rows of a table are missing, [n] bool, and the rows, [n, D] float16."""
+        table, verified = self.tables[name], self.verified[name]
+        features = table["features"][indices]
+        for position in np.flatnonzero(~verified[indices]):
+            row = indices[position]
+            verified[row] = table["check"][row] == _check(features[position])
+        return ~verified[indices], features
+
+    def _table(self, kind: str, draw: int) -> str:
+        """The name of the table of one view, opened or made."""
+        name = f"{kind}-{self.views.augmentation}-{draw}" if kind == "strong" else f"{kind}-{draw}"
+        if name not in self.tables:
+            n = len(self.views.images)
+            path = self.folder / f"{name}.f16"
+            if not path.exists() or path.stat().st_size != n * self.row.itemsize:
+                _make_file(path, n * self.row.itemsize)
+            self.tables[name] = np.memmap(path, dtype=self.row, mode="r+", shape=(n,))
+            self.verified[name] = np.zeros(n, dtype=bool)
+        return name
+
+
+def row_type(n_features: int) -> np.dtype:
+    return np.dtype([("check", "<u4"), ("features", "<f2", (n_features,))])
+
+
+def _check(row: np.ndarray) -> int:
+    return zlib.crc32(row.tobytes()) | 1  # never the 0 of an empty row
+
+
+def _make_file(path: Path, n_bytes: int) -> None:
+    """Reserve a file of zeros. The space is taken now, because a full disk later would kill a process that writes to
+    mapped memory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def open_features(
+    views: Views, encoder: Encoder, fingerprint: str, *, n_views: int, cache_dir: str, cache_gb: float
+) -> tuple[FeatureSource, str]:
+    """The source of features and a line that says what is kept where.
+
+    With ``n_views`` 0 (every view is new) or ``cache_gb`` 0, nothing is kept. Features of other runs that were used
+    least recently are removed to stay within ``cache_gb`` GiB.
+    """
+    if not n_views or not cache_gb:
+        return FeatureSource(views, encoder), "features are computed at every step"
+    index = views.images.index
+    needed = len(index) * (2 * n_views + 1) * row_type(encoder.n_features).itemsize
+    if needed > cache_gb * GIB:
+        return (
+            FeatureSource(views, encoder),
+            f"features are computed at every step: {n_views} views need {needed / GIB:.1f} GiB and --cache_gb allows "
+            f"{cache_gb:g}; raise it or lower --views",
+        )
+    root = Path(cache_dir).expanduser()
+    key = hashlib.sha256(repr((fingerprint, str(encoder.precision), encoder.device.type)).encode())
+    for path, digest in zip(index.paths, index.digests, strict=True):
+        key.update(path.encode("utf-8", "surrogatepass") + b"\0" + digest)
+    folder = root / key.hexdigest()[:32]
+    folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)
+    kept = _folder_bytes(folder)
+    _make_room(root, folder, cache_gb * GIB - max(needed, kept))
+    return (
+        FeatureCache(views, encoder, folder),
+        f"features of {n_views} weak and strong views an image are kept in {folder} ({kept / GIB:.2f} GiB so far)",
+    )
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.f16"))
+
+
+def _make_room(root: Path, keep: Path, allowed: float) -> None:
+    """Remove the folders used least recently until the others fit in ``allowed`` bytes."""
+    others = sorted((f for f in root.iterdir() if f.is_dir() and f != keep), key=lambda f: f.stat().st_mtime)
+    sizes = {folder: _folder_bytes(folder) for folder in others}
+    for folder in others:
+        if sum(sizes.values()) <= allowed:
+            return
+        with contextlib.suppress(OSError):
+            shutil.rmtree(folder)
+        sizes.pop(folder)

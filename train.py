@@ -1,0 +1,331 @@
+"""The algorithm: losses, one step of Meta Pseudo Labels, the one training loop, inference.
+
+Words: ``t_``/``s_`` teacher and student, ``_l`` labelled, ``_uw``/``_us`` weak and strong view of the same unlabelled
+images. B labelled and U unlabelled images a step, C classes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data import Batch, Source
+from models import Learner
+from utils import DivergedError, classification_metrics, seed_everything
+
+Measurements = dict[str, torch.Tensor]
+Step = Callable[..., Measurements]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses: pure functions of tensors
+
+
+def soft_target(logits: torch.Tensor, temperature: float, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The consistency loss's target and which images count: ``softmax(logits / temperature)`` [U, C] and
+    ``1[max p >= threshold]`` [U], both without gradient (UDA, arXiv 1904.12848, section 3.2)."""
+    p = (logits.detach() / temperature).softmax(-1)  # [U, C] float32
+    return p, (p.amax(-1) >= threshold).float()
+
+
+def consistency_loss(kind: str, logits_us: torch.Tensor, p: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """How far the strong view's prediction is from the weak view's: mean over all U of ``mask`` times
+    cross-entropy (``CE``) or negative cosine similarity of the probabilities (``cos``). Gradient flows to ``logits_us``.
+
+    Args:
+        logits_us: [U, C] float32.
+        p: [U, C] target probabilities.
+        mask: [U] 0 or 1.
+    """
+    if kind == "CE":
+        each = -(p * logits_us.log_softmax(-1)).sum(-1)
+    else:
+        each = -F.cosine_similarity(p, logits_us.softmax(-1), dim=-1)
+    return (mask * each).mean()
+
+
+def consistency_weight(lambda_u: float, step: int, uda_steps: int) -> float:
+    """The consistency loss's weight at a step counted from 0: a linear ramp to ``lambda_u``."""
+    return lambda_u * min(1.0, (step + 1) / uda_steps)
+
+
+def draw_pseudo_labels(kind: str, logits: torch.Tensor) -> torch.Tensor:
+    """Pseudo labels [U, C] float32 from the teacher's logits: one-hot of the most likely class (``hard``), one-hot of a
+    draw from its distribution (``sampled``), or the distribution itself, with gradient (``soft``)."""
+    if kind == "soft":
+        return logits.softmax(-1)
+    if kind == "sampled":
+        chosen = logits.detach().softmax(-1).multinomial(1).squeeze(-1)
+    else:
+        chosen = logits.argmax(-1)
+    return F.one_hot(chosen, logits.shape[-1]).float()
+
+
+def estimate_feedback(
+    kind: str,
+    student: Learner,
+    exam: Callable[[], torch.Tensor],
+    loss_old: torch.Tensor,
+    theta_old: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """The feedback h, a number without gradient: positive when the student's step improved it on the labelled images.
+
+    Called right after the step, while the gradients that made it are still in ``.grad``.
+
+    - ``loss_difference``: L_old - L_new (the paper's approximation, its appendix A, after eq. 12).
+    - ``dot``: <grad L(theta'), theta - theta'>, the first-order term of the same difference. For plain gradient descent
+      this is the paper's ``eta * <grad L(theta'), grad CE(y, S(x_u; theta))>``.
+    - ``cosine``: the cosine between grad L(theta') and grad CE(y, S(x_u; theta)), free of any scale.
+    - ``none``: 0.
+
+    Args:
+        exam: the student's loss on the labelled images now, differentiable.
+        loss_old: the same before the step.
+        theta_old: the student's parameters before the step.
+    """
+    if kind == "none":
+        return torch.zeros_like(loss_old)
+    if kind == "loss_difference":
+        with torch.no_grad():
+            return loss_old - exam()
+    new = flatten(torch.autograd.grad(exam(), student.parameters))
+    if kind == "dot":
+        return new @ (flatten(theta_old) - flatten(student.parameters))
+    return F.cosine_similarity(new, flatten(p.grad for p in student.parameters), dim=0)
+
+
+def adamw_sensitivity(
+    optimizer: torch.optim.AdamW,
+    group: Mapping[str, Any],
+    gradients: Sequence[torch.Tensor],
+    exam_gradients: Sequence[torch.Tensor],
+) -> list[torch.Tensor]:
+    """The gradient of the labelled loss after an AdamW step in the gradient g that the step was taken with: with soft
+    labels g depends on the teacher, and the chain rule goes on from here (the paper, eq. 4-6).
+
+    AdamW moves each parameter by ``-lr * m_hat / (sqrt(v_hat) + eps)``, where m and v are its running means of g and
+    g^2 (Loshchilov & Hutter, arXiv 1711.05101), so its Jacobian in g is diagonal.
+
+    Args:
+        optimizer: just after the step, with m and v as the step left them.
+        group: its settings (lr, betas, eps) before the step, which a schedule changes afterwards.
+        gradients: g, in the order of the parameters.
+        exam_gradients: of the labelled loss at the new parameters.
+    """
+    beta1, beta2 = group["betas"]
+    sensitivities = []
+    for p, g, exam_gradient in zip(group["params"], gradients, exam_gradients, strict=True):
+        state = optimizer.state[p]
+        correction1, correction2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
+        m_hat = state["exp_avg"] / correction1
+        root = (state["exp_avg_sq"] / correction2).sqrt()
+        denominator = root + group["eps"]
+        d_numerator = (1 - beta1) / correction1 / denominator
+        d_denominator = m_hat * (1 - beta2) * g / (correction2 * root.clamp_min(1e-30) * denominator**2)
+        sensitivities.append(-group["lr"] * (d_numerator - d_denominator) * exam_gradient)
+    return sensitivities
+
+
+def flatten(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps
+
+
+def mpl_step(
+    teacher: Learner,
+    student: Learner,
+    batch: Batch,
+    step: int,
+    *,
+    warmup_steps: int = 0,
+    unsupervised: str = "CE",
+    temperature: float = 1.05,
+    threshold: float = 0.75,
+    lambda_u: float = 0.27,
+    uda_steps: int = 80,
+    pseudo_label: str = "hard",
+    feedback: str = "loss_difference",
+    label_smoothing: float = 0.0,
+) -> Measurements:
+    """One step of Meta Pseudo Labels (Pham et al., arXiv 2003.10580, algorithm 1), in its order.
+
+    With theta' the student after its step on the pseudo labels y, the teacher descends the student's labelled loss:
+    the gradient of L(theta') in the teacher is ``h * grad CE(T(x_us), y)`` with ``h ~ L(theta) - L(theta')``, by the
+    score-function identity (the paper's eq. 12). h is positive when the student improved, and then the teacher makes
+    the labels it gave more likely. For the first ``warmup_steps`` the teacher learns alone.
+
+    Returns:
+        Scalars on the device: loss_l, loss_u, mask_rate and, after the warm-up, loss_s, loss_mpl and h.
+    """
+    x_l, y_l, x_uw, x_us = batch
+
+    # The teacher sees all three views; the weak one only sets a target and needs no gradient.
+    with torch.no_grad():
+        t_logits_uw = teacher(x_uw)  # [U, C] float32
+    t_logits_l, t_logits_us = teacher(torch.cat([x_l, x_us])).split([len(x_l), len(x_us)])  # [B, C], [U, C]
+
+    # Its labelled loss, and its consistency: the strong view should be predicted as the weak one was.
+    loss_l = F.cross_entropy(t_logits_l, y_l, label_smoothing=label_smoothing)
+    p, mask = soft_target(t_logits_uw, temperature, threshold)
+    loss_u = consistency_loss(unsupervised, t_logits_us, p, mask)
+    weight = consistency_weight(lambda_u, step, uda_steps)
+    measured = {"loss_l": loss_l, "loss_u": loss_u, "mask_rate": mask.mean()}
+
+    loss_mpl = torch.zeros_like(loss_l)
+    if step >= warmup_steps:
+        # Pseudo labels are bound once: the student learns from them, and the feedback is about them.
+        pseudo = draw_pseudo_labels(pseudo_label, t_logits_us)  # [U, C]
+        exact = feedback == "exact"
+
+        # The student takes one step on them, between two exams on the labelled images. The first exam comes after its
+        # forward pass, so that both see the same batch-norm statistics and differ by the step alone.
+        def exam() -> torch.Tensor:
+            return F.cross_entropy(student.examine(x_l), y_l)
+
+        loss_s = F.cross_entropy(student(x_us), pseudo if exact else pseudo.detach())
+        with torch.no_grad():
+            loss_old = exam()
+        theta_old = [p.detach().clone() for p in student.parameters]
+        settings = dict(student.optimizer.param_groups[0])
+        gradients = torch.autograd.grad(loss_s, student.parameters, create_graph=True) if exact else ()
+        student.update(loss_s, retain_graph=exact)
+
+        # The teacher hears how much that helped.
+        if exact:
+            loss_new = exam()
+            exam_gradients = torch.autograd.grad(loss_new, student.parameters)
+            taken = [g.detach() for g in gradients]
+            sensitivity = adamw_sensitivity(student.optimizer, settings, taken, exam_gradients)
+            loss_mpl = sum((c * g).sum() for c, g in zip(sensitivity, gradients, strict=True))
+            h = loss_old - loss_new.detach()
+        else:
+            h = estimate_feedback(feedback, student, exam, loss_old, theta_old)
+            loss_mpl = h * F.cross_entropy(t_logits_us, pseudo)
+        measured |= {"loss_s": loss_s, "loss_mpl": loss_mpl, "h": h}
+
+    teacher.update(loss_l + weight * loss_u + loss_mpl)
+    return {key: value.detach() for key, value in measured.items()}
+
+
+def supervised_step(student: Learner, batch: Batch, step: int, *, label_smoothing: float = 0.0) -> Measurements:
+    """One step on the labelled images alone: the baseline, and finetuning."""
+    loss_l = F.cross_entropy(student(batch.x_l), batch.y_l, label_smoothing=label_smoothing)
+    student.update(loss_l)
+    return {"loss_l": loss_l.detach()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Roles
+
+
+def fixed_roles(*names: str) -> Callable[[int], tuple[str, ...]]:
+    """The same learners play the same parts in every epoch: (teacher, student), or one alone."""
+    return lambda epoch: names
+
+
+def alternating_roles(a: str, b: str) -> Callable[[int], tuple[str, ...]]:
+    """Role playing: (teacher, student) is (a, b) in even epochs and (b, a) in odd ones."""
+    return lambda epoch: (a, b) if epoch % 2 == 0 else (b, a)
+
+
+def count_updates(
+    roles: Callable[[int], tuple[str, ...]], *, epochs: int, warmup_epochs: int, steps_per_epoch: int
+) -> dict[str, int]:
+    """How many optimiser steps each learner will make: the first player in every epoch, the second after the warm-up."""
+    updates: dict[str, int] = {}
+    for epoch in range(epochs):
+        for place, name in enumerate(roles(epoch)):
+            learns = place == 0 or epoch >= warmup_epochs
+            updates[name] = updates.get(name, 0) + learns * steps_per_epoch
+    return updates
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+@dataclasses.dataclass
+class Meter:
+    """Means of measurements over an epoch, kept on the device until they are read."""
+
+    sums: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def add(self, measured: Measurements) -> None:
+        for key, value in measured.items():
+            self.sums[key] = self.sums.get(key, 0) + value
+            self.counts[key] = self.counts.get(key, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        return {key: float(total) / self.counts[key] for key, total in self.sums.items()}
+
+
+def fit(
+    learners: Mapping[str, Learner],
+    batches: Iterator[Batch],
+    step: Step,
+    roles: Callable[[int], tuple[str, ...]],
+    *,
+    epochs: range,
+    steps_per_epoch: int,
+    seed: int,
+    on_step: Callable[[int], None] = lambda number: None,
+    on_epoch: Callable[[int, tuple[str, ...], dict[str, float]], None] = lambda epoch, players, means: None,
+) -> None:
+    """Train: for each epoch, the players that ``roles`` names take ``steps_per_epoch`` steps together.
+
+    The loop knows no loss and no network. It seeds torch anew at each step, so that a run that goes on from a
+    checkpoint draws what it would have drawn.
+
+    Args:
+        batches: one for each step still to come.
+        on_epoch: called after each epoch with its number, its players and the means of its measurements.
+
+    Raises:
+        DivergedError: a loss is not finite.
+    """
+    for epoch in epochs:
+        players = roles(epoch)
+        meter = Meter()
+        for number in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
+            seed_everything(seed, "step", number)
+            meter.add(step(*(learners[name] for name in players), next(batches), number))
+            on_step(number)
+        means = meter.means()
+        if not all(map(math.isfinite, means.values())):
+            rates = ", ".join(f"{name} {learners[name].lr:.2g}" for name in players)
+            raise DivergedError(f"a loss is not finite after step {number} (learning rate: {rates}): lower --lr")
+        on_epoch(epoch, players, means)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inference
+
+
+def infer(models: Sequence[Learner], source: Source, indices: np.ndarray, batch_size: int = 256) -> list[torch.Tensor]:
+    """Each model's logits on plain views of the images, [N, C] float32 on the CPU; each image is prepared once."""
+    parts: list[list[torch.Tensor]] = [[] for _ in models]
+    for start in range(0, len(indices), batch_size):
+        rows = indices[start : start + batch_size]
+        x = source("plain", rows, np.zeros(len(rows), dtype=np.int64))
+        for model, logits in zip(models, parts, strict=True):
+            logits.append(model.infer(x).cpu())
+    return [torch.cat(logits) for logits in parts]
+
+
+def ensemble(logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The mean of the models' probabilities, [N, C]."""
+    return torch.stack([each.softmax(-1) for each in logits]).mean(0)
+
+
+def evaluate(probabilities: torch.Tensor, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy, balanced accuracy, macro F1 and calibration error of [N, C] probabilities, and their log loss."""
+    chosen = probabilities[torch.arange(len(labels)), torch.from_numpy(labels)]
+    loss = -chosen.clamp_min(1e-12).log().mean()
+    return classification_metrics(probabilities.numpy(), labels) | {"loss": float(loss)}

@@ -1,0 +1,329 @@
+"""What every part leans on: errors, seeds, the device, the run folder, checkpoints, metrics."""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+BEST = "best_student.pth"
+LAST = "last.pth"
+
+
+class Failure(Exception):
+    """An error a user can mend: its text is one line that names the thing and the remedy."""
+
+    exit_code = 1
+
+
+class UsageError(Failure):
+    exit_code = 2
+
+
+class DataError(Failure):
+    exit_code = 3
+
+
+class CheckpointError(Failure):
+    """A checkpoint, a weights file or a run folder is missing, damaged or does not fit."""
+
+    exit_code = 4
+
+
+class DivergedError(Failure):
+    exit_code = 5
+
+
+class ResourceError(Failure):
+    """Memory, disk or permission."""
+
+    exit_code = 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Randomness
+
+
+def derive_seed(*parts: Any) -> int:
+    """A 63-bit seed that depends on every part and on nothing else (no process, platform or version)."""
+    digest = hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seed_everything(*parts: Any) -> None:
+    """Seed Python's, NumPy's and torch's global generators from ``parts``."""
+    seed = derive_seed(*parts)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's CPU generator seeded within the block and put back after it: a draw of its own."""
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` is the accelerator if a working one is there, else the CPU.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name}: not usable here ({reason}); use auto or cpu") from error
+    return device
+
+
+def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
+    """The type of mixed precision, None for full float32. ``auto`` is bf16 where the hardware computes in it."""
+    if amp == "off":
+        return None
+    if amp in ("bf16", "fp16"):
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if native else None
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run folder
+
+
+def resolve_path(path: str) -> Path:
+    """A path as it stands if it exists; else a leading slash is dropped, as in ``/datasets/flowers``."""
+    plain = Path(path).expanduser()
+    if not plain.exists() and plain.is_absolute():
+        relative = Path(*plain.parts[1:])
+        if relative.exists():
+            return relative
+    return plain
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run keeps what it writes: ``results/<name>`` and ``checkpoints/<dataset>/<name>``."""
+
+    results: Path
+    checkpoints: Path
+
+    @classmethod
+    def named(cls, output_dir: str, dataset: str, name: str) -> "RunFolder":
+        root = Path(output_dir).expanduser()
+        return cls(root / "results" / name, root / "checkpoints" / dataset / name)
+
+    @contextlib.contextmanager
+    def claim(self, *, resume: bool, overwrite: bool) -> Iterator[None]:
+        """Make the folders and hold them, so that no other process trains under this name.
+
+        Raises:
+            CheckpointError: the name is taken, or another process holds it, or there is nothing to resume.
+        """
+        if resume and not (self.checkpoints / LAST).exists():
+            raise CheckpointError(f"--resume: no {self.checkpoints / LAST} to go on from; leave --resume out")
+        existed = self.results.exists()
+        if existed and not (resume or overwrite):
+            raise CheckpointError(
+                f"{self.results} exists: use --resume to go on with it, --overwrite to replace it, or another --name"
+            )
+        self.results.mkdir(parents=True, exist_ok=True)
+        with (self.results / ".lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                lock.seek(0)
+                raise CheckpointError(f"{self.results} is in use by process {lock.read().strip() or '?'}") from error
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            if existed and overwrite:
+                for path in self.results.iterdir():
+                    if path.name != ".lock":
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
+            try:
+                yield
+            except DataError:
+                if not existed:
+                    self.discard()
+                raise
+            finally:
+                (self.results / ".lock").unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Remove what this run made, and the folders above where that leaves them empty."""
+        shutil.rmtree(self.results, ignore_errors=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for folder in (self.results.parent, self.checkpoints.parent, self.checkpoints.parent.parent):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that at any moment either the old or the new one is there, whole and on disk.
+
+    Raises:
+        ResourceError: the disk is full or the folder cannot be written to; the old file is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ResourceError(
+            f"cannot write {path}: {error.strerror}; free space or permissions, then --resume"
+        ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: a plain torch file (a zip) whose zip comment is the SHA-256 of the file without it, so that any tool that
+# reads torch files still does and one flipped byte anywhere is seen.
+
+_DIGEST_LENGTH = 64
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write plain tensors and plain types, atomically and with a checksum."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    body = buffer.getvalue()
+    assert body[-2:] == b"\0\0", "a zip without a comment ends in a zero length"
+    digest = hashlib.sha256(body).hexdigest().encode()
+    write_atomically(path, body[:-2] + _DIGEST_LENGTH.to_bytes(2, "little") + digest)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what :func:`save_checkpoint` wrote, on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or not one of ours. Nothing in it is executed.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+    body, digest = content[: -_DIGEST_LENGTH - 2] + b"\0\0", content[-_DIGEST_LENGTH:]
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        raise CheckpointError(f"{path} is damaged or no checkpoint of this program: use another one")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def find_checkpoint(load_path: str | None, output_dir: str, dataset: str) -> Path:
+    """The file that ``--load_path`` names; without one, this dataset's checkpoint with the best validation score.
+
+    ``load_path`` may be ``/checkpoints/flowers/exp``, ``checkpoints/flowers/exp``, ``flowers/exp``, ``exp`` or a file.
+
+    Raises:
+        CheckpointError: nothing is found; says where was looked.
+    """
+    root = Path(output_dir).expanduser() / "checkpoints"
+    if load_path is None:
+        found = sorted((root / dataset).glob(f"*/{BEST}"))
+        if not found:
+            raise CheckpointError(f"--load_best: no run in {root / dataset} yet; train one or give --load_path")
+        return max(found, key=lambda path: load_checkpoint(path)["score"])
+    relative = load_path.lstrip("/").removeprefix("checkpoints/")
+    tried = [resolve_path(load_path), root / relative, root / dataset / relative, *sorted(root.glob(f"*/{relative}"))]
+    for path in tried:
+        file = path / BEST if path.is_dir() else path
+        if file.is_file():
+            return file
+    raise CheckpointError(f"--load_path {load_path}: no {BEST} there or under {root}; `ls {root}/*` shows the runs")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+    """Mean gap between confidence and accuracy over equal-width bins (Guo et al., arXiv 1706.04599, eq. 3).
+
+    Args:
+        probabilities: [N, C].
+        labels: [N] int.
+    """
+    confidence = probabilities.max(1)
+    correct = probabilities.argmax(1) == labels
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gap = np.bincount(index, weights=correct - confidence, minlength=bins)
+    return float(np.abs(gap).sum() / len(labels))
+
+
+def classification_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy, balanced accuracy, macro F1 and expected calibration error, all as fractions.
+
+    Args:
+        probabilities: [N, C].
+        labels: [N] int.
+    """
+    from sklearn.metrics import balanced_accuracy_score, f1_score
+
+    predicted = probabilities.argmax(1)
+    return {
+        "accuracy": float((predicted == labels).mean()),
+        "balanced_accuracy": float(balanced_accuracy_score(labels, predicted)),
+        "macro_f1": float(f1_score(labels, predicted, average="macro")),
+        "ece": expected_calibration_error(probabilities, labels),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults that have one meaning wherever they come up
+
+
+@contextlib.contextmanager
+def resources_explained(batch_size: int, on_exit: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Turn running out of memory, disk or permission into a :class:`ResourceError` with advice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        on_exit()
+        raise ResourceError(f"out of device memory at --batch_size {batch_size}: lower it or --img_size") from error
+    except MemoryError as error:
+        on_exit()
+        raise ResourceError(f"out of memory at --batch_size {batch_size}: lower it or --img_size") from error
+    except OSError as error:
+        on_exit()
+        raise ResourceError(f"{error.filename or 'system'}: {error.strerror or error}") from error
