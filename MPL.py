@@ -12,10 +12,8 @@ if __name__ == "__main__":
     CONFIG = args.parse()  # before torch is imported: --help and a wrong option are answered at once
 
 import copy
-import csv
 import dataclasses
 import functools
-import io
 import logging
 import signal
 import time
@@ -30,19 +28,9 @@ from torch import nn
 import data
 import features
 import models
+import record
 import train
 import utils
-
-SAVE_SECONDS = 20.0  # how long a crash may throw a run back
-TITLES = {
-    "student": "student",
-    "teacher": "teacher",
-    "model_1": "model 1",
-    "model_2": "model 2",
-    "ensemble": "ensemble",
-}
-HISTORY = ["epoch", "network", "role", "lr", "loss_l", "loss_u", "loss_mpl", "mask_rate", "h", "loss_s", "val_accuracy", "val_loss"]
-OF_TEACHER = ("loss_l", "loss_u", "loss_mpl", "mask_rate", "h")
 
 
 class Interrupted(Exception):
@@ -133,7 +121,7 @@ def choose_split(config: args.Config, index: data.Index, saved: dict[str, Any] |
         num_labels_percent=config.num_labels_percent,
         val_percent=config.val_percent,
         test_percent=config.test_percent,
-        duplicates=index.duplicates(),
+        duplicates=index.duplicates,
     )
 
 
@@ -189,7 +177,7 @@ class Session:
             body = models.build_backbone(config.model_name, config.weights, config.img_size, seed).body
         else:
             body = copy.deepcopy(self.backbone.body)
-        utils.seed_everything(seed, "head")
+        utils.seed_torch(seed, "head")
         return models.Learner(
             name,
             nn.Sequential(body, nn.Linear(self.backbone.n_features, len(self.index.classes))),
@@ -208,6 +196,16 @@ class Session:
             learners[name] = self.network(name)
             learners[name].load_weights(weights)
         return learners
+
+    def identity(self) -> dict[str, Any]:
+        """What every checkpoint says of the run it is from."""
+        parts = self.split.part_of(len(self.index))
+        return {
+            "config": self.config.options(),
+            "classes": list(self.index.classes),
+            "split": {"paths": list(self.index.paths), "parts": parts},
+            "backbone": self.backbone_state,
+        }
 
     def batches(self, schedule: data.Schedule, start: int, stop: int) -> Iterator[data.Batch]:
         """The batch of each step: features from the cache, or fresh views prepared by the loader's workers."""
@@ -236,7 +234,7 @@ def describe_data(index: data.Index, split: data.Split) -> list[str]:
         f"{index.name}: {len(index.classes)} classes; {counts['labeled']} labelled, {counts['unlabeled']} unlabelled, "
         f"{counts['val']} validation and {counts['test']} test images"
     ]
-    groups = index.duplicates()
+    groups = index.duplicates
     if groups:
         conflicts = [group for group in groups if len({int(index.labels[i]) for i in group} - {data.UNKNOWN}) > 1]
         notes.append(f"{len(groups)} groups of identical images, each kept on one side of the split")
@@ -295,9 +293,17 @@ def fit(session: Session, folder: utils.RunFolder) -> dict[str, models.Learner]:
             weights = session.saved["learners"]
             learner.load_weights(weights.get(name) or next(iter(weights.values())))
 
-    keeper = Keeper(session, folder, learners, scored)
+    val = session.split.val
+    keeper = record.Keeper(
+        folder,
+        learners,
+        scored,
+        validate=lambda networks: train.infer(networks, session.source, val),
+        labels=session.index.labels[val],
+        identity=session.identity(),
+    )
     first = keeper.resume() if config.resume else 0
-    with Progress(config.num_epochs * steps, first * steps, config.num_epochs) as progress:
+    with record.Progress(config.num_epochs * steps, first * steps, config.num_epochs) as progress:
 
         def on_epoch(epoch: int, players: tuple[str, ...], means: dict[str, float]) -> None:
             progress.show(epoch, keeper.close_epoch(epoch, players, means), means)
@@ -313,119 +319,10 @@ def fit(session: Session, folder: utils.RunFolder) -> dict[str, models.Learner]:
             on_step=progress.advance,
             on_epoch=on_epoch,
         )
-    keeper.finish()
+    keeper.finish(config.num_epochs)
     for name in learners:
         learners[name].load_weights(keeper.best["learners"][name])
     return {name: learners[name] for name in [*scored, *(set(learners) - set(scored))]}
-
-
-class Keeper:
-    """Keeps what training must not lose: the history, the best weights, the state to go on from."""
-
-    def __init__(
-        self, session: Session, folder: utils.RunFolder, learners: dict[str, models.Learner], scored: list[str]
-    ) -> None:
-        self.session, self.folder, self.learners, self.scored = session, folder, learners, scored
-        self.history: list[dict[str, Any]] = []
-        self.best: dict[str, Any] = {"score": -1.0}
-        self.saved_at = time.perf_counter()
-
-    def close_epoch(self, epoch: int, players: tuple[str, ...], means: dict[str, float]) -> float:
-        """Validate, note the epoch and keep the weights if none were better. Returns the validation score.
-
-        The score is the accuracy of what the run is for: the student's, or the ensemble's in role playing. The later of
-        two equal epochs is kept: its learning rate had come down further.
-        """
-        rows, labels = self.session.split.val, self.session.index.labels[self.session.split.val]
-        logits = dict(
-            zip(self.learners, train.infer([*self.learners.values()], self.session.source, rows), strict=True)
-        )
-        score = train.evaluate(train.ensemble([logits[name] for name in self.scored]), labels)["accuracy"]
-        for place, name in enumerate(players):
-            role = "teacher" if len(players) == 2 and place == 0 else "student"
-            measured = {
-                key: value for key, value in means.items() if len(players) == 1 or (key in OF_TEACHER) == (place == 0)
-            }
-            val = train.evaluate(logits[name].softmax(-1), labels)
-            row = {"epoch": epoch, "network": name, "role": role, "lr": self.learners[name].lr}
-            row |= {"val_accuracy": val["accuracy"], "val_loss": val["loss"]} | measured
-            self.history.append({key: row.get(key, "") for key in HISTORY})
-        if score >= self.best["score"]:
-            weights = {name: learner.weights() for name, learner in self.learners.items()}
-            self.best = {"score": score, "epoch": epoch, "learners": weights}
-        if time.perf_counter() - self.saved_at > SAVE_SECONDS:
-            self.save(epoch + 1)
-        return score
-
-    def finish(self) -> None:
-        self.save(self.session.config.num_epochs)
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, HISTORY, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.history)
-        utils.write_atomically(self.folder.results / "history.csv", text.getvalue().encode())
-
-    def save(self, epochs_done: int) -> None:
-        session = self.session
-        common = {
-            "config": session.config.options(),
-            "classes": list(session.index.classes),
-            "split": {"paths": list(session.index.paths), "parts": session.split.part_of(len(session.index))},
-            "backbone": session.backbone_state,
-        }
-        state = {name: learner.state_dict() for name, learner in self.learners.items()}
-        utils.save_checkpoint(self.folder.checkpoints / utils.BEST, common | self.best)
-        utils.save_checkpoint(
-            self.folder.checkpoints / utils.LAST,
-            common | {"epochs_done": epochs_done, "state": state, "history": self.history, "best": self.best},
-        )
-        self.saved_at = time.perf_counter()
-
-    def resume(self) -> int:
-        """Take up the last checkpoint. Returns the epoch to go on with."""
-        last = utils.load_checkpoint(self.folder.checkpoints / utils.LAST)
-        now, then = self.session.config.options(), last["config"]
-        free = ("resume", "overwrite", "debug", "output_dir", "num_workers", "cache_dir", "cache_gb", "show_images")
-        differ = [key for key in now if key not in (*free, "print_model") and now[key] != then.get(key)]
-        if differ:
-            listed = ", ".join(f"--{key} {now[key]} (there {then.get(key)})" for key in differ)
-            raise utils.CheckpointError(f"--resume: the run was started with other options: {listed}")
-        for name, learner in self.learners.items():
-            learner.load_state_dict(last["state"][name])
-        self.history, self.best = last["history"], last["best"]
-        return last["epochs_done"]
-
-
-class Progress:
-    """A bar on a terminal; without one a plain line every tenth of the way."""
-
-    def __init__(self, total: int, done: int, epochs: int) -> None:
-        from tqdm import tqdm
-
-        self.plain = not sys.stdout.isatty()
-        self.epochs = epochs
-        self.bar = tqdm(
-            total=total, initial=done, unit="step", dynamic_ncols=True, file=sys.stdout, disable=self.plain, leave=True
-        )
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def advance(self, number: int) -> None:
-        self.bar.update()
-
-    def show(self, epoch: int, score: float, means: dict[str, float]) -> None:
-        values = {"loss": means["loss_l"], "student": means.get("loss_s"), "confident": means.get("mask_rate")}
-        text = "  ".join(f"{key} {value:.2f}" for key, value in values.items() if value is not None)
-        text = f"epoch {epoch + 1}/{self.epochs}  {text}  validation {score:.1%}"
-        if self.plain:
-            if (epoch + 1) % max(1, self.epochs // 10) == 0 or epoch + 1 == self.epochs:
-                print(text, flush=True)
-        else:
-            self.bar.set_description_str(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,9 +339,9 @@ def report(
     """Test the learners, write metrics, predictions and pictures, and print the table."""
     config, split, labels = session.config, session.split, session.index.labels
     learners = session.loaded() if trained is None else trained
-    if config.mode == "finetune" and session.saved:  # the student again beside its unchanged partner
-        partners = {name: learner for name, learner in list(session.loaded().items())[1:]}
-        learners = learners | {"teacher": partner for partner in partners.values()}
+    if config.mode == "finetune" and session.saved:
+        partner = list(session.loaded().values())[1:]  # unchanged, beside the finetuned student
+        learners = learners | dict(zip(["teacher"], partner, strict=False))
     rows = {part: getattr(split, part) for part in ("val", "test")}
     probabilities: dict[str, dict[str, torch.Tensor]] = {}
     for part, indices in rows.items():
@@ -474,7 +371,7 @@ def report(
     }
     utils.write_json(folder.results / "metrics.json", metrics)
     utils.write_atomically(
-        folder.results / "predictions.csv", predictions_csv(session.index, rows["test"], probabilities["test"])
+        folder.results / "predictions.csv", record.predictions_csv(session.index, rows["test"], probabilities["test"])
     )
     import visualization
 
@@ -483,51 +380,10 @@ def report(
         pair = "switch" if "model_1" in learners else "train"
     title = f"{session.index.name}, {config.model_name}, {len(split.labeled)} labels"
     written = visualization.draw_run(folder.results, title, pair, session.index.classes)
-    print(result_table(metrics))
+    print(record.result_table(metrics))
     print(f"pictures and tables: {folder.results}/ ({', '.join(path.name for path in written)})")
     if trained is not None:
         print(f"checkpoint: {folder.checkpoints / utils.BEST}")
-
-
-def predictions_csv(index: data.Index, rows: np.ndarray, probabilities: dict[str, torch.Tensor]) -> bytes:
-    """For each test image: the label predicted by the ensemble (or the only model), how surely, and each model's vote."""
-    final = probabilities.get("ensemble", next(iter(probabilities.values())))
-    votes = {name: each.argmax(-1) for name, each in probabilities.items() if name != "ensemble"}
-    top = final.topk(2, dim=-1)
-    header = ["path", "split", "true_label", "predicted_label", "probability", "margin", "agree"]
-    lines = [header + [f"{name}_vote" for name in votes]]
-    for k, i in enumerate(rows):
-        cast = [int(vote[k]) for vote in votes.values()]
-        lines.append(
-            [
-                index.paths[i],
-                "test",
-                index.classes[index.labels[i]],
-                index.classes[int(top.indices[k, 0])],
-                f"{top.values[k, 0]:.6f}",
-                f"{top.values[k, 0] - top.values[k, 1]:.6f}",
-                int(len(set(cast)) == 1),
-                *(index.classes[vote] for vote in cast),
-            ]
-        )
-    return data.csv_bytes(lines)
-
-
-def result_table(metrics: dict[str, Any]) -> str:
-    """The figures of a run, within 80 columns."""
-    counts, seconds = metrics["counts"], metrics["seconds"]
-    lines = [
-        "",
-        f"{metrics['dataset']}: {counts['labeled']} labels used, tested on {counts['test']} images, "
-        f"{seconds['total']:.0f} s",
-        f"{'':10} {'accuracy':>9} {'balanced':>9} {'macro F1':>9} {'ECE':>7} {'validation':>11}",
-    ]
-    for name, test in metrics["test"].items():
-        lines.append(
-            f"{TITLES[name]:10} {test['accuracy']:9.2%} {test['balanced_accuracy']:9.2%} {test['macro_f1']:9.3f} "
-            f"{test['ece']:7.3f} {metrics['val'][name]['accuracy']:11.1%}"
-        )
-    return "\n".join(lines) + "\n"
 
 
 def draw_samples(session: Session, folder: utils.RunFolder, columns: int = 8, views: int = 2) -> None:

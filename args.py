@@ -28,12 +28,19 @@ MODES = ("switch_mode", "finetune_mode", "test_mode", "optuna_mode")
 
 # What a default is when it depends on the data: the embedded digits train a small network from scratch at their own
 # size; a folder of photographs gets a pretrained, frozen backbone at the size it was trained at.
-DIGITS_DEFAULTS = {"model_name": "wrn_10_2", "img_size": 16, "augmentation": "randaugment", "num_labels_percent": 3.0}
+DIGITS_DEFAULTS = {
+    "model_name": "wrn_10_2",
+    "img_size": 8,
+    "augmentation": "randaugment",
+    "num_labels_percent": 3.0,
+    "amp": "off",
+}
 FOLDER_DEFAULTS = {
     "model_name": "efficientnet_lite0",
     "img_size": 224,
     "augmentation": "transfer",
     "num_labels_percent": 3.0,
+    "amp": "auto",
 }
 
 
@@ -98,7 +105,7 @@ class Config:
         low=8,
         high=2048,
         unit="pixels",
-        shown="224 pixels; digits: 16",
+        shown="224 pixels; digits: 8",
     )
     augmentation: str | None = option(
         None,
@@ -159,11 +166,13 @@ class Config:
     )
     label_smoothing: float = option(0.0, "training", "smoothing of the labelled images' loss", low=0, high=0.99)
     device: str = option("auto", "training", "auto, cpu, cuda, mps, xpu ...")
-    amp: str = option(
-        "auto",
+    amp: str | None = option(
+        None,
         "training",
         "mixed precision; auto: bf16 where the processor has it",
+        kind=str,
         choices=("auto", "off", "bf16", "fp16"),
+        shown="auto; digits: off",
     )
 
     warmup_epoch_num: int | None = option(
@@ -295,7 +304,10 @@ def configure(**given: Any) -> Config:
 # What a run that starts from a checkpoint takes over from it: the data and its split, and the network.
 INHERITED_SPLIT = ("num_labels_percent", "val_percent", "test_percent")
 INHERITED_NETWORK = ("model_name", "weights", "trainable", "img_size")
-INHERITED = ("data_dir", "unlabeled_dir", *INHERITED_SPLIT, *INHERITED_NETWORK, "augmentation", "views")
+INHERITED = ("data_dir", "unlabeled_dir", *INHERITED_SPLIT, *INHERITED_NETWORK, "augmentation", "views", "amp")
+
+# What changes no number of a run: a resumed one may have it otherwise.
+HARMLESS = ("resume", "overwrite", "show_images", "print_model", "debug", "output_dir", "num_workers", "cache_dir")
 
 
 def inherit(config: Config, saved: dict[str, Any]) -> Config:

@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import functional as F
 from utils import DataError, UsageError, derive_seed, resolve_path, seeded
 
 IMAGE_SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".tga", ".avif"]
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 )
 UNKNOWN = -1  # the label of an image that nobody labelled
 FEWEST_PER_CLASS = 4  # one labelled, one unlabelled, one validation and one test image
@@ -68,6 +68,7 @@ class Index:
         with ThreadPoolExecutor() as pool:
             return tuple(pool.map(lambda i: _digest(_read_bytes(self.file(i))), range(len(self)), chunksize=64))
 
+    @functools.cached_property
     def duplicates(self) -> list[list[int]]:
         """The groups of two or more images with the same bytes. Only files of equal size are read."""
         if self.pixels is not None:
@@ -148,7 +149,7 @@ def find_images(data_dir: str, unlabeled_dir: str | None = None) -> Index:
 
 
 def _walk(root: Path, folder: str) -> tuple[list[str], list[str]]:
-    """The images below a folder and its other files, as sorted paths relative to ``root``; hidden ones are passed over."""
+    """The images below a folder and its other files, as sorted paths relative to ``root``; without hidden ones."""
     images, others, pending, seen = [], [], [folder], set()
     while pending:
         relative = pending.pop()
@@ -314,7 +315,7 @@ def apportion(sizes: np.ndarray, percent: float) -> np.ndarray:
 
 
 def _take(groups: list[tuple[int, ...]], count: int) -> list[int]:
-    """Remove whole groups from the front until ``count`` images are taken, passing over a group too large for the rest."""
+    """Remove whole groups from the front until ``count`` images are taken; one too large is passed over."""
     taken: list[int] = []
     passed: list[tuple[int, ...]] = []
     while groups and len(taken) < count:
@@ -583,7 +584,7 @@ class Schedule:
 
 
 def stream(n: int, start: int, count: int, seed: int) -> np.ndarray:
-    """Positions ``start`` to ``start + count`` of an endless row of shuffled passes over ``range(n)``, [count] int64."""
+    """Positions ``start`` to ``start + count`` of an endless row of shuffled passes over ``range(n)``, [count]."""
     positions = np.arange(start, start + count)
     result = np.empty(count, dtype=np.int64)
     for number in np.unique(positions // n) if n else ():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils import CheckpointError, UsageError, seed_everything
+from utils import CheckpointError, UsageError, seed_torch
 
 ALIASES = {"vgg": "vgg16", "resnet": "resnet18", "squeezenet": "squeezenet1_0", "densenet": "densenet121"}
 NEED_NO_DOWNLOAD = "efficientnet_lite0 (weights come with its pip package), wrn_D_K, or any model with --weights none"
@@ -23,7 +23,7 @@ CPU_CHUNK = 16  # images a forward on a CPU: the activations of more fall out of
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# WideResNet (Zagoruyko & Komodakis, arXiv 1605.07146), with the leaky activations of the paper's small-image experiments
+# WideResNet (Zagoruyko & Komodakis, arXiv 1605.07146), as in the paper's small-image experiments
 
 
 class _WideBlock(nn.Module):
@@ -113,7 +113,7 @@ def build_backbone(model_name: str, weights: str, img_size: int, seed: int) -> B
         CheckpointError: the weights are not on disk and cannot be downloaded, or do not fit.
     """
     model_name = ALIASES.get(model_name, model_name)
-    seed_everything(seed, "backbone")
+    seed_torch(seed, "backbone")
     pretrained = weights == "default"
     if model_name.startswith("wrn_"):
         depth, width = map(int, model_name.split("_")[1:])
@@ -154,7 +154,7 @@ def _efficientnet_lite0(pretrained: bool) -> nn.Module:
 
 
 def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, tuple] | None:
-    """A torchvision classifier without its last linear layer, and its normalisation; None for a name it does not have."""
+    """A torchvision classifier without its last linear layer, and its normalisation; None for an unknown name."""
     from torchvision import models
 
     if name not in models.list_models(module=models):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from data import Batch, Source
 from models import Learner
-from utils import DivergedError, classification_metrics, seed_everything
+from utils import DivergedError, classification_metrics, seed_torch
 
 Measurements = dict[str, torch.Tensor]
 Step = Callable[..., Measurements]
@@ -33,7 +33,7 @@ def soft_target(logits: torch.Tensor, temperature: float, threshold: float) -> t
 
 def consistency_loss(kind: str, logits_us: torch.Tensor, p: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """How far the strong view's prediction is from the weak view's: mean over all U of ``mask`` times
-    cross-entropy (``CE``) or negative cosine similarity of the probabilities (``cos``). Gradient flows to ``logits_us``.
+    cross-entropy (``CE``) or negative cosine similarity of the probabilities (``cos``). Gradient flows in both.
 
     Args:
         logits_us: [U, C] float32.
@@ -237,7 +237,7 @@ def alternating_roles(a: str, b: str) -> Callable[[int], tuple[str, ...]]:
 def count_updates(
     roles: Callable[[int], tuple[str, ...]], *, epochs: int, warmup_epochs: int, steps_per_epoch: int
 ) -> dict[str, int]:
-    """How many optimiser steps each learner will make: the first player in every epoch, the second after the warm-up."""
+    """How many optimiser steps each learner will make: the first player in every epoch, the second after warm-up."""
     updates: dict[str, int] = {}
     for epoch in range(epochs):
         for place, name in enumerate(roles(epoch)):
@@ -294,7 +294,7 @@ def fit(
         players = roles(epoch)
         meter = Meter()
         for number in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
-            seed_everything(seed, "step", number)
+            seed_torch(seed, "step", number)
             meter.add(step(*(learners[name] for name in players), next(batches), number))
             on_step(number)
         means = meter.means()

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -60,12 +59,9 @@ def derive_seed(*parts: Any) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def seed_everything(*parts: Any) -> None:
-    """Seed Python's, NumPy's and torch's global generators from ``parts``."""
-    seed = derive_seed(*parts)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+def seed_torch(*parts: Any) -> None:
+    """Seed torch's global generators from ``parts``. Nothing here draws from Python's or NumPy's."""
+    torch.manual_seed(derive_seed(*parts))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,191 @@
+"""What a run leaves behind: its history, best weights and checkpoints, its predictions and its table of figures."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+import args
+import train
+import utils
+from data import Index, csv_bytes
+from models import Learner
+
+SAVE_SECONDS = 20.0  # how long a crash may throw a run back
+TITLES = {
+    "student": "student",
+    "teacher": "teacher",
+    "model_1": "model 1",
+    "model_2": "model 2",
+    "ensemble": "ensemble",
+}
+HISTORY = [
+    "epoch",
+    "network",
+    "role",
+    "lr",
+    "loss_l",
+    "loss_u",
+    "loss_mpl",
+    "mask_rate",
+    "h",
+    "loss_s",
+    "val_accuracy",
+    "val_loss",
+]
+OF_TEACHER = ("loss_l", "loss_u", "loss_mpl", "mask_rate", "h")
+
+
+class Keeper:
+    """Keeps what training must not lose: the history, the best weights, the state to go on from."""
+
+    def __init__(
+        self,
+        folder: utils.RunFolder,
+        learners: Mapping[str, Learner],
+        scored: Sequence[str],
+        *,
+        validate: Callable[[Sequence[Learner]], list[torch.Tensor]],
+        labels: np.ndarray,
+        identity: dict[str, Any],
+    ) -> None:
+        """
+        Args:
+            scored: the learners whose ensemble's validation accuracy decides which epoch was best.
+            validate: gives each learner's logits on the validation images.
+            labels: of the validation images, [N] int64.
+            identity: what every checkpoint says of the run: config, classes, split, backbone.
+        """
+        self.folder, self.learners, self.scored = folder, learners, scored
+        self.validate, self.labels, self.identity = validate, labels, identity
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {"score": -1.0}
+        self.saved_at = time.perf_counter()
+
+    def close_epoch(self, epoch: int, players: tuple[str, ...], means: dict[str, float]) -> float:
+        """Validate, note the epoch and keep the weights if none were better. Returns the validation score.
+
+        The score is the accuracy of what the run is for: the student's, or the ensemble's in role playing. The later of
+        two equal epochs is kept: its learning rate had come down further.
+        """
+        logits = dict(zip(self.learners, self.validate([*self.learners.values()]), strict=True))
+        together = train.ensemble([logits[name] for name in self.scored])
+        score = train.evaluate(together, self.labels)["accuracy"]
+        for place, name in enumerate(players):
+            role = "teacher" if len(players) == 2 and place == 0 else "student"
+            own = [key for key in means if len(players) == 1 or (key in OF_TEACHER) == (role == "teacher")]
+            val = train.evaluate(logits[name].softmax(-1), self.labels)
+            row = {"epoch": epoch, "network": name, "role": role, "lr": self.learners[name].lr}
+            row |= {"val_accuracy": val["accuracy"], "val_loss": val["loss"]} | {key: means[key] for key in own}
+            self.history.append({key: row.get(key, "") for key in HISTORY})
+        if score >= self.best["score"]:
+            weights = {name: learner.weights() for name, learner in self.learners.items()}
+            self.best = {"score": score, "epoch": epoch, "learners": weights}
+        if time.perf_counter() - self.saved_at > SAVE_SECONDS:
+            self.save(epoch + 1)
+        return score
+
+    def finish(self, epochs: int) -> None:
+        """Write the last checkpoint and the history."""
+        self.save(epochs)
+        rows = [HISTORY, *([row[key] for key in HISTORY] for row in self.history)]
+        utils.write_atomically(self.folder.results / "history.csv", csv_bytes(rows))
+
+    def save(self, epochs_done: int) -> None:
+        """Write the best weights, and what is needed to go on after ``epochs_done`` epochs."""
+        state = {name: learner.state_dict() for name, learner in self.learners.items()}
+        utils.save_checkpoint(self.folder.checkpoints / utils.BEST, self.identity | self.best)
+        utils.save_checkpoint(
+            self.folder.checkpoints / utils.LAST,
+            self.identity | {"epochs_done": epochs_done, "state": state, "history": self.history, "best": self.best},
+        )
+        self.saved_at = time.perf_counter()
+
+    def resume(self) -> int:
+        """Take up the last checkpoint. Returns the epoch to go on with."""
+        last = utils.load_checkpoint(self.folder.checkpoints / utils.LAST)
+        now, then = self.identity["config"], last["config"]
+        differ = [key for key in now if key not in args.HARMLESS and now[key] != then.get(key)]
+        if differ:
+            listed = ", ".join(f"--{key} {now[key]} (there {then.get(key)})" for key in differ)
+            raise utils.CheckpointError(f"--resume: the run was started with other options: {listed}")
+        for name, learner in self.learners.items():
+            learner.load_state_dict(last["state"][name])
+        self.history, self.best = last["history"], last["best"]
+        return last["epochs_done"]
+
+
+class Progress:
+    """A bar on a terminal; without one a plain line every tenth of the way."""
+
+    def __init__(self, total: int, done: int, epochs: int) -> None:
+        from tqdm import tqdm
+
+        self.plain = not sys.stdout.isatty()
+        self.epochs = epochs
+        self.bar = tqdm(
+            total=total, initial=done, unit="step", dynamic_ncols=True, file=sys.stdout, disable=self.plain, leave=True
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def advance(self, number: int) -> None:
+        self.bar.update()
+
+    def show(self, epoch: int, score: float, means: dict[str, float]) -> None:
+        values = {"loss": means["loss_l"], "student": means.get("loss_s"), "confident": means.get("mask_rate")}
+        text = "  ".join(f"{key} {value:.2f}" for key, value in values.items() if value is not None)
+        text = f"epoch {epoch + 1}/{self.epochs}  {text}  validation {score:.1%}"
+        if self.plain:
+            if (epoch + 1) % max(1, self.epochs // 10) == 0 or epoch + 1 == self.epochs:
+                print(text, flush=True)
+        else:
+            self.bar.set_description_str(text)
+
+
+def predictions_csv(index: Index, rows: np.ndarray, probabilities: dict[str, torch.Tensor]) -> bytes:
+    """For each test image: what the ensemble (or the only model) predicts, how surely, and every vote."""
+    final = probabilities.get("ensemble", next(iter(probabilities.values())))
+    votes = {name: each.argmax(-1) for name, each in probabilities.items() if name != "ensemble"}
+    top = final.topk(2, dim=-1)
+    header = ["path", "split", "true_label", "predicted_label", "probability", "margin", "agree"]
+    lines = [header + [f"{name}_vote" for name in votes]]
+    for k, i in enumerate(rows):
+        cast = [int(vote[k]) for vote in votes.values()]
+        lines.append(
+            [
+                index.paths[i],
+                "test",
+                index.classes[index.labels[i]],
+                index.classes[int(top.indices[k, 0])],
+                f"{top.values[k, 0]:.6f}",
+                f"{top.values[k, 0] - top.values[k, 1]:.6f}",
+                int(len(set(cast)) == 1),
+                *(index.classes[vote] for vote in cast),
+            ]
+        )
+    return csv_bytes(lines)
+
+
+def result_table(metrics: dict[str, Any]) -> str:
+    """The figures of a run, within 80 columns."""
+    counts, seconds = metrics["counts"], metrics["seconds"]
+    lines = [
+        "",
+        f"{metrics['dataset']}: {counts['labeled']} labels used, tested on {counts['test']} images, "
+        f"{seconds['total']:.0f} s",
+        f"{'':10} {'accuracy':>9} {'balanced':>9} {'macro F1':>9} {'ECE':>7} {'validation':>11}",
+    ]
+    for name, test in metrics["test"].items():
+        lines.append(
+            f"{name.replace('_', ' '):10} {test['accuracy']:9.2%} {test['balanced_accuracy']:9.2%} {test['macro_f1']:9.3f} "
+            f"{test['ece']:7.3f} {metrics['val'][name]['accuracy']:11.1%}"
+        )
+    return "\n".join(lines) + "\n"
