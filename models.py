@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import os
 import urllib.error
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +287,8 @@ class Learner:
         self.name = name
         self.device, self.precision = torch.device(device), precision
         self.model = model.to(self.device)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.parameter_names, self.parameters = list(named), list(named.values())
         self.optimizer = optimizer(self.parameters, lr=lr, weight_decay=weight_decay)
         self.scheduler = None
         if updates and lr > 0:
@@ -325,14 +326,29 @@ class Learner:
         model.eval()
         return self._forward(model, x)
 
-    def _forward(self, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def _forward(self, model: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         with autocast(self.device, self.precision):
             return model(x).float()
 
-    def update(self, loss: torch.Tensor, *, retain_graph: bool = False) -> None:
+    def forward_at(self, parameters: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """As calling, with these parameters in place of its own: gradients through them survive the next update."""
+        self.model.train()
+        named = dict(zip(self.parameter_names, parameters, strict=True))
+        return self._forward(lambda x: torch.func.functional_call(self.model, named, x), x)
+
+    def update(self, loss: torch.Tensor) -> None:
         """One optimiser step down ``loss``. The gradients stay in ``.grad`` until the next."""
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward(inputs=self.parameters, retain_graph=retain_graph)
+        self.scaler.scale(loss).backward(inputs=self.parameters)
+        self._step()
+
+    def update_along(self, gradients: Sequence[torch.Tensor]) -> None:
+        """One optimiser step with these gradients."""
+        for p, gradient in zip(self.parameters, self.scaler.scale([g.detach() for g in gradients]), strict=True):
+            p.grad = gradient
+        self._step()
+
+    def _step(self) -> None:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scheduler is not None and self.scheduler.last_epoch < self.scheduler.total_steps - 1:

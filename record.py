@@ -184,8 +184,6 @@ def result_table(metrics: dict[str, Any]) -> str:
         f"{'':10} {'accuracy':>9} {'balanced':>9} {'macro F1':>9} {'ECE':>7} {'validation':>11}",
     ]
     for name, test in metrics["test"].items():
-        lines.append(
-            f"{name.replace('_', ' '):10} {test['accuracy']:9.2%} {test['balanced_accuracy']:9.2%} {test['macro_f1']:9.3f} "
-            f"{test['ece']:7.3f} {metrics['val'][name]['accuracy']:11.1%}"
-        )
+        figures = f"{test['accuracy']:9.2%} {test['balanced_accuracy']:9.2%} {test['macro_f1']:9.3f} {test['ece']:7.3f}"
+        lines.append(f"{name.replace('_', ' '):10} {figures} {metrics['val'][name]['accuracy']:11.1%}")
     return "\n".join(lines) + "\n"

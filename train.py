@@ -117,9 +117,11 @@ def adamw_sensitivity(
     """
     beta1, beta2 = group["betas"]
     sensitivities = []
-    for p, g, exam_gradient in zip(group["params"], gradients, exam_gradients, strict=True):
+    for p, gradient, exam_gradient in zip(group["params"], gradients, exam_gradients, strict=True):
+        g = gradient.detach()
         state = optimizer.state[p]
-        correction1, correction2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
+        taken = state["step"].item()
+        correction1, correction2 = 1 - beta1**taken, 1 - beta2**taken
         m_hat = state["exp_avg"] / correction1
         root = (state["exp_avg_sq"] / correction2).sqrt()
         denominator = root + group["eps"]
@@ -181,31 +183,31 @@ def mpl_step(
     if step >= warmup_steps:
         # Pseudo labels are bound once: the student learns from them, and the feedback is about them.
         pseudo = draw_pseudo_labels(pseudo_label, t_logits_us)  # [U, C]
-        exact = feedback == "exact"
 
         # The student takes one step on them, between two exams on the labelled images. The first exam comes after its
         # forward pass, so that both see the same batch-norm statistics and differ by the step alone.
         def exam() -> torch.Tensor:
             return F.cross_entropy(student.examine(x_l), y_l)
 
-        loss_s = F.cross_entropy(student(x_us), pseudo if exact else pseudo.detach())
+        theta = [p.detach().clone().requires_grad_(feedback == "exact") for p in student.parameters]
+        s_logits_us = student.forward_at(theta, x_us) if feedback == "exact" else student(x_us)  # [U, C]
+        loss_s = F.cross_entropy(s_logits_us, pseudo)
         with torch.no_grad():
             loss_old = exam()
-        theta_old = [p.detach().clone() for p in student.parameters]
-        settings = dict(student.optimizer.param_groups[0])
-        gradients = torch.autograd.grad(loss_s, student.parameters, create_graph=True) if exact else ()
-        student.update(loss_s, retain_graph=exact)
 
-        # The teacher hears how much that helped.
-        if exact:
+        # Then the teacher hears how much that helped.
+        if feedback == "exact":
+            settings = dict(student.optimizer.param_groups[0])
+            gradients = torch.autograd.grad(loss_s, theta, create_graph=True)
+            student.update_along(gradients)
             loss_new = exam()
             exam_gradients = torch.autograd.grad(loss_new, student.parameters)
-            taken = [g.detach() for g in gradients]
-            sensitivity = adamw_sensitivity(student.optimizer, settings, taken, exam_gradients)
-            loss_mpl = sum((c * g).sum() for c, g in zip(sensitivity, gradients, strict=True))
+            sensitivity = adamw_sensitivity(student.optimizer, settings, gradients, exam_gradients)
             h = loss_old - loss_new.detach()
+            loss_mpl = sum((c * g).sum() for c, g in zip(sensitivity, gradients, strict=True))
         else:
-            h = estimate_feedback(feedback, student, exam, loss_old, theta_old)
+            student.update(loss_s)
+            h = estimate_feedback(feedback, student, exam, loss_old, theta)
             loss_mpl = h * F.cross_entropy(t_logits_us, pseudo)
         measured |= {"loss_s": loss_s, "loss_mpl": loss_mpl, "h": h}
 

@@ -1,0 +1,387 @@
+"""The maths of the algorithm, against automatic differentiation and numbers worked by hand."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import train
+from data import Batch
+from models import Learner
+
+C = 3  # classes
+
+
+def sgd(parameters, lr, weight_decay=0.0):
+    return torch.optim.SGD(parameters, lr=lr)
+
+
+def learner(name, *, lr=0.1, optimizer=sgd, seed=0, model=None):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = model or nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, C))
+    made = Learner(name, model.double(), updates=0, lr=lr, optimizer=optimizer)
+    made._forward = lambda network, x: network(x)  # keep float64
+    return made
+
+
+def make_batch(n_l=6, n_u=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x_l, x_uw, x_us = (torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (n_l, n_u, n_u))
+    return Batch(x_l, torch.randint(C, (n_l,), generator=generator), x_uw, x_us)
+
+
+def gradient(loss, made):
+    return train.flatten(torch.autograd.grad(loss, made.parameters))
+
+
+def student_after(student, x_us, pseudo, lr):
+    """The student's parameters after a plain gradient step on ``pseudo``, differentiable in the labels."""
+    named = dict(student.model.named_parameters())
+    logits = torch.func.functional_call(student.model, named, x_us)
+    grads = torch.autograd.grad(F.cross_entropy(logits, pseudo), list(named.values()), create_graph=True)
+    return {key: p - lr * g for (key, p), g in zip(named.items(), grads, strict=True)}
+
+
+def exam_of(student, parameters, batch):
+    return F.cross_entropy(torch.func.functional_call(student.model, parameters, batch.x_l), batch.y_l)
+
+
+def cosine(a, b):
+    return float(F.cosine_similarity(a, b, dim=0))
+
+
+def mpl_gradients(teacher, batch, feedback, lr, draws):
+    """What the feedback term alone adds to the teacher's gradient in real ``mpl_step``s with sampled labels."""
+    student = learner("student", lr=lr, seed=1)
+    start = {key: value.clone() for key, value in student.model.state_dict().items()}
+    seen = []
+    teacher.update = lambda loss: seen.append(gradient(loss, teacher))
+    for _ in range(draws):
+        student.model.load_state_dict(start)
+        train.mpl_step(teacher, student, batch, 0, lambda_u=0.0, feedback=feedback, pseudo_label="sampled")
+    return torch.stack(seen) - gradient(F.cross_entropy(teacher(batch.x_l), batch.y_l), teacher)
+
+
+def exact_expected_gradient(teacher, batch, lr):
+    """The gradient in the teacher of the student's expected labelled loss, over every label the teacher may draw."""
+    student = learner("student", lr=lr, seed=1)
+    probabilities = teacher(batch.x_us).softmax(-1)
+    expected = 0
+    for labels in itertools.product(range(C), repeat=len(batch.x_us)):
+        pseudo = F.one_hot(torch.tensor(labels), C).double()
+        chance = math.prod(probabilities[i, c] for i, c in enumerate(labels))
+        expected = expected + chance * exam_of(student, student_after(student, batch.x_us, pseudo, lr), batch).detach()
+    return gradient(expected, teacher)
+
+
+@pytest.mark.parametrize("feedback", ["loss_difference", "dot"])
+def test_the_teachers_gradient_is_the_exact_meta_gradient(feedback):
+    batch, lr = make_batch(), 0.05
+    teacher = learner("teacher", seed=2)
+    torch.manual_seed(5)
+    draws = mpl_gradients(teacher, batch, feedback, lr, draws=1000)
+    exact = exact_expected_gradient(teacher, batch, lr)
+    assert cosine(draws.mean(0), exact) >= 0.99
+    assert cosine(-draws.mean(0), exact) < 0  # the sign of the authors' code
+
+
+def test_loss_difference_tends_to_dot_as_the_learning_rate_vanishes():
+    batch = make_batch(n_u=5)
+    ratios = []
+    for lr in (1e-1, 1e-2, 1e-3):
+        h = {}
+        for kind in ("loss_difference", "dot"):
+            h[kind] = float(
+                train.mpl_step(learner("t", seed=2), learner("s", lr=lr, seed=1), batch, 0, feedback=kind)["h"]
+            )
+        ratios.append(abs(h["loss_difference"] / h["dot"] - 1))
+    assert ratios[0] > ratios[1] > ratios[2]
+    assert ratios[2] < 1e-2
+
+
+def test_dot_is_the_papers_product_of_gradients():
+    batch, lr = make_batch(n_u=5), 0.1
+    teacher, student = learner("t", seed=2), learner("s", lr=lr, seed=1)
+    pseudo = train.draw_pseudo_labels("hard", teacher(batch.x_us)).double()
+    g = gradient(F.cross_entropy(student(batch.x_us), pseudo), student)
+    h = train.mpl_step(teacher, student, batch, 0, feedback="dot")["h"]
+    new = gradient(F.cross_entropy(student(batch.x_l), batch.y_l), student)  # at theta'
+    torch.testing.assert_close(h, lr * (new @ g))
+
+
+def test_cosine_is_the_angle_between_the_same_gradients():
+    batch = make_batch(n_u=5)
+    teacher, student = learner("t", seed=2), learner("s", seed=1)
+    pseudo = train.draw_pseudo_labels("hard", teacher(batch.x_us)).double()
+    g = gradient(F.cross_entropy(student(batch.x_us), pseudo), student)
+    h = train.mpl_step(teacher, student, batch, 0, feedback="cosine")["h"]
+    new = gradient(F.cross_entropy(student(batch.x_l), batch.y_l), student)
+    torch.testing.assert_close(h, (new @ g) / (new.norm() * g.norm()))
+
+
+@pytest.mark.parametrize("optimizer", [sgd, torch.optim.AdamW])
+@pytest.mark.parametrize("feedback", ["loss_difference", "dot"])
+def test_there_is_no_feedback_at_learning_rate_zero(feedback, optimizer):
+    student = learner("s", lr=0.0, optimizer=optimizer)
+    assert float(train.mpl_step(learner("t", seed=2), student, make_batch(), 0, feedback=feedback)["h"]) == 0
+
+
+def test_h_is_positive_when_the_student_improved():
+    """A teacher that is right about the labelled images themselves can only help."""
+    batch = make_batch()
+    batch = batch._replace(x_us=batch.x_l, x_uw=batch.x_l)
+
+    def oracle(x):
+        return 50 * F.one_hot(torch.cat([batch.y_l, batch.y_l])[: len(x)], C).double() + 0 * teacher.model(x)
+
+    teacher, student = learner("t", seed=2), learner("s", seed=1)
+    teacher._forward = lambda network, x: oracle(x)
+    assert float(train.mpl_step(teacher, student, batch, 0, lambda_u=0.0)["h"]) > 0
+
+
+def test_exact_equals_automatic_differentiation_through_the_adamw_step():
+    """Against torch's own differentiable AdamW, at a state left by earlier steps."""
+    from torch.optim.adamw import adamw
+
+    batches = [make_batch(n_u=5, seed=seed) for seed in range(4)]
+    teacher = learner("t", seed=2)
+    student = learner("s", lr=0.05, seed=1, optimizer=torch.optim.AdamW)
+    for batch in batches[:3]:
+        train.mpl_step(teacher, student, batch, 0, feedback="exact", pseudo_label="soft")
+
+    batch = batches[3]
+    group, state = student.optimizer.param_groups[0], student.optimizer.state
+    copies = [p.detach().clone() for p in student.parameters]
+    moments = [[state[p][key].clone().double() for p in student.parameters] for key in ("exp_avg", "exp_avg_sq", "step")]
+    soft = teacher(batch.x_us).softmax(-1)
+    grads = torch.autograd.grad(F.cross_entropy(student(batch.x_us), soft), student.parameters, create_graph=True)
+    beta1, beta2 = group["betas"]
+    adamw(
+        copies,
+        list(grads),
+        moments[0],
+        moments[1],
+        [],
+        moments[2],
+        foreach=False,
+        differentiable=True,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+    names = [name for name, _ in student.model.named_parameters()]
+    truth = gradient(exam_of(student, dict(zip(names, copies, strict=True)), batch), teacher)
+
+    seen = {}
+    plain = gradient(F.cross_entropy(teacher(batch.x_l), batch.y_l), teacher)
+    teacher.update = lambda loss: seen.update(gradient=gradient(loss, teacher) - plain)
+    train.mpl_step(teacher, student, batch, 0, lambda_u=0.0, feedback="exact", pseudo_label="soft")
+    torch.testing.assert_close(seen["gradient"], truth, rtol=1e-6, atol=1e-12)
+    for p, copied in zip(student.parameters, copies, strict=True):
+        torch.testing.assert_close(p.detach(), copied.detach())
+
+
+def test_consistency_losses_have_the_gradient_worked_out_by_hand():
+    """Two classes: s = sigmoid(a - b) is the first class's probability, p = (q, 1 - q) the target."""
+    q, s = 0.9, 0.6
+    logits = torch.tensor([[math.log(s / (1 - s)), 0.0]], dtype=torch.float64, requires_grad=True)
+    p, mask = torch.tensor([[q, 1 - q]], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+
+    loss = train.consistency_loss("CE", logits, p, mask)
+    assert float(loss.detach()) == pytest.approx(-q * math.log(s) - (1 - q) * math.log(1 - s))
+    (slope,) = torch.autograd.grad(loss, logits)
+    assert slope.flatten().tolist() == pytest.approx([s - q, q - s])
+
+    loss = train.consistency_loss("cos", logits, p, mask)
+    norm_p, norm_s = math.hypot(q, 1 - q), math.hypot(s, 1 - s)
+    dot = q * s + (1 - q) * (1 - s)
+    assert float(loss.detach()) == pytest.approx(-dot / (norm_p * norm_s))
+    (slope,) = torch.autograd.grad(loss, logits)
+    d_s = -((2 * q - 1) / norm_s - dot * (2 * s - 1) / norm_s**3) / norm_p  # d loss / d s, with s in both places
+    assert slope.flatten().tolist() == pytest.approx([d_s * s * (1 - s), -d_s * s * (1 - s)])
+
+
+def test_mask_and_temperature_by_number():
+    logits = torch.tensor([[math.log(9.0), 0.0], [math.log(1.5), 0.0]])
+    p, mask = train.soft_target(logits, temperature=1.0, threshold=0.75)
+    assert p[:, 0].tolist() == pytest.approx([0.9, 0.6])
+    assert mask.tolist() == [1, 0]
+    p, mask = train.soft_target(logits, temperature=2.0, threshold=0.75)  # odds 9 become 3
+    assert float(p[0, 0]) == pytest.approx(0.75)
+    _, mask = train.soft_target(logits, temperature=2.01, threshold=0.75)
+    assert mask.tolist() == [0, 0]
+
+
+def test_the_mean_is_over_all_images_masked_ones_included():
+    logits = torch.zeros(4, 2)
+    p, mask = torch.full((4, 2), 0.5), torch.tensor([1.0, 0, 0, 0])
+    assert float(train.consistency_loss("CE", logits, p, mask)) == pytest.approx(math.log(2) / 4)
+
+
+def test_the_weight_of_the_consistency_ramps_up_linearly():
+    weights = [train.consistency_weight(0.5, step, 4) for step in range(6)]
+    assert weights == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5])
+
+
+@pytest.mark.parametrize("unsupervised", ["CE", "cos"])
+@pytest.mark.parametrize(
+    ("feedback", "pseudo_label"),
+    [
+        ("loss_difference", "hard"),
+        ("loss_difference", "sampled"),
+        ("dot", "hard"),
+        ("cosine", "hard"),
+        ("exact", "soft"),
+    ],
+)
+def test_every_loss_moves_the_teacher(unsupervised, feedback, pseudo_label):
+    """Each term alone has a gradient: the consistency with no feedback, the feedback with no consistency."""
+    batch = make_batch(n_u=8)
+    moved = {}
+    for weight, kind, label in ((0.0, "none", "hard"), (1.0, "none", "hard"), (0.0, feedback, pseudo_label)):
+        teacher, student = learner("t", seed=2), learner("s", seed=1, optimizer=torch.optim.AdamW)
+        for number in range(2):  # AdamW's very first step is a pure sign, flat in the labels
+            train.mpl_step(
+                teacher,
+                student,
+                batch,
+                number,
+                lambda_u=weight,
+                uda_steps=1,
+                threshold=0.0,
+                unsupervised=unsupervised,
+                feedback=kind,
+                pseudo_label=label,
+            )
+        moved[weight, kind] = train.flatten(teacher.parameters)
+    start = moved[0.0, "none"]
+    assert all(float((each - start).abs().max()) > 1e-9 for key, each in moved.items() if key != (0.0, "none"))
+
+
+def test_the_student_sits_out_the_warm_up():
+    batch, student = make_batch(n_u=3), learner("s", seed=1)
+    before = train.flatten(student.parameters)
+    measured = train.mpl_step(learner("t", seed=2), student, batch, 4, warmup_steps=5)
+    assert torch.equal(train.flatten(student.parameters), before)
+    assert "h" not in measured
+    train.mpl_step(learner("t", seed=2), student, batch, 5, warmup_steps=5)
+    assert not torch.equal(train.flatten(student.parameters), before)
+
+
+def test_the_student_learns_from_pseudo_labels_alone():
+    """Its step does not depend on the true labels."""
+    batch, ends = make_batch(n_u=3), []
+    for labels in (batch.y_l, (batch.y_l + 1) % C):
+        student = learner("s", seed=1)
+        train.mpl_step(learner("t", seed=2), student, batch._replace(y_l=labels), 0)
+        ends.append(train.flatten(student.parameters))
+    assert torch.equal(*ends)
+
+
+def test_exams_leave_batch_norm_alone_and_do_not_hear_dropout():
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, C))
+    student = learner("s", model=model)
+    batch = make_batch(n_u=8)
+    student(batch.x_us)  # statistics to start from
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    first, second = student.examine(batch.x_l), student.examine(batch.x_l)
+    assert torch.equal(first, second)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    student = learner("s", lr=0.0, model=model)
+    assert float(train.mpl_step(learner("t", seed=2), student, batch, 0)["h"]) == 0
+
+
+ROLES = {
+    "train": train.fixed_roles("teacher", "student"),
+    "switch": train.alternating_roles("model_1", "model_2"),
+    "finetune": train.fixed_roles("student"),
+}
+
+
+@pytest.mark.parametrize("mode", ROLES)
+def test_every_schedule_ends_at_its_floor(mode):
+    epochs, warmup, steps = 7, 3 if mode != "finetune" else 0, 4
+    updates = train.count_updates(ROLES[mode], epochs=epochs, warmup_epochs=warmup, steps_per_epoch=steps)
+    learners = {name: Learner(name, nn.Linear(4, C).double(), updates=count, lr=0.1) for name, count in updates.items()}
+    for made in learners.values():
+        made._forward = lambda network, x: network(x)
+    rates = {name: [] for name in learners}
+    for name, made in learners.items():
+        made.optimizer.register_step_pre_hook(lambda *_, name=name, made=made: rates[name].append(made.lr))
+
+    def step(*players_batch_number):
+        *players, batch, number = players_batch_number
+        if len(players) == 1:
+            return train.supervised_step(*players, batch, number)
+        return train.mpl_step(*players, batch, number, warmup_steps=warmup * steps)
+
+    train.fit(
+        learners,
+        itertools.repeat(make_batch(n_u=3)),
+        step,
+        ROLES[mode],
+        epochs=range(epochs),
+        steps_per_epoch=steps,
+        seed=0,
+    )
+    for name in learners:
+        assert len(rates[name]) == updates[name]
+        assert rates[name][-1] == pytest.approx(0.1 / 25 / 1e4)
+        assert max(rates[name]) == pytest.approx(0.1, rel=0.02)
+    if mode != "finetune":
+        assert sum(updates.values()) == epochs * steps + (epochs - warmup) * steps
+
+
+def test_roles_alternate_and_swapping_shares_no_optimiser_state():
+    roles = train.alternating_roles("a", "b")
+    assert [roles(epoch) for epoch in range(3)] == [("a", "b"), ("b", "a"), ("a", "b")]
+    learners = {name: learner(name, seed=i, optimizer=torch.optim.AdamW) for i, name in enumerate("ab")}
+    for epoch in range(2):
+        train.mpl_step(*(learners[name] for name in roles(epoch)), make_batch(n_u=3), epoch)
+    storages = [
+        {value.data_ptr() for state in made.optimizer.state.values() for value in state.values()}
+        for made in learners.values()
+    ]
+    assert not storages[0] & storages[1]
+    owned = [{id(p) for group in made.optimizer.param_groups for p in group["params"]} for made in learners.values()]
+    assert not owned[0] & owned[1]
+
+
+def test_training_stops_on_a_loss_that_is_not_finite():
+    from utils import DivergedError
+
+    made = learner("student", lr=0.3)
+    with pytest.raises(DivergedError, match=r"step 3 .*student 0\.3.*--lr"):
+        train.fit(
+            {"student": made},
+            itertools.repeat(make_batch()),
+            lambda *_: {"loss_l": torch.tensor(math.nan)},
+            train.fixed_roles("student"),
+            epochs=range(3),
+            steps_per_epoch=4,
+            seed=0,
+        )
+
+
+def test_an_ensemble_averages_probabilities():
+    a, b = torch.tensor([[math.log(9.0), 0.0]]), torch.tensor([[0.0, 0.0]])
+    assert train.ensemble([a, b])[0].tolist() == pytest.approx([0.7, 0.3])
+
+
+def test_metrics_by_number():
+    probabilities = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.3, 0.7], [0.9, 0.1]])
+    metrics = train.evaluate(probabilities, np.array([0, 1, 1, 0]))
+    assert metrics["accuracy"] == 0.75
+    assert metrics["balanced_accuracy"] == 0.75
+    assert metrics["macro_f1"] == pytest.approx((0.8 + 2 / 3) / 2)
+    assert metrics["ece"] == pytest.approx((0.2 + 0.6 + 0.3 + 0.1) / 4)
+    assert metrics["loss"] == pytest.approx(-(math.log(0.8) + math.log(0.4) + math.log(0.7) + math.log(0.9)) / 4)
