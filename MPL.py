@@ -34,21 +34,41 @@ import utils
 
 
 class Interrupted(Exception):
+    """A signal asked the program to stop."""
+
     def __init__(self, number: int) -> None:
         self.number = number
+
+
+class Signals:
+    """SIGINT and SIGTERM: in training they wait for the end of the step; a second one, or at another time, at once."""
+
+    def __init__(self) -> None:
+        self.deferred = False
+        self.pending: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame: object) -> None:
+        if not self.deferred or self.pending is not None:
+            raise Interrupted(number)
+        self.pending = number
+
+    def stop_if_asked(self) -> None:
+        if self.pending is not None:
+            raise Interrupted(self.pending)
 
 
 def main(config: args.Config) -> int:
     """Run one command. Returns its exit code."""
     logging.getLogger("timm").setLevel(logging.ERROR)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    signals = Signals()
     try:
         with utils.resources_explained(config.batch_size):
-            run(config)
+            run(config, signals)
         return 0
     except Interrupted as stop:
-        print(f"\nMPL.py: stopped by {signal.Signals(stop.number).name}", file=sys.stderr)
+        print(f"\nMPL.py: stopped by {signal.Signals(stop.number).name}; --resume goes on from here", file=sys.stderr)
         return 128 + stop.number
     except utils.Failure as error:
         if config.debug:
@@ -57,15 +77,11 @@ def main(config: args.Config) -> int:
         return error.exit_code
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise Interrupted(number)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # One run
 
 
-def run(config: args.Config) -> None:
+def run(config: args.Config, signals: Signals) -> None:
     """Options to data to learners to mode to results."""
     began = time.perf_counter()
     saved = None
@@ -99,7 +115,7 @@ def run(config: args.Config) -> None:
             draw_samples(session, folder)
         trained = None
         if config.mode != "test":
-            trained = fit(session, folder)
+            trained = fit(session, folder, signals)
         seconds_train = time.perf_counter() - began
         report(session, folder, trained, began, seconds_train)
 
@@ -238,9 +254,9 @@ def describe_data(index: data.Index, split: data.Split) -> list[str]:
     if groups:
         conflicts = [group for group in groups if len({int(index.labels[i]) for i in group} - {data.UNKNOWN}) > 1]
         notes.append(f"{len(groups)} groups of identical images, each kept on one side of the split")
-        notes += [
-            "conflicting labels, used without them: " + ", ".join(index.paths[i] for i in group) for group in conflicts
-        ]
+        if conflicts:
+            first = " and ".join(index.paths[i] for i in conflicts[0])
+            notes.append(f"{len(conflicts)} of them have conflicting labels and are used without (first: {first})")
     if index.ignored:
         notes.append(f"{len(index.ignored)} files are no images and were passed over (first: {index.ignored[0]})")
     return notes
@@ -250,7 +266,7 @@ def describe_data(index: data.Index, split: data.Split) -> list[str]:
 # Training
 
 
-def fit(session: Session, folder: utils.RunFolder) -> dict[str, models.Learner]:
+def fit(session: Session, folder: utils.RunFolder, signals: Signals) -> dict[str, models.Learner]:
     """Train in the run's mode. Returns the learners with their best weights; the one that is scored comes first."""
     config = session.config
     if config.mode == "finetune":
@@ -302,24 +318,33 @@ def fit(session: Session, folder: utils.RunFolder) -> dict[str, models.Learner]:
         labels=session.index.labels[val],
         identity=session.identity(),
     )
+    total = config.num_epochs * steps
     first = keeper.resume() if config.resume else 0
-    with record.Progress(config.num_epochs * steps, first * steps, config.num_epochs) as progress:
+    with record.Progress(total, first, config.num_epochs) as progress:
 
         def on_epoch(epoch: int, players: tuple[str, ...], means: dict[str, float]) -> None:
             progress.show(epoch, keeper.close_epoch(epoch, players, means), means)
 
+        def on_step(done: int) -> None:
+            progress.advance()
+            keeper.close_step(done, stop=signals.pending is not None)
+            signals.stop_if_asked()
+
+        signals.deferred = True
         train.fit(
             learners,
-            session.batches(schedule, first * steps, config.num_epochs * steps),
+            session.batches(schedule, first, total),
             step,
             roles,
-            epochs=range(first, config.num_epochs),
+            steps=range(first, total),
             steps_per_epoch=steps,
             seed=config.seed,
-            on_step=progress.advance,
+            meter=keeper.meter,
+            on_step=on_step,
             on_epoch=on_epoch,
         )
-    keeper.finish(config.num_epochs)
+        signals.deferred = False
+    keeper.finish(total)
     for name in learners:
         learners[name].load_weights(keeper.best["learners"][name])
     return {name: learners[name] for name in [*scored, *(set(learners) - set(scored))]}

@@ -183,12 +183,14 @@ def _timm(name: str, pretrained: bool) -> tuple[nn.Module, tuple]:
     import timm
 
     if not timm.is_model(name.split(".")[0]):
-        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:4])
+        close = ", ".join(timm.list_models(f"{name.split('_')[0]}*")[:4])
         raise UsageError(
             f"--model_name {name}: neither a torchvision classifier nor a timm model"
             + (f"; timm has {close} ..." if close else "; see timm.list_models()")
         )
     try:
+        if pretrained:
+            _ask_hub_once()
         model = timm.create_model(name, pretrained=pretrained, num_classes=0)
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
@@ -196,6 +198,18 @@ def _timm(name: str, pretrained: bool) -> tuple[nn.Module, tuple]:
             f"({type(error).__name__}): give a file as --weights PATH; needing none: {NEED_NO_DOWNLOAD}"
         ) from error
     return model, (tuple(model.default_cfg.get("mean", IMAGENET[0])), tuple(model.default_cfg.get("std", IMAGENET[1])))
+
+
+def _ask_hub_once() -> None:
+    """Without a network, have the hub's client look at its local files only; it would try for most of a minute."""
+    import urllib.request
+
+    from huggingface_hub import constants
+
+    try:
+        urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
 
 
 def _load_weights(body: nn.Module, file: str) -> None:

@@ -63,6 +63,7 @@ class Keeper:
         self.validate, self.labels, self.identity = validate, labels, identity
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"score": -1.0}
+        self.meter = train.Meter()
         self.saved_at = time.perf_counter()
 
     def close_epoch(self, epoch: int, players: tuple[str, ...], means: dict[str, float]) -> float:
@@ -84,28 +85,39 @@ class Keeper:
         if score >= self.best["score"]:
             weights = {name: learner.weights() for name, learner in self.learners.items()}
             self.best = {"score": score, "epoch": epoch, "learners": weights}
-        if time.perf_counter() - self.saved_at > SAVE_SECONDS:
-            self.save(epoch + 1)
         return score
 
-    def finish(self, epochs: int) -> None:
+    def close_step(self, done: int, stop: bool) -> None:
+        """Save if it is time to, or if this is where to ``stop``."""
+        if stop or time.perf_counter() - self.saved_at > SAVE_SECONDS:
+            self.save(done)
+
+    def finish(self, done: int) -> None:
         """Write the last checkpoint and the history."""
-        self.save(epochs)
+        self.save(done)
         rows = [HISTORY, *([row[key] for key in HISTORY] for row in self.history)]
         utils.write_atomically(self.folder.results / "history.csv", csv_bytes(rows))
 
-    def save(self, epochs_done: int) -> None:
-        """Write the best weights, and what is needed to go on after ``epochs_done`` epochs."""
-        state = {name: learner.state_dict() for name, learner in self.learners.items()}
-        utils.save_checkpoint(self.folder.checkpoints / utils.BEST, self.identity | self.best)
-        utils.save_checkpoint(
-            self.folder.checkpoints / utils.LAST,
-            self.identity | {"epochs_done": epochs_done, "state": state, "history": self.history, "best": self.best},
-        )
+    def save(self, done: int) -> None:
+        """Write the best weights so far, and what is needed to go on after ``done`` steps."""
+        if "learners" in self.best:
+            utils.save_checkpoint(self.folder.checkpoints / utils.BEST, self.identity | self.best)
+        last = {
+            "steps_done": done,
+            "state": {name: learner.state_dict() for name, learner in self.learners.items()},
+            "meter": {"sums": dict(self.meter.sums), "counts": dict(self.meter.counts)},
+            "history": self.history,
+            "best": self.best,
+        }
+        utils.save_checkpoint(self.folder.checkpoints / utils.LAST, self.identity | last)
         self.saved_at = time.perf_counter()
 
     def resume(self) -> int:
-        """Take up the last checkpoint. Returns the epoch to go on with."""
+        """Take up the last checkpoint. Returns the number of steps it had done.
+
+        Raises:
+            CheckpointError: the run was started with other options; lists them.
+        """
         last = utils.load_checkpoint(self.folder.checkpoints / utils.LAST)
         now, then = self.identity["config"], last["config"]
         differ = [key for key in now if key not in args.HARMLESS and now[key] != then.get(key)]
@@ -115,7 +127,11 @@ class Keeper:
         for name, learner in self.learners.items():
             learner.load_state_dict(last["state"][name])
         self.history, self.best = last["history"], last["best"]
-        return last["epochs_done"]
+        device = next(iter(self.learners.values())).device
+        self.meter = train.Meter(
+            {key: value.to(device) for key, value in last["meter"]["sums"].items()}, last["meter"]["counts"]
+        )
+        return last["steps_done"]
 
 
 class Progress:
@@ -136,7 +152,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
-    def advance(self, number: int) -> None:
+    def advance(self) -> None:
         self.bar.update()
 
     def show(self, epoch: int, score: float, means: dict[str, float]) -> None:

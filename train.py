@@ -264,6 +264,10 @@ class Meter:
             self.sums[key] = self.sums.get(key, 0) + value
             self.counts[key] = self.counts.get(key, 0) + 1
 
+    def clear(self) -> None:
+        self.sums.clear()
+        self.counts.clear()
+
     def means(self) -> dict[str, float]:
         return {key: float(total) / self.counts[key] for key, total in self.sums.items()}
 
@@ -274,36 +278,40 @@ def fit(
     step: Step,
     roles: Callable[[int], tuple[str, ...]],
     *,
-    epochs: range,
+    steps: range,
     steps_per_epoch: int,
     seed: int,
-    on_step: Callable[[int], None] = lambda number: None,
+    meter: Meter,
+    on_step: Callable[[int], None] = lambda done: None,
     on_epoch: Callable[[int, tuple[str, ...], dict[str, float]], None] = lambda epoch, players, means: None,
 ) -> None:
-    """Train: for each epoch, the players that ``roles`` names take ``steps_per_epoch`` steps together.
+    """Train: at each step, the players that ``roles`` names for its epoch take it together.
 
     The loop knows no loss and no network. It seeds torch anew at each step, so that a run that goes on from a
     checkpoint draws what it would have drawn.
 
     Args:
-        batches: one for each step still to come.
+        batches: one for each of ``steps``.
+        meter: what the unfinished epoch has measured so far; emptied at the end of each.
+        on_step: called after each step with the number of steps done.
         on_epoch: called after each epoch with its number, its players and the means of its measurements.
 
     Raises:
         DivergedError: a loss is not finite.
     """
-    for epoch in epochs:
+    for number in steps:
+        epoch = number // steps_per_epoch
         players = roles(epoch)
-        meter = Meter()
-        for number in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
-            seed_torch(seed, "step", number)
-            meter.add(step(*(learners[name] for name in players), next(batches), number))
-            on_step(number)
-        means = meter.means()
-        if not all(map(math.isfinite, means.values())):
-            rates = ", ".join(f"{name} {learners[name].lr:.2g}" for name in players)
-            raise DivergedError(f"a loss is not finite after step {number} (learning rate: {rates}): lower --lr")
-        on_epoch(epoch, players, means)
+        seed_torch(seed, "step", number)
+        meter.add(step(*(learners[name] for name in players), next(batches), number))
+        if (number + 1) % steps_per_epoch == 0:
+            means = meter.means()
+            if not all(map(math.isfinite, means.values())):
+                rates = ", ".join(f"{name} {learners[name].lr:.2g}" for name in players)
+                raise DivergedError(f"a loss is not finite by step {number + 1} (learning rate: {rates}): lower --lr")
+            on_epoch(epoch, players, means)
+            meter.clear()
+        on_step(number + 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

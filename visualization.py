@@ -120,9 +120,17 @@ def draw_curves(history: list[dict[str, str]], title: str, path: Path) -> Path:
     if "model_1" in networks:
         axes["accuracy"].set_title("Validation accuracy (Model 1 teaches in even epochs, Model 2 in odd)", fontsize=9)
     figure.suptitle(title)
-    figure.savefig(path)
+    return _save(figure, path)
+
+
+def _save(figure: plt.Figure, path: Path) -> Path:
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.12)
     plt.close(figure)
     return path
+
+
+def _short(name: str, length: int) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def _series(rows: list[dict[str, str]], key: str) -> tuple[list[int], list[float]]:
@@ -137,7 +145,7 @@ def draw_confusion(
     n = len(classes)
     counts = confusion_matrix(truth, predicted, labels=list(classes))
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    names = [textwrap.shorten(name, 24, placeholder="…") if len(name) > 24 else name for name in classes]
+    names = [_short(name, 28) for name in classes]
     longest = max(map(len, names))
     cell = 0.62 if n <= 20 else 0.24
     side = max(3.2, cell * n)
@@ -160,10 +168,8 @@ def draw_confusion(
     ax.set(xlabel="predicted", ylabel="true")
     ax.tick_params(labelsize=font)
     ax.grid(False)
-    figure.colorbar(display.im_, ax=ax, label="share of the true class", fraction=0.04, pad=0.02, aspect=30)
-    figure.savefig(path)
-    plt.close(figure)
-    return path
+    figure.colorbar(display.im_, ax=ax, label="share of the true class", shrink=min(1.0, 5 / side), aspect=30)
+    return _save(figure, path)
 
 
 def draw_samples(images: np.ndarray, weak: np.ndarray, strong: np.ndarray, labels: Sequence[str], path: Path) -> Path:
@@ -192,7 +198,5 @@ def draw_samples(images: np.ndarray, weak: np.ndarray, strong: np.ndarray, label
                     spine.set_visible(False)
             axes[i, 0].set_ylabel(name)
         for j, label in enumerate(labels):
-            axes[0, j].set_title(textwrap.shorten(label, 16, placeholder="…") if len(label) > 16 else label, fontsize=9)
-        figure.savefig(path)
-        plt.close(figure)
-    return path
+            axes[0, j].set_title(_short(label, 16), fontsize=9)
+        return _save(figure, path)

@@ -1,6 +1,10 @@
 """Small data made on the spot, and the program run as a user runs it."""
 
+import contextlib
+import io
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+os.environ["OMP_NUM_THREADS"] = "1"  # networks this small gain nothing from more; inherited by every process started
+
+import args
+import MPL
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--model_name", "wrn_10_1", "--img_size", "16", "--batch_size", "8", "--steps_per_epoch", "2", "--amp", "off"]
@@ -37,11 +46,29 @@ class Cli:
     def __init__(self, cwd: Path) -> None:
         self.cwd = cwd
 
+    def command(self, *options: object) -> list[str]:
+        return [*map(str, (sys.executable, ROOT / "MPL.py", "--cache_dir", self.cwd / "cache", *options))]
+
     def __call__(self, *options: object, check: int = 0) -> subprocess.CompletedProcess:
-        command = [sys.executable, ROOT / "MPL.py", "--cache_dir", self.cwd / "cache", *options]
-        done = subprocess.run(list(map(str, command)), cwd=self.cwd, capture_output=True, text=True, timeout=300)
+        """Run it as a user does."""
+        done = subprocess.run(self.command(*options), cwd=self.cwd, capture_output=True, text=True, timeout=300)
         assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
+
+    def inside(self, *options: object, check: int = 0) -> subprocess.CompletedProcess:
+        """Run it in this process: the same program without the seconds that importing torch takes."""
+        out, err = io.StringIO(), io.StringIO()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        with contextlib.chdir(self.cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = MPL.main(args.parse(self.command(*options)[2:]))
+            except SystemExit as stop:
+                code = stop.code
+            finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+        assert code == check, f"exit {code}\n{out.getvalue()}\n{err.getvalue()}"
+        return subprocess.CompletedProcess(options, code, out.getvalue(), err.getvalue())
 
     def metrics(self, name: str) -> dict:
         metrics = json.loads((self.cwd / "results" / name / "metrics.json").read_text())
@@ -51,7 +78,7 @@ class Cli:
     def one_line_error(self, code: int, *options: object) -> str:
         """The message of a command that must fail in one line and leave nothing behind."""
         before = sorted(self.cwd.rglob("*"))
-        done = self(*options, check=code)
+        done = self.inside(*options, check=code)
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
         assert done.stderr.startswith("MPL.py: ")
         assert sorted(self.cwd.rglob("*")) == before

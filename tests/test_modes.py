@@ -1,0 +1,235 @@
+"""Every mode, end to end, as a user runs it."""
+
+import csv
+import json
+import signal
+import subprocess
+
+import pytest
+from conftest import TINY, make_folder
+
+EPOCHS = ["--num_epochs", "3"]
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, colours):
+    """One training run in each mode, shared by the tests that only look."""
+    from conftest import Cli
+
+    cli = Cli(tmp_path_factory.mktemp("runs"))
+    common = ["--data_dir", colours, "--num_labels_percent", "20", *TINY, *EPOCHS]
+    cli.output = {
+        "train": cli("--name", "exp", *common, "--show_images", "--print_model").stdout,
+        "switch": cli("--name", "roles", "--switch_mode", *common).stdout,
+        "finetune": cli("--name", "labels", "--finetune_mode", *common).stdout,
+    }
+    return cli
+
+
+def test_training_leaves_what_the_design_promises(trained):
+    folder = trained.cwd / "results" / "exp"
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    assert names == {
+        "config.json",
+        "commandline_args.txt",
+        "split.csv",
+        "history.csv",
+        "metrics.json",
+        "predictions.csv",
+        "graphs.png",
+        "samples.png",
+        "Student_CM.png",
+        "Teacher_CM.png",
+        "Teacher and Student_CM.png",
+    }
+    assert {p.name for p in (trained.cwd / "checkpoints" / "colours" / "exp").iterdir()} == {
+        "best_student.pth",
+        "last.pth",
+    }
+    assert (folder / "config.json").read_text() == (folder / "commandline_args.txt").read_text()
+    assert json.loads((folder / "config.json").read_text())["batch_size"] == 8
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert (metrics["mode"], metrics["dataset"], metrics["model_name"]) == ("train", "colours", "wrn_10_1")
+    assert set(metrics["test"]) == set(metrics["val"]) == {"student", "teacher", "ensemble"}
+    assert set(metrics["test"]["student"]) == {"accuracy", "balanced_accuracy", "macro_f1", "ece"}
+    assert set(metrics["seconds"]) == {"total", "train", "test"}
+    parts = [row["split"] for row in rows(folder / "split.csv")]
+    assert metrics["counts"] == {part: parts.count(part) for part in ("labeled", "unlabeled", "val", "test")}
+    assert len(parts) == 60
+    assert "parameters" in trained.output["train"]
+
+
+def test_the_table_ends_the_output_within_80_columns(trained):
+    tail = trained.output["train"].splitlines()[-9:]
+    text = "\n".join(tail)
+    for word in ("labels used", "student", "teacher", "ensemble", "accuracy", "pictures", "results/exp"):
+        assert word in text
+    assert max(len(line) for line in tail if "pictures" not in line) <= 80
+
+
+def test_history_has_a_row_an_epoch_and_network(trained):
+    history = rows(trained.cwd / "results" / "exp" / "history.csv")
+    assert [(row["epoch"], row["network"], row["role"]) for row in history[:2]] == [
+        ("0", "teacher", "teacher"),
+        ("0", "student", "student"),
+    ]
+    assert len(history) == 6
+    assert all(float(row["loss_l"]) > 0 for row in history[::2])
+    assert all(float(row["loss_s"]) > 0 for row in history[1::2])
+    swapped = rows(trained.cwd / "results" / "roles" / "history.csv")
+    assert [row["network"] for row in swapped] == ["model_1", "model_2", "model_2", "model_1", "model_1", "model_2"]
+    assert [row["role"] for row in swapped] == ["teacher", "student"] * 3
+
+
+def test_role_playing_is_reported_by_model(trained):
+    folder = trained.cwd / "results" / "roles"
+    assert {path.name for path in folder.glob("*_CM.png")} == {"Model 1_CM.png", "Model 2_CM.png", "Both models_CM.png"}
+    assert set(trained.metrics("roles")["test"]) == {"model_1", "model_2", "ensemble"}
+
+
+def test_the_labels_only_baseline_uses_the_very_split_of_training(trained):
+    split = (trained.cwd / "results" / "exp" / "split.csv").read_bytes()
+    assert (trained.cwd / "results" / "labels" / "split.csv").read_bytes() == split
+    assert set(trained.metrics("labels")["test"]) == {"student"}
+
+
+@pytest.mark.parametrize(
+    "load_path", ["/checkpoints/colours/exp", "checkpoints/colours/exp", "colours/exp", "exp", None]
+)
+def test_testing_reprints_the_training_runs_figures(trained, load_path):
+    load_path = load_path or trained.cwd / "checkpoints" / "colours" / "exp" / "best_student.pth"
+    trained.inside("--name", "again", "--test_mode", "--load_path", load_path, "--overwrite")
+    before, after = trained.metrics("exp"), trained.metrics("again")
+    assert after["mode"] == "test"
+    assert after == before | {"mode": "test"}
+    predictions = [(trained.cwd / "results" / name / "predictions.csv").read_bytes() for name in ("exp", "again")]
+    assert predictions[0] == predictions[1]
+
+
+def test_finetuning_takes_the_checkpoints_split_weights_and_partner(trained, colours):
+    trained.inside(
+        *("--name", "finetune", "--finetune_mode", "--load_best", "--data_dir", colours),
+        *("--load_path", "/checkpoints/colours/exp", "--steps_per_epoch", "2", *EPOCHS),
+    )
+    split = [(trained.cwd / "results" / name / "split.csv").read_bytes() for name in ("exp", "finetune")]
+    assert split[0] == split[1]
+    before, after = trained.metrics("exp"), trained.metrics("finetune")
+    assert set(after["test"]) == {"student", "teacher", "ensemble"}
+    assert after["test"]["teacher"] == before["test"]["teacher"]
+    config = json.loads((trained.cwd / "results" / "finetune" / "config.json").read_text())
+    assert config["model_name"] == "wrn_10_1"
+
+
+def test_load_best_finds_the_datasets_best_run(trained, colours):
+    trained.inside("--name", "best", "--test_mode", "--load_best", "--data_dir", colours)
+    best = max(
+        trained.metrics(name)["val"][who]["accuracy"]
+        for name, who in [("exp", "student"), ("roles", "ensemble"), ("labels", "student")]
+    )
+    scores = [metrics["accuracy"] for metrics in trained.metrics("best")["val"].values()]
+    assert best in scores
+
+
+def test_a_mismatching_checkpoint_is_refused(trained, tmp_path):
+    message = trained.inside("--test_mode", "--load_path", "exp", "--img_size", "32", check=4).stderr
+    assert "--img_size 32 (there 16)" in message
+    other = make_folder(tmp_path / "other", classes=4)
+    message = trained.inside("--test_mode", "--load_path", "exp", "--data_dir", other, check=4).stderr
+    assert "class 3" in message
+    assert "no best_student.pth" in trained.inside("--test_mode", "--load_path", "nowhere", check=4).stderr
+
+
+def test_a_run_is_never_trampled(trained, colours):
+    before = (trained.cwd / "results" / "exp" / "metrics.json").read_bytes()
+    message = trained.inside("--name", "exp", "--data_dir", colours, *TINY, check=4).stderr
+    assert all(word in message for word in ("--resume", "--overwrite", "--name"))
+    assert (trained.cwd / "results" / "exp" / "metrics.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("mode", [[], ["--switch_mode"], ["--finetune_mode"]])
+def test_the_same_command_gives_the_same_figures_with_any_number_of_workers(cli, colours, mode):
+    for name, workers, start in (("a", 0, cli), ("b", 0, cli.inside), ("c", 2, cli.inside)):
+        start("--name", name, "--data_dir", colours, *mode, *TINY, *EPOCHS, "--num_workers", workers)
+    assert cli.metrics("a") == cli.metrics("b") == cli.metrics("c")
+    histories = [(cli.cwd / "results" / name / "history.csv").read_bytes() for name in "abc"]
+    assert histories[0] == histories[1] == histories[2]
+
+
+def test_a_frozen_backbone_trains_on_kept_features(cli, colours):
+    frozen = ["--data_dir", colours, *TINY, *EPOCHS, "--trainable", "head", "--views", "2"]
+    cold = cli.inside("--name", "cold", *frozen).stdout
+    warm = cli.inside("--name", "warm", *frozen).stdout
+    cli.inside("--name", "fresh", *frozen, "--cache_gb", "0")
+    assert "(0.00 GiB so far)" in cold
+    assert "features of 2 weak and strong views" in warm
+    assert cli.metrics("cold") == cli.metrics("warm")
+    assert cli.metrics("fresh")["counts"] == cli.metrics("cold")["counts"]
+    cli.inside("--name", "test", "--test_mode", "--load_path", "warm")
+    assert cli.metrics("test")["test"] == cli.metrics("warm")["test"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--feedback", "dot"],
+        ["--feedback", "cosine", "--pseudo_label", "sampled"],
+        ["--feedback", "exact"],
+        ["--feedback", "none", "--pseudo_label", "soft"],
+        ["--unsupervised", "cos", "--ema", "0.9", "--label_smoothing", "0.1", "--augmentation", "randaugment"],
+    ],
+)
+def test_every_variant_trains_and_tests_the_same(cli, colours, options):
+    cli.inside("--name", "a", "--data_dir", colours, *TINY, *EPOCHS, *options)
+    cli.inside("--name", "b", "--test_mode", "--load_path", "a")
+    assert cli.metrics("a")["test"] == cli.metrics("b")["test"]
+
+
+def test_a_resumed_run_equals_one_never_interrupted(cli, colours):
+    """Stopped by a signal in the middle of an epoch, then gone on with."""
+    run = ["--data_dir", str(colours), *TINY, "--num_epochs", "40"]
+    cli.inside("--name", "whole", *run)
+    process = subprocess.Popen(cli.command("--name", "cut", *run), cwd=cli.cwd, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 12/40"):
+            process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    cli.inside("--name", "cut", *run, "--resume")
+    histories = [(cli.cwd / "results" / name / "history.csv").read_bytes() for name in ("whole", "cut")]
+    assert histories[0] == histories[1]
+    assert cli.metrics("whole") == cli.metrics("cut")
+    assert "--lr 0.5" in cli.inside("--name", "cut", *run, "--resume", "--lr", "0.5", check=4).stderr
+
+
+def test_images_nobody_labelled_join_the_training(cli, tmp_path, colours):
+    loose = make_folder(tmp_path / "loose", images=7, seed=9)
+    cli.inside("--name", "a", "--data_dir", colours, "--unlabeled_dir", loose, *TINY, *EPOCHS)
+    counts = cli.metrics("a")["counts"]
+    assert counts["unlabeled"] == 21
+    assert counts["labeled"] + counts["val"] + counts["test"] == 60
+
+
+def test_errors_are_one_line_and_leave_nothing_behind(cli, tmp_path, colours):
+    run = ["--data_dir", tmp_path / "absent"]
+    assert "no such folder" in cli.one_line_error(3, *run)
+    broken = make_folder(tmp_path / "broken", images=6)
+    (broken / "class 0" / "003.png").write_bytes(b"<html>no image</html>")
+    assert "003.png" in cli.one_line_error(3, "--data_dir", broken)
+    whole = (broken / "class 1" / "003.png").read_bytes()
+    (broken / "class 0" / "003.png").write_bytes(whole[: len(whole) // 2])  # its header is sound
+    assert "003.png" in cli.one_line_error(3, "--data_dir", broken, *TINY, *EPOCHS)
+    assert "did you mean 3?" in cli.one_line_error(2, "--data_dir", colours, "--num_labels_percent", "0.03")
+    assert "--device tpu9" in cli.one_line_error(2, "--data_dir", colours, "--device", "tpu9", *TINY)
+    message = cli.one_line_error(4, "--data_dir", colours, "--model_name", "vgg16")
+    assert "--weights PATH" in message
+
+
+def test_digits_train_out_of_the_box(cli):
+    """The embedded default, cut short."""
+    out = cli("--num_epochs", "1", "--steps_per_epoch", "1").stdout
+    assert "digits: 10 classes; 50 labelled" in out
+    assert next((cli.cwd / "results").iterdir()).name.startswith("digits_20")

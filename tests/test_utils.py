@@ -1,0 +1,105 @@
+"""Checkpoints, the run folder, seeds, paths."""
+
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import utils
+
+STATE = {"weights": {"a": torch.arange(5.0)}, "names": ["é", "x\ny"], "score": 0.5}
+
+
+def test_a_checkpoint_comes_back_and_is_a_plain_torch_file(tmp_path):
+    path = tmp_path / "deep" / "c.pth"
+    utils.save_checkpoint(path, STATE)
+    loaded = utils.load_checkpoint(path)
+    assert torch.equal(loaded["weights"]["a"], STATE["weights"]["a"])
+    assert loaded["names"] == STATE["names"]
+    assert torch.load(path, weights_only=True)["score"] == 0.5
+    assert os.listdir(path.parent) == ["c.pth"]
+
+
+def test_one_flipped_bit_or_a_cut_anywhere_is_noticed(tmp_path):
+    path = tmp_path / "c.pth"
+    utils.save_checkpoint(path, STATE)
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    for position in [0, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(200))]:
+        content = bytearray(whole)
+        content[position] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+        with pytest.raises(utils.CheckpointError, match="damaged"):
+            utils.load_checkpoint(path)
+        path.write_bytes(whole[:position])
+        with pytest.raises(utils.CheckpointError):
+            utils.load_checkpoint(path)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "f"
+    utils.write_atomically(path, b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(utils.ResourceError, match="No space left"):
+        utils.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_a_name_in_use_is_refused_with_the_process_that_holds_it(tmp_path):
+    folder = utils.RunFolder.named(str(tmp_path), "d", "exp")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import utils\n"
+        "with utils.RunFolder.named(sys.argv[2], 'd', 'exp').claim(resume=False, overwrite=False):\n"
+        "    print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, ROOT, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    with (
+        pytest.raises(utils.CheckpointError, match=f"process {holder.pid}"),
+        folder.claim(resume=False, overwrite=True),
+    ):
+        pass
+    holder.kill()
+    holder.wait()
+    with folder.claim(resume=False, overwrite=True):  # the lock died with its holder
+        pass
+
+
+def test_a_failed_start_removes_what_it_made(tmp_path):
+    folder = utils.RunFolder.named(str(tmp_path / "out"), "d", "exp")
+    with pytest.raises(utils.DataError), folder.claim(resume=False, overwrite=False):
+        raise utils.DataError("bad")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_paths_with_the_originals_leading_slash_fall_back_to_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "datasets" / "flowers").mkdir(parents=True)
+    assert utils.resolve_path("/datasets/flowers") == utils.Path("datasets/flowers")
+    assert utils.resolve_path(str(tmp_path)) == tmp_path
+
+
+def test_seeds_depend_on_every_part_and_on_no_process():
+    assert len({utils.derive_seed(i, name) for i in range(50) for name in "ab"}) == 100
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import utils; print(utils.derive_seed(3, 'x', 1))"
+    other = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True, check=True)
+    assert int(other.stdout) == utils.derive_seed(3, "x", 1)
+
+
+def test_calibration_error_by_number():
+    import numpy as np
+
+    perfect = np.array([[1.0, 0.0]] * 4)
+    assert utils.expected_calibration_error(perfect, np.array([0, 0, 0, 0])) == 0
+    assert utils.expected_calibration_error(perfect, np.array([0, 0, 1, 1])) == 0.5
