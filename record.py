@@ -44,7 +44,7 @@ class Keeper:
 
     def __init__(
         self,
-        folder: utils.RunFolder,
+        folder: utils.RunFolder | None,
         learners: Mapping[str, Learner],
         scored: Sequence[str],
         *,
@@ -54,6 +54,7 @@ class Keeper:
     ) -> None:
         """
         Args:
+            folder: where to write; None writes nothing.
             scored: the learners whose ensemble's validation accuracy decides which epoch was best.
             validate: gives each learner's logits on the validation images.
             labels: of the validation images, [N] int64.
@@ -95,11 +96,15 @@ class Keeper:
     def finish(self, done: int) -> None:
         """Write the last checkpoint and the history."""
         self.save(done)
+        if self.folder is None:
+            return
         rows = [HISTORY, *([row[key] for key in HISTORY] for row in self.history)]
         utils.write_atomically(self.folder.results / "history.csv", csv_bytes(rows))
 
     def save(self, done: int) -> None:
         """Write the best weights so far, and what is needed to go on after ``done`` steps."""
+        if self.folder is None:
+            return
         if "learners" in self.best:
             utils.save_checkpoint(self.folder.checkpoints / utils.BEST, self.identity | self.best)
         last = {
@@ -137,13 +142,19 @@ class Keeper:
 class Progress:
     """A bar on a terminal; without one a plain line every tenth of the way."""
 
-    def __init__(self, total: int, done: int, epochs: int) -> None:
+    def __init__(self, total: int, done: int, epochs: int, *, quiet: bool = False) -> None:
         from tqdm import tqdm
 
         self.plain = not sys.stdout.isatty()
-        self.epochs = epochs
+        self.epochs, self.quiet = epochs, quiet
         self.bar = tqdm(
-            total=total, initial=done, unit="step", dynamic_ncols=True, file=sys.stdout, disable=self.plain, leave=True
+            total=total,
+            initial=done,
+            unit="step",
+            dynamic_ncols=True,
+            file=sys.stdout,
+            disable=self.plain or quiet,
+            leave=True,
         )
 
     def __enter__(self) -> "Progress":
@@ -159,6 +170,8 @@ class Progress:
         values = {"loss": means["loss_l"], "student": means.get("loss_s"), "confident": means.get("mask_rate")}
         text = "  ".join(f"{key} {value:.2f}" for key, value in values.items() if value is not None)
         text = f"epoch {epoch + 1}/{self.epochs}  {text}  validation {score:.1%}"
+        if self.quiet:
+            return
         if self.plain:
             if (epoch + 1) % max(1, self.epochs // 10) == 0 or epoch + 1 == self.epochs:
                 print(text, flush=True)

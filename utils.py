@@ -7,7 +7,8 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,8 +172,6 @@ class RunFolder:
                 if not existed:
                     self.discard()
                 raise
-            finally:
-                (self.results / ".lock").unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove what this run made, and the folders above where that leaves them empty."""
@@ -306,20 +305,54 @@ def classification_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dic
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+class Interrupted(Exception):
+    """A signal asked the program to stop."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class Signals:
+    """SIGINT and SIGTERM: in training they wait for the end of the step; a second one, or at another time, at once."""
+
+    def __init__(self) -> None:
+        self.pending: int | None = None
+        self._deferred = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: object) -> None:
+        if not self._deferred or self.pending is not None:
+            raise Interrupted(number)
+        self.pending = number
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within the block a signal is only noted in ``pending``."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def stop_if_asked(self) -> None:
+        if self.pending is not None:
+            raise Interrupted(self.pending)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Faults that have one meaning wherever they come up
 
 
 @contextlib.contextmanager
-def resources_explained(batch_size: int, on_exit: Callable[[], None] = lambda: None) -> Iterator[None]:
+def resources_explained(batch_size: int) -> Iterator[None]:
     """Turn running out of memory, disk or permission into a :class:`ResourceError` with advice."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        on_exit()
-        raise ResourceError(f"out of device memory at --batch_size {batch_size}: lower it or --img_size") from error
-    except MemoryError as error:
-        on_exit()
+    except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(f"out of memory at --batch_size {batch_size}: lower it or --img_size") from error
     except OSError as error:
-        on_exit()
         raise ResourceError(f"{error.filename or 'system'}: {error.strerror or error}") from error

@@ -42,7 +42,19 @@ def test_every_import_is_required():
 
 
 def test_imports_go_one_way():
-    order = ["args", "utils", "data", "models", "features", "train", "record", "visualization", "MPL"]
+    order = [
+        "args",
+        "utils",
+        "data",
+        "models",
+        "features",
+        "train",
+        "record",
+        "session",
+        "modes",
+        "visualization",
+        "MPL",
+    ]
     for place, name in enumerate(order):
         found = set(re.findall(r"^\s*(?:import|from) (\w+)", (ROOT / f"{name}.py").read_text(), re.M))
         assert found & set(order) <= set(order[:place]), name
