@@ -76,18 +76,25 @@ def run(config: args.Config, signals: utils.Signals) -> None:
         print(config.describe())
         for line in session.notes:
             print(line)
-        utils.write_json(folder.results / "config.json", config.options())
-        utils.write_json(folder.results / "commandline_args.txt", config.options())
+        write_config(config, folder)
         utils.write_atomically(folder.results / "split.csv", data.split_to_csv(index, split))
         if config.print_model:
             print(models.describe(session.network("student").model, session.backbone, config.trainable == "head"))
         if config.show_images:
             draw_samples(session, folder)
-        trained = None
-        if config.mode != "test":
-            trained = modes.fit(session, folder, signals)
+        if config.optuna_mode:
+            import optuna_search
+
+            session = session.configured(optuna_search.search(session, folder.results, signals))
+            write_config(session.config, folder)
+        trained = None if config.mode == "test" else modes.fit(session, folder, signals)
         seconds_train = time.perf_counter() - began
         report(session, folder, trained, began, seconds_train)
+
+
+def write_config(config: args.Config, folder: utils.RunFolder) -> None:
+    for name in ("config.json", "commandline_args.txt"):
+        utils.write_json(folder.results / name, config.options())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

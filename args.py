@@ -350,7 +350,7 @@ def _resolve(config: Config) -> Config:
         "trainable": trainable,
         "views": 8 if trainable == "head" else 0,
         "unlabeled_batch_size": config.batch_size,
-        "warmup_epoch_num": min(20, config.num_epochs // 5),
+        "warmup_epoch_num": min(20, config.num_epochs // 5) * (2 if config.switch_mode else 1),
         "feedback": "exact" if config.pseudo_label == "soft" else "loss_difference",
         "pseudo_label": "soft" if config.feedback == "exact" else "hard",
     }

@@ -26,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="digits")
     parser.add_argument("--seeds", default="0-4", help="first-last")
+    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
     parser.add_argument("--out", default="study", help="where the runs are kept")
     parser.add_argument("rest", nargs="*", help="options for every run, after --")
     options = parser.parse_args()
@@ -33,7 +34,8 @@ def main() -> None:
     seeds = range(first, last + 1)
     table: dict[tuple[str, str], list[float]] = {}
     seconds: dict[str, list[float]] = {}
-    for method, (extra, networks) in METHODS.items():
+    for method in options.methods.split(","):
+        extra, networks = METHODS[method]
         for seed in seeds:
             metrics = run(options, method, extra, seed)
             seconds.setdefault(method, []).append(metrics["seconds"]["total"])

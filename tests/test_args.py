@@ -39,6 +39,7 @@ def test_defaults_are_the_originals():
         ({"data_dir": "d", "weights": "none"}, {"trainable": "all", "views": 0}),
         ({"data_dir": "d", "unlabeled_dir": "u"}, {"num_labels_percent": 100.0}),
         ({"num_epochs": 10}, {"warmup_epoch_num": 2}),
+        ({"switch_mode": True}, {"warmup_epoch_num": 40}),
         ({"feedback": "exact"}, {"pseudo_label": "soft"}),
         ({"pseudo_label": "soft"}, {"feedback": "exact"}),
         ({"batch_size": 7}, {"unlabeled_batch_size": 7}),

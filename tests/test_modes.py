@@ -213,6 +213,20 @@ def test_images_nobody_labelled_join_the_training(cli, tmp_path, colours):
     assert counts["labeled"] + counts["val"] + counts["test"] == 60
 
 
+def test_the_search_keeps_given_options_and_its_result_is_trained_and_tested(cli, colours):
+    run = ["--data_dir", colours, *TINY, *EPOCHS, "--optuna_mode", "--n_trials", "4", "--lr", "0.01"]
+    out = cli.inside("--name", "tune", *run).stdout
+    folder = cli.cwd / "results" / "tune"
+    best = json.loads((folder / "best_params.json").read_text())
+    assert set(best) == {"weight_decay", "lr", "temperature", "lambda_u", "uda_steps", "threshold"}
+    assert best["lr"] == 0.01
+    assert out.count("trial ") >= 4
+    assert {"optuna_history.png", "optuna_slices.png"} <= {path.name for path in folder.iterdir()}
+    assert set(cli.metrics("tune")["test"]) == {"student", "teacher", "ensemble"}
+    cli.inside("--name", "again", "--test_mode", "--load_path", "tune")
+    assert cli.metrics("again")["test"] == cli.metrics("tune")["test"]
+
+
 def test_errors_are_one_line_and_leave_nothing_behind(cli, tmp_path, colours):
     run = ["--data_dir", tmp_path / "absent"]
     assert "no such folder" in cli.one_line_error(3, *run)
