@@ -38,7 +38,8 @@ def main(config: args.Config) -> int:
             run(config, signals)
         return 0
     except utils.Interrupted as stop:
-        print(f"\nMPL.py: stopped by {signal.Signals(stop.number).name}; --resume goes on from here", file=sys.stderr)
+        hint = "; --resume goes on from here" if signals.pending is not None else ""
+        print(f"\nMPL.py: stopped by {signal.Signals(stop.number).name}{hint}", file=sys.stderr)
         return 128 + stop.number
     except utils.Failure as error:
         if config.debug:
@@ -76,8 +77,9 @@ def run(config: args.Config, signals: utils.Signals) -> None:
         print(config.describe())
         for line in session.notes:
             print(line)
-        write_config(config, folder)
-        utils.write_atomically(folder.results / "split.csv", data.split_to_csv(index, split))
+        if not config.resume:
+            write_config(config, folder)
+            utils.write_atomically(folder.results / "split.csv", data.split_to_csv(index, split))
         if config.print_model:
             print(models.describe(session.network("student").model, session.backbone, config.trainable == "head"))
         if config.show_images:
@@ -114,7 +116,7 @@ def report(
     if config.mode == "finetune" and session.saved:
         partner = list(session.loaded().values())[1:]  # unchanged, beside the finetuned student
         learners = learners | dict(zip(["teacher"], partner, strict=False))
-    rows = {part: getattr(split, part) for part in ("val", "test")}
+    rows = {"val": split.val, "test": split.test}
     probabilities: dict[str, dict[str, torch.Tensor]] = {}
     for part, indices in rows.items():
         logits = train.infer([*learners.values()], session.source, indices)
@@ -122,12 +124,12 @@ def report(
         if len(learners) > 1:
             probabilities[part]["ensemble"] = train.ensemble(logits)
     scores = {
-        part: {name: train.evaluate(each, labels[rows[part]]) for name, each in by_name.items()}
-        for part, by_name in probabilities.items()
+        part: {
+            name: utils.classification_metrics(each.numpy(), labels[rows[part]])
+            for name, each in probabilities[part].items()
+        }
+        for part in rows
     }
-    for by_name in scores.values():
-        for metrics in by_name.values():
-            metrics.pop("loss")
     metrics = {
         "mode": config.mode,
         "dataset": session.index.name,

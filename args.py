@@ -29,8 +29,8 @@ MODES = ("switch_mode", "finetune_mode", "test_mode", "optuna_mode")
 # What a default is when it depends on the data: the embedded digits train a small network from scratch at their own
 # size; a folder of photographs gets a pretrained, frozen backbone at the size it was trained at.
 DIGITS_DEFAULTS = {
-    "model_name": "wrn_10_2",
-    "img_size": 8,
+    "model_name": "wrn_10_1",
+    "img_size": 16,
     "augmentation": "randaugment",
     "num_labels_percent": 3.0,
     "amp": "off",
@@ -105,7 +105,7 @@ class Config:
         low=8,
         high=2048,
         unit="pixels",
-        shown="224 pixels; digits: 8",
+        shown="224 pixels; digits: 16",
     )
     augmentation: str | None = option(
         None,
@@ -133,7 +133,7 @@ class Config:
         "model",
         "efficientnet_lite0, wrn_DEPTH_WIDTH, any torchvision classifier (vgg, resnet, ...) or timm model",
         kind=str,
-        shown="efficientnet_lite0; digits: wrn_10_2",
+        shown="efficientnet_lite0; digits: wrn_10_1",
     )
     weights: str | None = option(
         None,

@@ -31,7 +31,7 @@ IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 )
 UNKNOWN = -1  # the label of an image that nobody labelled
-FEWEST_PER_CLASS = 4  # one labelled, one unlabelled, one validation and one test image
+FEWEST_PER_CLASS = 4  # a validation and a test image, and two to train on
 EVALUATION_RESIZE = 256 / 224  # the short side before the centre crop, in sides of the crop
 
 # ---------------------------------------------------------------------------------------------------------------------

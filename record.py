@@ -15,27 +15,7 @@ from data import Index, csv_bytes
 from models import Learner
 
 SAVE_SECONDS = 20.0  # how long a crash may throw a run back
-TITLES = {
-    "student": "student",
-    "teacher": "teacher",
-    "model_1": "model 1",
-    "model_2": "model 2",
-    "ensemble": "ensemble",
-}
-HISTORY = [
-    "epoch",
-    "network",
-    "role",
-    "lr",
-    "loss_l",
-    "loss_u",
-    "loss_mpl",
-    "mask_rate",
-    "h",
-    "loss_s",
-    "val_accuracy",
-    "val_loss",
-]
+HISTORY = "epoch network role lr loss_l loss_u loss_mpl mask_rate h loss_s val_accuracy val_loss".split()
 OF_TEACHER = ("loss_l", "loss_u", "loss_mpl", "mask_rate", "h")
 
 
@@ -129,6 +109,8 @@ class Keeper:
         if differ:
             listed = ", ".join(f"--{key} {now[key]} (there {then.get(key)})" for key in differ)
             raise utils.CheckpointError(f"--resume: the run was started with other options: {listed}")
+        if last["split"] != self.identity["split"]:
+            raise utils.CheckpointError("--resume: the images in the folder have changed since: use --overwrite")
         for name, learner in self.learners.items():
             learner.load_state_dict(last["state"][name])
         self.history, self.best = last["history"], last["best"]

@@ -52,7 +52,9 @@ class Session:
         self.frozen = config.trainable == "head"
         self.views = data.Views(data.Images(index, config.img_size), config.augmentation)
         seed = saved["backbone"]["seed"] if saved else config.seed
-        self.backbone = models.build_backbone(config.model_name, config.weights, config.img_size, seed)
+        # A checkpoint of a network that learned as a whole holds all its weights.
+        self.weights = "none" if saved and not self.frozen else config.weights
+        self.backbone = models.build_backbone(config.model_name, self.weights, config.img_size, seed)
         self.backbone_state = {"name": self.backbone.name, "seed": seed, "fingerprint": None}
         self.notes = describe_data(index, split)
         if self.frozen:
@@ -89,8 +91,8 @@ class Session:
         seed = utils.derive_seed(config.seed, name)
         if self.frozen:
             body = nn.Identity()
-        elif config.weights == "none":
-            body = models.build_backbone(config.model_name, config.weights, config.img_size, seed).body
+        elif self.weights == "none":
+            body = models.build_backbone(config.model_name, self.weights, config.img_size, seed).body
         else:
             body = copy.deepcopy(self.backbone.body)
         utils.seed_torch(seed, "head")

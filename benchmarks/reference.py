@@ -1,0 +1,49 @@
+"""The original project's way of taking a step, written plainly: what the speed benchmark compares with.
+
+Two whole networks in train mode and float32, the frozen backbones inside the graph, five forward passes a step: the
+teacher on each of the three views, the student on its pseudo-labelled and labelled images together, and once more on
+the labelled ones after its update. The losses are those of ``train.mpl_step``.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import train
+from data import Batch
+
+
+def reference_step(
+    teacher: nn.Module,
+    student: nn.Module,
+    t_optimizer: torch.optim.Optimizer,
+    s_optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    *,
+    weight: float,
+    temperature: float = 1.05,
+    threshold: float = 0.75,
+) -> dict[str, torch.Tensor]:
+    """One step; ``weight`` is that of the consistency loss. Returns the measurements of ``mpl_step``."""
+    x_l, y_l, x_uw, x_us = batch
+    logits_l, logits_uw, logits_us = teacher(x_l), teacher(x_uw), teacher(x_us)
+    loss_l = F.cross_entropy(logits_l, y_l)
+    p, mask = train.soft_target(logits_uw, temperature, threshold)
+    loss_u = train.consistency_loss("CE", logits_us, p, mask)
+    pseudo = logits_us.argmax(-1)
+
+    s_logits_us, s_logits_l = student(torch.cat([x_us, x_l])).split([len(x_us), len(x_l)])
+    loss_s = F.cross_entropy(s_logits_us, pseudo)
+    loss_old = F.cross_entropy(s_logits_l, y_l).detach()
+    s_optimizer.zero_grad()
+    loss_s.backward()
+    s_optimizer.step()
+    loss_new = F.cross_entropy(student(x_l), y_l).detach()
+    h = loss_old - loss_new
+
+    loss_mpl = h * F.cross_entropy(logits_us, pseudo)
+    t_optimizer.zero_grad()
+    (loss_l + weight * loss_u + loss_mpl).backward()
+    t_optimizer.step()
+    measured = {"loss_l": loss_l, "loss_u": loss_u, "mask_rate": mask.mean(), "loss_s": loss_s, "loss_mpl": loss_mpl}
+    return {key: value.detach() for key, value in measured.items()} | {"h": h}
