@@ -33,6 +33,7 @@ DIGITS_DEFAULTS = {
     "img_size": 16,
     "augmentation": "randaugment",
     "num_labels_percent": 3.0,
+    "lambda_u": 1.0,
     "amp": "off",
 }
 FOLDER_DEFAULTS = {
@@ -40,6 +41,7 @@ FOLDER_DEFAULTS = {
     "img_size": 224,
     "augmentation": "transfer",
     "num_labels_percent": 3.0,
+    "lambda_u": 0.27,
     "amp": "auto",
 }
 
@@ -189,7 +191,9 @@ class Config:
         0.75, "mpl", "least confidence at which an image counts in the consistency loss", low=0, high=1
     )
     temperature: float = option(1.05, "mpl", "temperature of the consistency loss's soft target", low=0.01, high=100)
-    lambda_u: float = option(0.27, "mpl", "weight of the consistency loss", low=0)
+    lambda_u: float | None = option(
+        None, "mpl", "weight of the consistency loss", kind=float, low=0, shown="0.27; digits: 1"
+    )
     uda_steps: int = option(80, "mpl", "steps over which that weight grows to its full value", low=1, unit="steps")
     feedback: str | None = option(
         None,
