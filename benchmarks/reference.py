@@ -1,8 +1,8 @@
 """The original project's way of taking a step, written plainly: what the speed benchmark compares with.
 
 Two whole networks in train mode and float32, the frozen backbones inside the graph, five forward passes a step: the
-teacher on each of the three views, the student on its pseudo-labelled and labelled images together, and once more on
-the labelled ones after its update. The losses are those of ``train.mpl_step``.
+teacher on the labelled and strong views and on the weak ones, the student on the strong views and on the labelled images
+before and after its update. The losses are those of ``train.mpl_step``.
 """
 
 import torch
@@ -26,15 +26,14 @@ def reference_step(
 ) -> dict[str, torch.Tensor]:
     """One step; ``weight`` is that of the consistency loss. Returns the measurements of ``mpl_step``."""
     x_l, y_l, x_uw, x_us = batch
-    logits_l, logits_uw, logits_us = teacher(x_l), teacher(x_uw), teacher(x_us)
+    p, mask = train.soft_target(teacher(x_uw), temperature, threshold)
+    logits_l, logits_us = teacher(torch.cat([x_l, x_us])).split([len(x_l), len(x_us)])
     loss_l = F.cross_entropy(logits_l, y_l)
-    p, mask = train.soft_target(logits_uw, temperature, threshold)
     loss_u = train.consistency_loss("CE", logits_us, p, mask)
     pseudo = logits_us.argmax(-1)
 
-    s_logits_us, s_logits_l = student(torch.cat([x_us, x_l])).split([len(x_us), len(x_l)])
-    loss_s = F.cross_entropy(s_logits_us, pseudo)
-    loss_old = F.cross_entropy(s_logits_l, y_l).detach()
+    loss_s = F.cross_entropy(student(x_us), pseudo)
+    loss_old = F.cross_entropy(student(x_l), y_l).detach()
     s_optimizer.zero_grad()
     loss_s.backward()
     s_optimizer.step()
