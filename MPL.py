@@ -32,6 +32,7 @@ from session import Session, choose_split
 def main(config: args.Config) -> int:
     """Run one command. Returns its exit code."""
     logging.getLogger("timm").setLevel(logging.ERROR)
+    utils.keep_freed_memory()
     signals = utils.Signals()
     try:
         with utils.resources_explained(config.batch_size):

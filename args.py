@@ -153,6 +153,10 @@ class Config:
         shown="head with pretrained weights, all from scratch",
     )
 
+    compile: bool = option(
+        False, "model", "compile the networks first: up to minutes, for long runs (on a CPU with a C++ compiler)"
+    )
+
     num_epochs: int = option(100, "training", "passes over the labelled images", low=1)
     batch_size: int = option(64, "training", "labelled images a step", low=1)
     unlabeled_batch_size: int | None = option(
@@ -171,7 +175,7 @@ class Config:
     amp: str | None = option(
         None,
         "training",
-        "mixed precision; auto: bf16 where the processor has it",
+        "mixed precision; auto: bf16 where the hardware is built for it",
         kind=str,
         choices=("auto", "off", "bf16", "fp16"),
         shown="auto; digits: off",

@@ -577,10 +577,9 @@ class Schedule:
         rows_l = self.labeled[stream(len(self.labeled), step * n_l, n_l, self.seed)]
         rows_u = self.unlabeled[stream(len(self.unlabeled), step * n_u, n_u, self.seed + 1)]
         y_l = torch.from_numpy(labels[rows_l])
-        x_l = source("weak", rows_l, draws_l)
-        if not n_u:
-            return Batch(x_l, y_l, x_l[:0], x_l[:0])
-        return Batch(x_l, y_l, source("weak", rows_u, draws_uw), source("strong", rows_u, draws_us))
+        weak = source("weak", np.concatenate([rows_l, rows_u]), np.concatenate([draws_l, draws_uw]))
+        strong = source("strong", rows_u, draws_us) if n_u else weak[:0]
+        return Batch(weak[:n_l], y_l, weak[n_l:], strong)
 
 
 def stream(n: int, start: int, count: int, seed: int) -> np.ndarray:

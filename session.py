@@ -64,7 +64,7 @@ class Session:
                     f"the frozen weights of {config.model_name} are not those the checkpoint was trained on: give the "
                     "same --weights"
                 )
-            encoder = models.Encoder(self.backbone, device, precision)
+            encoder = models.Encoder(self.backbone, device, precision, compiled=config.compile)
             self.encode: Callable[[torch.Tensor], torch.Tensor] = encoder
             self.source, note = features.open_features(
                 self.views,
@@ -105,6 +105,7 @@ class Session:
             ema=config.ema,
             device=self.device,
             precision=None if self.frozen else self.precision,
+            compiled=config.compile and not self.frozen,
         )
 
     def loaded(self) -> dict[str, models.Learner]:

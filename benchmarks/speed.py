@@ -2,11 +2,15 @@
 
 python benchmarks/speed.py
 
-The limit is one bf16 inference pass over the step's images, the least that fresh views can cost. Everything is measured
-in one process, interleaved, and the medians are compared, so that a noisy machine disturbs all alike.
+The limit is one inference pass over the step's images by the fastest way we know (float32 without matrix units, bf16
+with them), the least that fresh views can cost. Everything is measured in one process, interleaved, and the medians are
+compared, so that a noisy machine disturbs all alike. The reference runs with glibc's own memory management, ours with
+the one that ``MPL.py`` sets.
 """
 
 import copy
+import ctypes
+import platform
 import statistics
 import sys
 import tempfile
@@ -53,14 +57,24 @@ def reference_networks(body: nn.Module, n_features: int, whole: bool) -> tuple:
     return networks, [torch.optim.AdamW(part.parameters(), lr=1e-3) for part in learning]
 
 
+def restore_malloc() -> None:
+    """What glibc's malloc has come to after a few large blocks, if nobody asks it for something else."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for parameter, value in ((-4, 65536), (-3, 32 * 2**20), (-1, 64 * 2**20)):  # mmap max, its threshold, trim
+            libc.mallopt(parameter, value)
+
+
 def interleaved(rounds: int, **actions) -> dict[str, float]:
     """The median seconds of each action over rounds in which each is run once, after one round to warm up."""
     times: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(rounds + 1):
         for name, action in actions.items():
+            (restore_malloc if name == "reference" else utils.keep_freed_memory)()
             began = time.perf_counter()
             action()
             times[name].append(time.perf_counter() - began)
+            print(f"{name} {times[name][-1]:.3f} s", file=sys.stderr, flush=True)
     return {name: statistics.median(each[1:]) for name, each in times.items()}
 
 
@@ -133,14 +147,14 @@ def from_scratch(rounds: int) -> dict[str, float]:
     batch = schedule.batch(0, index.labels, views)
     return interleaved(
         rounds,
-        reference=lambda: reference_step(*networks, *optimizers, batch, weight=0.27),
+        reference=lambda: reference_step(*networks, *optimizers, batch, weight=0.27, joint=True),
         fresh=lambda: train.mpl_step(*learners, batch, 0),
     )
 
 
 def main() -> None:
-    lite0 = frozen("efficientnet_lite0", "default", rounds=5)
-    resnet18 = frozen("resnet18", "none", rounds=5)
+    lite0 = frozen("efficientnet_lite0", "default", rounds=3)
+    resnet18 = frozen("resnet18", "none", rounds=3)
     wrn = from_scratch(rounds=3)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; median seconds a step")
     print(f"\n{'':20} {'reference':>10} {'ours, fresh':>12} {'ours, kept':>11} {'limit':>7}")

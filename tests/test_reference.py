@@ -15,7 +15,8 @@ sys.path.append(str(ROOT / "benchmarks"))
 from reference import reference_step
 
 
-def test_the_reference_computes_the_same_losses():
+@pytest.mark.parametrize("joint", [False, True])
+def test_the_reference_computes_the_same_losses(joint):
     """Step for step, on a network without batch norm, where train and eval mode agree."""
     torch.manual_seed(0)
     bodies = [nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)) for _ in range(2)]
@@ -27,7 +28,7 @@ def test_the_reference_computes_the_same_losses():
     for step in range(6):
         batch = Batch(torch.randn(5, 6), torch.randint(3, (5,)), torch.randn(7, 6), torch.randn(7, 6))
         ours = train.mpl_step(*learners, batch, step, threshold=0.4, uda_steps=1)
-        theirs = reference_step(*twins, *optimizers, batch, weight=0.27, threshold=0.4)
+        theirs = reference_step(*twins, *optimizers, batch, weight=0.27, joint=joint, threshold=0.4)
         assert ours.keys() == theirs.keys()
         for key in ours:
             assert float(ours[key]) == pytest.approx(float(theirs[key]), abs=1e-5), key
