@@ -1,6 +1,6 @@
 """From a folder to batches: finding images, the split manifest, decoding, augmented views, the batch of each step.
 
-Every random draw is a pure function of (seed, step, image, view): neither the number of loader workers nor where a
+Every random draw is a pure function of (seed, step) or of (pixels, view): neither the number of loader workers nor where a
 run was interrupted changes an image.
 """
 
@@ -32,6 +32,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 UNKNOWN = -1  # the label of an image that nobody labelled
 FEWEST_PER_CLASS = 4  # a validation and a test image, and two to train on
+STORE_BYTES = 2**30  # of decoded images in memory: what a run needs does not grow with the folder
 EVALUATION_RESIZE = 256 / 224  # the short side before the centre crop, in sides of the crop
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,6 +68,11 @@ class Index:
             return tuple(_digest(image.tobytes()) for image in self.pixels)
         with ThreadPoolExecutor() as pool:
             return tuple(pool.map(lambda i: _digest(_read_bytes(self.file(i))), range(len(self)), chunksize=64))
+
+    @functools.cached_property
+    def contents(self) -> np.ndarray:
+        """Every image's place among the sorted digests, [N] int64: images with the same bytes share one."""
+        return np.unique(np.array(self.digests, dtype="S16"), return_inverse=True)[1]
 
     @functools.cached_property
     def duplicates(self) -> list[list[int]]:
@@ -266,11 +272,13 @@ def make_split(
         UsageError: less than one percent of labels leaves a class without one (a share given for a percent).
         DataError: a class is too small to give every part an image.
     """
-    classes = np.unique(labels[labels != UNKNOWN])
-    group_of = {i: tuple(group) for group in duplicates for i in group}
-    order: dict[int, list[tuple[int, ...]]] = {int(c): [] for c in classes}
+    order: dict[int, list[tuple[int, ...]]] = {int(c): [] for c in np.unique(labels[labels != UNKNOWN])}
     copies: dict[int, list[int]] = {}  # of an image with a label, among those that nobody labelled
-    for group in dict.fromkeys(group_of.get(i, (i,)) for i in range(len(paths))):
+    grouped = {i for group in duplicates for i in group}
+    for i in np.flatnonzero(labels != UNKNOWN).tolist():
+        if i not in grouped:
+            order[int(labels[i])].append((i,))
+    for group in duplicates:
         known = tuple(i for i in group if labels[i] != UNKNOWN)
         if len({int(labels[i]) for i in known}) == 1:
             order[int(labels[known[0]])].append(known)
@@ -419,7 +427,8 @@ def _fit(image: Image.Image, side: int, size: int) -> torch.Tensor:
 
 
 class Images(Dataset):
-    """Decoded images by index, [3, size, size] uint8; each is decoded once if all fit in a quarter of the free memory.
+    """Decoded images by index, [3, size, size] uint8; each is decoded once if all fit in ``STORE_BYTES`` and in a quarter
+    of the free memory.
 
     The store is shared anonymous memory: loader workers that are forked fill and read the same one.
     """
@@ -430,7 +439,7 @@ class Images(Dataset):
         self._pixels: np.ndarray | None = None
         self._present: np.ndarray | None = None
         n_bytes = len(index) * 3 * size * size
-        if n_bytes <= os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4:
+        if n_bytes <= min(STORE_BYTES, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4):
             self._pixels = np.frombuffer(mmap.mmap(-1, n_bytes), np.uint8).reshape(len(index), 3, size, size)
             self._present = np.frombuffer(mmap.mmap(-1, len(index)), np.uint8)
 
@@ -503,8 +512,8 @@ def strong_view(augmentation: str, size: int, *, mirror: bool) -> v2.Transform:
 class Views:
     """The source of network inputs: ``views(kind, indices, draws)`` gives [B, 3, S, S] uint8.
 
-    ``kind`` is ``plain`` (for evaluation), ``weak`` or ``strong``. The same image, kind and draw give the same pixels,
-    whatever else is in the batch.
+    ``kind`` is ``plain`` (for evaluation), ``weak`` or ``strong``. The same pixels, kind and draw give the same view,
+    whatever else is in the batch and whatever the image is called.
     """
 
     def __init__(self, images: Images, augmentation: str) -> None:
@@ -523,7 +532,7 @@ class Views:
         image = self.images[i]
         if kind == "plain":
             return image
-        with seeded(derive_seed(kind, self.images.index.paths[i], draw)):
+        with seeded(derive_seed(kind, _digest(image.numpy().tobytes()), draw)):
             return self.transforms[kind](image)
 
 

@@ -1,9 +1,10 @@
 """The feature cache: a frozen backbone sees each view of an image once, whatever run, trial or mode asks for it.
 
-One file a view, memory-mapped: for each image of the dataset a checksum and the features as float16. A row is filled
-when it is first needed. Everything that determines the numbers (backbone, weights, image size, precision, the bytes
-and names of the images, the augmentation) is in the file's path, so a file never holds anything stale; a row torn by a
-crash fails its checksum and is computed again. Several processes may fill one file: they write the same numbers.
+One file a view, memory-mapped: for each different image of the dataset a checksum and the features as float16. A row is
+filled when it is first needed. Everything that determines the numbers (backbone, weights, image size, precision, the
+bytes of the images, the augmentation) is in the file's path, so a file never holds anything stale, and images that are
+renamed or relabelled keep their features. A row torn by a crash fails its checksum and is computed again. Several
+processes may fill one file: they write the same numbers.
 """
 
 import contextlib
@@ -40,39 +41,41 @@ class FeatureCache(FeatureSource):
         super().__init__(views, encoder)
         self.folder = folder
         self.row = row_type(encoder.n_features)
+        self.rows = views.images.index.contents
+        self.n_rows = int(self.rows.max()) + 1
         self.tables: dict[str, np.ndarray] = {}
         self.verified: dict[str, np.ndarray] = {}
 
     def __call__(self, kind: str, indices: Sequence[int], draws: Sequence[int]) -> torch.Tensor:
         indices, draws = np.asarray(indices), np.asarray(draws)
+        rows = self.rows[indices]
         features = np.empty((len(indices), self.encoder.n_features), dtype=np.float16)
         missing = np.zeros(len(indices), dtype=bool)
         for draw in np.unique(draws):
             here = draws == draw
-            missing[here], features[here] = self._read(self._table(kind, draw), indices[here])
+            missing[here], features[here] = self._read(self._table(kind, draw), rows[here])
         if missing.any():
             fresh = super().__call__(kind, indices[missing], draws[missing])
             features[missing] = fresh.cpu().numpy().astype(np.float16)
             for i in np.flatnonzero(missing):
                 table = self.tables[self._table(kind, draws[i])]
-                table["features"][indices[i]] = features[i]
-                table["check"][indices[i]] = _check(features[i])
+                table["features"][rows[i]] = features[i]
+                table["check"][rows[i]] = _check(features[i])
         return torch.from_numpy(features).to(self.encoder.device).float()
 
-    def _read(self, name: str, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which rows of a table are missing, [n] bool, and the rows, [n, D] float16."""
         table, verified = self.tables[name], self.verified[name]
-        features = table["features"][indices]
-        for position in np.flatnonzero(~verified[indices]):
-            row = indices[position]
-            verified[row] = table["check"][row] == _check(features[position])
-        return ~verified[indices], features
+        features = table["features"][rows]
+        for i in np.flatnonzero(~verified[rows]):
+            verified[rows[i]] = table["check"][rows[i]] == _check(features[i])
+        return ~verified[rows], features
 
     def _table(self, kind: str, draw: int) -> str:
         """The name of the table of one view, opened or made."""
         name = f"{kind}-{self.views.augmentation}-{draw}" if kind == "strong" else f"{kind}-{draw}"
         if name not in self.tables:
-            n = len(self.views.images)
+            n = self.n_rows
             path = self.folder / f"{name}.f16"
             if not path.exists() or path.stat().st_size != n * self.row.itemsize:
                 _make_file(path, n * self.row.itemsize)
@@ -113,7 +116,7 @@ def open_features(
     if not n_views or not cache_gb:
         return FeatureSource(views, encoder), "features are computed at every step"
     index = views.images.index
-    needed = len(index) * (2 * n_views + 1) * row_type(encoder.n_features).itemsize
+    needed = len(set(index.digests)) * (2 * n_views + 1) * row_type(encoder.n_features).itemsize
     if needed > cache_gb * GIB:
         return (
             FeatureSource(views, encoder),
@@ -122,8 +125,8 @@ def open_features(
         )
     root = Path(cache_dir).expanduser()
     key = hashlib.sha256(repr((fingerprint, str(encoder.precision), encoder.device.type)).encode())
-    for path, digest in zip(index.paths, index.digests, strict=True):
-        key.update(path.encode("utf-8", "surrogatepass") + b"\0" + digest)
+    for digest in sorted(set(index.digests)):
+        key.update(digest)
     folder = root / key.hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)
     os.utime(folder)

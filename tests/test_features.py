@@ -1,6 +1,7 @@
 """The feature cache."""
 
 import multiprocessing
+import shutil
 
 import numpy as np
 import pytest
@@ -41,6 +42,23 @@ def test_cached_features_equal_computed_ones_and_are_not_computed_twice(parts, t
     again, _ = opened(parts, tmp_path)
     assert torch.equal(again(*WANTED), first)  # in a later one
     source.views.__class__ = kept
+
+
+def test_renamed_and_copied_images_keep_their_features(parts, colours, tmp_path):
+    source, _ = opened(parts, tmp_path / "cache")
+    first = source(*WANTED)
+    shutil.copytree(colours, tmp_path / "renamed")
+    for folder in sorted((tmp_path / "renamed").iterdir()):
+        for file in sorted(folder.iterdir()):
+            shutil.copy(file, folder / f"copy of {file.name}")
+        folder.rename(folder.with_name(f"my {folder.name}"))
+    index = data.find_images(str(tmp_path / "renamed"))
+    again, _ = opened((data.Views(data.Images(index, 16), "transfer"), *parts[1:]), tmp_path / "cache")
+    assert again.folder == source.folder
+    name = {digest: i for i, digest in enumerate(index.digests)}
+    kind, indices, draws = WANTED
+    assert torch.equal(again(kind, [name[parts[0].images.index.digests[i]] for i in indices], draws), first)
+    assert next(again.folder.glob("*.f16")).stat().st_size == len(parts[0].images) * again.row.itemsize
 
 
 def test_a_torn_row_is_computed_again(parts, tmp_path):
