@@ -1,0 +1,70 @@
+"""What a large folder costs: seconds and peak memory of a million names, and of a folder listed ten times over.
+
+python benchmarks/scale.py --data_dir /datasets/flowers [-- options of MPL.py]
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+INDEX_AND_SPLIT = """
+import sys, time
+import data
+began = time.perf_counter()
+index = data.find_images(sys.argv[1])
+data.make_split(index.paths, index.labels, seed=0, num_labels_percent=3, val_percent=0.8, test_percent=6)
+print(f"{len(index)} names indexed and split: {time.perf_counter() - began:.1f} s")
+"""
+
+
+def peak(*command: object) -> float:
+    """Run Python with these arguments; its peak memory in GiB."""
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, f"exit {os.waitstatus_to_exitcode(status)}"
+    return usage.ru_maxrss / 2**20
+
+
+def make_names(root: Path, n: int, classes: int = 100) -> None:
+    for c in range(classes):
+        folder = root / f"class {c:03d}"
+        folder.mkdir(parents=True)
+        for i in range(n // classes):
+            (folder / f"image_{i:07d}.jpg").touch()
+
+
+def make_links(source: Path, root: Path, times: int) -> None:
+    for file in sorted(path for path in source.glob("*/*") if path.is_file()):
+        (root / file.parent.name).mkdir(parents=True, exist_ok=True)
+        for k in range(times):
+            (root / file.parent.name / f"{k}_{file.name}").symlink_to(file.resolve())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--names", type=int, default=1_000_000)
+    parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("rest", nargs="*", metavar="-- OPTION")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = Path(scratch)
+        make_names(scratch / "names", options.names)
+        print(f"peak memory {peak('-c', INDEX_AND_SPLIT, scratch / 'names'):.2f} GiB", flush=True)
+        make_links(options.data_dir, scratch / "links", options.times)
+        peaks = {}
+        for name, folder in (("once", options.data_dir.resolve()), ("listed", scratch / "links")):
+            began = time.perf_counter()
+            run = ("MPL.py", "--name", name, "--data_dir", folder, "--output_dir", scratch, "--steps_per_epoch", 8)
+            peaks[name] = peak(*run, *options.rest)
+            print(f"{name}: {peaks[name]:.2f} GiB, {time.perf_counter() - began:.0f} s", flush=True)
+    print(f"listed_over_once={peaks['listed'] / peaks['once']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
