@@ -160,7 +160,7 @@ class Config:
     num_epochs: int = option(100, "training", "passes over the labelled images", low=1)
     batch_size: int = option(64, "training", "labelled images a step", low=1)
     unlabeled_batch_size: int | None = option(
-        None, "training", "unlabelled images a step", kind=int, low=1, shown="as --batch_size"
+        None, "training", "unlabelled images a step", kind=int, low=1, shown="as --batch_size; digits: twice that"
     )
     steps_per_epoch: int | None = option(
         None, "training", "steps an epoch", kind=int, low=1, shown="one pass, at least 8"
@@ -357,7 +357,7 @@ def _resolve(config: Config) -> Config:
         "weights": weights,
         "trainable": trainable,
         "views": 8 if trainable == "head" else 0,
-        "unlabeled_batch_size": config.batch_size,
+        "unlabeled_batch_size": config.batch_size * (2 if config.data_dir == "digits" else 1),
         "warmup_epoch_num": min(20, config.num_epochs // 5) * (2 if config.switch_mode else 1),
         "feedback": "exact" if config.pseudo_label == "soft" else "loss_difference",
         "pseudo_label": "soft" if config.feedback == "exact" else "hard",

@@ -42,7 +42,8 @@ def test_defaults_are_the_originals():
         ({"switch_mode": True}, {"warmup_epoch_num": 40}),
         ({"feedback": "exact"}, {"pseudo_label": "soft"}),
         ({"pseudo_label": "soft"}, {"feedback": "exact"}),
-        ({"batch_size": 7}, {"unlabeled_batch_size": 7}),
+        ({"batch_size": 7}, {"unlabeled_batch_size": 14}),
+        ({"batch_size": 7, "data_dir": "d"}, {"unlabeled_batch_size": 7}),
     ],
 )
 def test_defaults_follow_from_other_options(options, expected):
