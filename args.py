@@ -120,11 +120,11 @@ class Config:
     views: int | None = option(
         None,
         "data",
-        "weak and as many strong views an image, whose features are kept (0: a fresh view at every step)",
+        "weak and as many strong views an image, which are kept, or their features (0: a fresh view at every step)",
         kind=int,
         low=0,
         high=1024,
-        shown="8 with a frozen backbone, else 0",
+        shown="8 with a frozen backbone, else 0; digits: 32",
     )
     cache_dir: str = option("~/.cache/transfermpl", "data", "where features of frozen backbones are kept between runs")
     cache_gb: float = option(10.0, "data", "bound of --cache_dir (0: keep nothing)", low=0, unit="GiB")
@@ -356,7 +356,7 @@ def _resolve(config: Config) -> Config:
     defaults |= {
         "weights": weights,
         "trainable": trainable,
-        "views": 8 if trainable == "head" else 0,
+        "views": 8 if trainable == "head" else 32 if config.data_dir == "digits" else 0,
         "unlabeled_batch_size": config.batch_size * (2 if config.data_dir == "digits" else 1),
         "warmup_epoch_num": min(20, config.num_epochs // 5) * (2 if config.switch_mode else 1),
         "feedback": "exact" if config.pseudo_label == "soft" else "loss_difference",
@@ -395,8 +395,6 @@ def _check_together(config: Config) -> None:
         )
     if config.feedback == "exact" and config.pseudo_label != "soft":
         raise ValueError(f"--feedback exact needs --pseudo_label soft, not {config.pseudo_label}")
-    if config.views and config.trainable == "all":
-        raise ValueError("--views keeps features of a frozen backbone: use --trainable head, or --views 0")
     if config.model_name.startswith("wrn_"):
         match = re.fullmatch(r"wrn_(\d+)_(\d+)", config.model_name)
         if match is None or int(match[1]) < 10 or (int(match[1]) - 4) % 6 or int(match[2]) < 1:

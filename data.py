@@ -513,10 +513,13 @@ class Views:
     """The source of network inputs: ``views(kind, indices, draws)`` gives [B, 3, S, S] uint8.
 
     ``kind`` is ``plain`` (for evaluation), ``weak`` or ``strong``. The same pixels, kind and draw give the same view,
-    whatever else is in the batch and whatever the image is called.
+    whatever else is in the batch and whatever the image is called. With ``keep``, up to ``STORE_BYTES`` of them stay in
+    memory for when they are drawn again.
     """
 
-    def __init__(self, images: Images, augmentation: str) -> None:
+    def __init__(self, images: Images, augmentation: str, *, keep: bool = False) -> None:
+        self.kept: dict[tuple[str, int, int], torch.Tensor] = {}
+        self.most = STORE_BYTES // (3 * images.size**2) if keep else 0
         mirror = images.index.name != "digits"
         self.images = images
         self.augmentation = augmentation
@@ -532,8 +535,13 @@ class Views:
         image = self.images[i]
         if kind == "plain":
             return image
-        with seeded(derive_seed(kind, _digest(image.numpy().tobytes()), draw)):
-            return self.transforms[kind](image)
+        view = self.kept.get((kind, i, draw))
+        if view is None:
+            with seeded(derive_seed(kind, _digest(image.numpy().tobytes()), draw)):
+                view = self.transforms[kind](image)
+            if len(self.kept) < self.most:
+                self.kept[kind, i, draw] = view
+        return view
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -50,7 +50,8 @@ class Session:
         self.config, self.index, self.split, self.saved = config, index, split, saved
         self.device, self.precision = device, precision
         self.frozen = config.trainable == "head"
-        self.views = data.Views(data.Images(index, config.img_size), config.augmentation)
+        keep = not self.frozen and config.views > 0
+        self.views = data.Views(data.Images(index, config.img_size), config.augmentation, keep=keep)
         seed = saved["backbone"]["seed"] if saved else config.seed
         # A checkpoint of a network that learned as a whole holds all its weights.
         self.weights = "none" if saved and not self.frozen else config.weights

@@ -34,7 +34,7 @@ def test_defaults_are_the_originals():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, {"model_name": "wrn_10_1", "lambda_u": 1.0, "weights": "none", "trainable": "all", "views": 0}),
+        ({}, {"model_name": "wrn_10_1", "lambda_u": 1.0, "weights": "none", "trainable": "all", "views": 32}),
         ({"data_dir": "d"}, {"weights": "default", "trainable": "head", "views": 8, "augmentation": "transfer"}),
         ({"data_dir": "d", "weights": "none"}, {"trainable": "all", "views": 0}),
         ({"data_dir": "d", "unlabeled_dir": "u"}, {"num_labels_percent": 100.0}),
@@ -71,7 +71,6 @@ def test_defaults_follow_from_other_options(options, expected):
         ("--num_epochs 10 --warmup_epoch_num 10", "leaves the student nothing"),
         ("--pseudo_label soft --feedback dot", "no gradient"),
         ("--pseudo_label hard --feedback exact", "needs --pseudo_label soft"),
-        ("--views 4", "frozen backbone"),
         ("--model_name wrn_11_2", "wrn_D_K needs"),
         ("--model_name wrn_16_2 --weights default", "no pretrained weights"),
         ("--unlabeled_dir u", "goes with a folder"),
