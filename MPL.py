@@ -8,8 +8,10 @@ import os
 import sys
 
 import args
+import terminal
 
 if __name__ == "__main__":
+    terminal.prepare()
     CONFIG = args.parse()  # before torch is imported: --help and a wrong option are answered at once
     # How long an OpenMP thread spins for the others. By default so long that two runs on the same cores are ten times
     # slower than one after the other; this costs a run that has them to itself nothing measurable.
@@ -20,22 +22,25 @@ import logging
 import signal
 import time
 import traceback
+import warnings
 
 import numpy as np
 import torch
 
 import data
+import images
 import models
 import modes
 import record
 import train
 import utils
-from session import Session, choose_split
+from session import Session, find_data
 
 
 def main(config: args.Config) -> int:
     """Run one command. Returns its exit code."""
     logging.getLogger("timm").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="PIL")  # of oddities in images that it reads all the same
     utils.keep_freed_memory()
     signals = utils.Signals()
     try:
@@ -60,31 +65,37 @@ def main(config: args.Config) -> int:
 def run(config: args.Config, signals: utils.Signals) -> None:
     """Options to data to learners to mode to results."""
     began = time.perf_counter()
-    saved = None
-    if config.loads:
-        dataset = config.data_dir.rstrip("/").rsplit("/", 1)[-1]
-        saved = utils.load_checkpoint(utils.find_checkpoint(config.load_path, config.output_dir, dataset))
-        try:
+    dataset = images.dataset_name(config.data_dir)
+    saved = last = None
+    try:
+        if config.loads:
+            path = utils.find_checkpoint(config.load_path, config.output_dir, dataset)
+            saved = utils.load_checkpoint(path, holds=utils.BEST_HOLDS)
             config = args.inherit(config, saved["config"])
-        except ValueError as error:
-            raise utils.CheckpointError(str(error)) from error
+            dataset = images.dataset_name(config.data_dir)
+        if config.name is None:
+            config = dataclasses.replace(config, name=f"{dataset}_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+        folder = utils.RunFolder.named(config.output_dir, dataset, config.name)
+        if config.resume:
+            last = utils.load_checkpoint(folder.last_checkpoint(), holds=utils.LAST_HOLDS)
+            args.require_same(config, last["config"])
+    except ValueError as error:
+        raise utils.CheckpointError(str(error)) from error
 
-    index = data.find_images(config.data_dir, config.unlabeled_dir)
-    split = choose_split(config, index, saved)
     device = utils.pick_device(config.device)
     precision = utils.pick_precision(config.amp, device)
-    session = Session(config, index, split, device, precision, saved)
-    if config.name is None:
-        session.config = config = dataclasses.replace(config, name=f"{index.name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
-
-    folder = utils.RunFolder.named(config.output_dir, index.name, config.name)
-    with folder.claim(resume=config.resume, overwrite=config.overwrite):
+    index, split, notes = find_data(config, saved, last)
+    session = Session(config, index, split, notes, device, precision, saved, last)
+    with folder.claim(keep=config.resume, overwrite=config.overwrite):
         print(config.describe())
         for line in session.notes:
             print(line)
         if not config.resume:
             write_config(config, folder)
             utils.write_atomically(folder.results / "split.csv", data.split_to_csv(index, split))
+            if index.bad:
+                listed = utils.csv_bytes([("path", "reason"), *index.bad])
+                utils.write_atomically(folder.results / "bad_files.csv", listed)
         if config.print_model:
             print(models.describe(session.network("student").model, session.backbone, config.trainable == "head"))
         if config.show_images:

@@ -99,6 +99,14 @@ class Config:
     test_percent: float = option(
         6.0, "data", "share of all images for testing, at least one a class", low=0, high=90, unit="percent"
     )
+    max_bad_percent: float = option(
+        5.0,
+        "data",
+        "share of files that may be unreadable: they are left out and listed",
+        low=0,
+        high=100,
+        unit="percent",
+    )
     img_size: int | None = option(
         None,
         "data",
@@ -315,7 +323,23 @@ INHERITED_NETWORK = ("model_name", "weights", "trainable", "img_size")
 INHERITED = ("data_dir", "unlabeled_dir", *INHERITED_SPLIT, *INHERITED_NETWORK, "augmentation", "views", "amp")
 
 # What changes no number of a run: a resumed one may have it otherwise.
-HARMLESS = ("resume", "overwrite", "show_images", "print_model", "debug", "output_dir", "num_workers", "cache_dir")
+HARMLESS = (
+    *("resume", "overwrite", "show_images", "print_model", "debug", "output_dir", "num_workers", "cache_dir"),
+    "max_bad_percent",
+)
+
+
+def require_same(config: Config, started: dict[str, Any]) -> None:
+    """See that a run goes on with the options that it was started with.
+
+    Raises:
+        ValueError: listing those that differ.
+    """
+    now = config.options()
+    differ = [key for key in now if key not in HARMLESS and (key not in started or now[key] != started[key])]
+    if differ:
+        listed = ", ".join(f"--{key} {now[key]} (there {started.get(key)})" for key in differ)
+        raise ValueError(f"--resume: the run was started with other options: {listed}")
 
 
 def inherit(config: Config, saved: dict[str, Any]) -> Config:
@@ -324,6 +348,8 @@ def inherit(config: Config, saved: dict[str, Any]) -> Config:
     Raises:
         ValueError: an option was given that contradicts the checkpoint; lists them.
     """
+    if not set(INHERITED) <= set(saved):
+        raise ValueError("the checkpoint is of another version of this program: train anew")
     fixed = INHERITED_SPLIT + INHERITED_NETWORK
     differ = [key for key in fixed if key in config.given and getattr(config, key) != saved[key]]
     if differ:

@@ -1,224 +1,24 @@
-"""From a folder to batches: finding images, the split manifest, decoding, augmented views, the batch of each step.
+"""From images to batches: the split, augmented views, the batch of each step.
 
-Every random draw is a pure function of (seed, step) or of (pixels, view): neither the number of loader workers nor where a
-run was interrupted changes an image.
+Every random draw is a pure function of (seed, step) or of (pixels, view): neither the number of loader workers nor
+where a run was interrupted changes an image.
 """
 
-import csv
 import dataclasses
 import functools
-import hashlib
-import io
-import mmap
-import os
-import warnings
-from collections import defaultdict
+import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
 
-from utils import DataError, UsageError, derive_seed, resolve_path, seeded
+from images import STORE_BYTES, UNKNOWN, Images, Index, digest
+from utils import DataError, Failure, ResourceError, UsageError, counted, csv_bytes, derive_seed, seeded
 
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
-)
-UNKNOWN = -1  # the label of an image that nobody labelled
 FEWEST_PER_CLASS = 4  # a validation and a test image, and two to train on
-STORE_BYTES = 2**30  # of decoded images in memory: what a run needs does not grow with the folder
-EVALUATION_RESIZE = 256 / 224  # the short side before the centre crop, in sides of the crop
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding images
-
-
-@dataclasses.dataclass(frozen=True)
-class Index:
-    """The images of a dataset, before any is decoded.
-
-    ``paths`` are relative to ``root`` and sorted; those of ``unlabeled_root`` follow, as absolute paths, with the label
-    ``UNKNOWN``. ``labels`` is [N] int64. ``pixels`` ([N, H, W] uint8) stands for files in a named dataset.
-    """
-
-    name: str
-    root: Path
-    paths: tuple[str, ...]
-    labels: np.ndarray
-    classes: tuple[str, ...]
-    ignored: tuple[str, ...] = ()
-    pixels: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def file(self, i: int) -> Path:
-        return self.root / self.paths[i]
-
-    @functools.cached_property
-    def digests(self) -> tuple[bytes, ...]:
-        """The BLAKE2 hash of every image's bytes."""
-        if self.pixels is not None:
-            return tuple(_digest(image.tobytes()) for image in self.pixels)
-        with ThreadPoolExecutor() as pool:
-            return tuple(pool.map(lambda i: _digest(_read_bytes(self.file(i))), range(len(self)), chunksize=64))
-
-    @functools.cached_property
-    def contents(self) -> np.ndarray:
-        """Every image's place among the sorted digests, [N] int64: images with the same bytes share one."""
-        return np.unique(np.array(self.digests, dtype="S16"), return_inverse=True)[1]
-
-    @functools.cached_property
-    def duplicates(self) -> list[list[int]]:
-        """The groups of two or more images with the same bytes. Only files of equal size are read."""
-        if self.pixels is not None:
-            suspects = range(len(self))
-            digest = self.digests.__getitem__
-        else:
-            sizes = [_file_size(self.file(i)) for i in range(len(self))]
-            by_size = _groups(range(len(self)), sizes.__getitem__)
-            suspects = [i for group in by_size if len(group) > 1 for i in group]
-            with ThreadPoolExecutor() as pool:
-                read = pool.map(lambda i: _digest(_read_bytes(self.file(i))), suspects, chunksize=64)
-                digest = dict(zip(suspects, read, strict=True)).__getitem__
-        return [group for group in _groups(suspects, digest) if len(group) > 1]
-
-    def check(self) -> None:
-        """Look at the header of every file.
-
-        Raises:
-            DataError: naming the first file that is no image.
-        """
-        if self.pixels is None:
-            with ThreadPoolExecutor() as pool:
-                for _ in pool.map(lambda i: _check_header(self.file(i)), range(len(self)), chunksize=64):
-                    pass
-
-
-def find_images(data_dir: str, unlabeled_dir: str | None = None) -> Index:
-    """Index a folder that has a subfolder of images for each class, or the named dataset ``digits``.
-
-    Raises:
-        DataError: the folder is missing or empty, or has no class folders, one class only or too few images.
-    """
-    if data_dir == "digits":
-        return _digits()
-    root = resolve_path(data_dir)
-    if not root.is_dir():
-        raise DataError(f"--data_dir {data_dir}: no such folder; give one with a subfolder of images for each class")
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    if not folders:
-        raise DataError(f"--data_dir {data_dir}: no class folders in it; put each class's images in a subfolder")
-    paths, labels, classes, ignored = [], [], [], []
-    for folder in folders:
-        images, others = _walk(root, folder)
-        ignored += others
-        if images:
-            paths += images
-            labels += [len(classes)] * len(images)
-            classes.append(folder)
-        if 0 < len(images) < FEWEST_PER_CLASS:
-            raise DataError(
-                f"{root / folder}: a class needs at least {FEWEST_PER_CLASS} images and has {len(images)}; "
-                "add some or move the folder away"
-            )
-    if not paths:
-        raise DataError(
-            f"--data_dir {data_dir}: no images in its folders (known are {' '.join(sorted(IMAGE_SUFFIXES))})"
-        )
-    if len(classes) == 1:
-        raise DataError(f"--data_dir {data_dir}: one class only ({classes[0]}); at least two class folders are needed")
-    if unlabeled_dir is not None:
-        unlabeled_root = resolve_path(unlabeled_dir)
-        if not unlabeled_root.is_dir():
-            raise DataError(f"--unlabeled_dir {unlabeled_dir}: no such folder")
-        images, others = _walk(unlabeled_root, "")
-        if not images:
-            raise DataError(f"--unlabeled_dir {unlabeled_dir}: no images in it")
-        ignored += others
-        paths += [os.path.join(os.path.abspath(unlabeled_root), image) for image in images]
-        labels += [UNKNOWN] * len(images)
-    return Index(
-        name=os.path.basename(os.path.abspath(root)),
-        root=root,
-        paths=tuple(paths),
-        labels=np.array(labels, dtype=np.int64),
-        classes=tuple(classes),
-        ignored=tuple(ignored),
-    )
-
-
-def _walk(root: Path, folder: str) -> tuple[list[str], list[str]]:
-    """The images below a folder and its other files, as sorted paths relative to ``root``; without hidden ones."""
-    images, others, pending, seen = [], [], [folder], set()
-    while pending:
-        relative = pending.pop()
-        real = os.path.realpath(root / relative)
-        if real in seen:  # a link back to a folder already visited
-            continue
-        seen.add(real)
-        for entry in os.scandir(root / relative):
-            if entry.name.startswith("."):
-                continue
-            path = os.path.join(relative, entry.name)
-            if entry.is_dir():
-                pending.append(path)
-            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
-                images.append(path)
-            else:
-                others.append(path)
-    return sorted(images), sorted(others)
-
-
-def _digits() -> Index:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    return Index(
-        name="digits",
-        root=Path("digits"),
-        paths=tuple(f"{label}/{i:04d}" for i, label in enumerate(digits.target)),
-        labels=digits.target.astype(np.int64),
-        classes=tuple(str(name) for name in digits.target_names),
-        pixels=(digits.images * (255 / 16)).round().astype(np.uint8),
-    )
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; make it readable or remove it") from error
-
-
-def _file_size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; remove it or mend the link") from error
-
-
-def _check_header(path: Path) -> None:
-    with _image_errors(path), Image.open(path) as image:
-        image.verify()
-
-
-def _groups(items: Sequence[int], key: Callable[[int], object]) -> list[list[int]]:
-    groups = defaultdict(list)
-    for item in items:
-        groups[key(item)].append(item)
-    return list(groups.values())
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The split
@@ -250,6 +50,21 @@ class Split:
 
     def counts(self) -> dict[str, int]:
         return {part: len(getattr(self, part)) for part in self.PARTS}
+
+
+def require_enough(index: Index) -> None:
+    """See that every class has images for every part.
+
+    Raises:
+        DataError: naming the class that has too few.
+    """
+    sizes = np.bincount(index.labels[index.labels != UNKNOWN], minlength=len(index.classes))
+    for name, size in zip(index.classes, sizes, strict=True):
+        if size < FEWEST_PER_CLASS:
+            raise DataError(
+                f"{index.root / name}: a class needs at least {FEWEST_PER_CLASS} readable images and has {size}; "
+                "add some or move the folder away"
+            )
 
 
 def make_split(
@@ -347,120 +162,47 @@ def split_to_csv(index: Index, split: Split) -> bytes:
     )
 
 
-def split_from_parts(index: Index, paths: Sequence[str], parts: Sequence[str]) -> Split:
-    """A checkpoint's split over the images found now. An image that was not there then is in no part.
+def manifest(index: Index, split: Split) -> dict[str, Any]:
+    """What a checkpoint remembers of its split: every image's path, part and digest ([N, 16] uint8)."""
+    digests = torch.from_numpy(index.digests.view(np.uint8).reshape(-1, 16).copy())
+    return {"paths": list(index.paths), "parts": split.part_of(len(index)), "digests": digests}
+
+
+def split_from_manifest(index: Index, saved: dict[str, Any]) -> tuple[Split, str]:
+    """A checkpoint's split over the images found now, and what has changed since (an empty text if nothing).
+
+    An image is known by its bytes, so one that is renamed or copied stays in its part and is never tested on if it was
+    trained on; a path whose image was replaced by a new one keeps its part. Other images are in no part.
 
     Raises:
-        DataError: images of the split are gone.
+        DataError: none of the validation or test images are left.
     """
-    place = dict(zip(index.paths, range(len(index)), strict=True))
-    missing = [path for path in paths if path not in place]
-    if missing:
-        raise DataError(
-            f"{len(missing)} images of the checkpoint's split are not in {index.root} (first: {missing[0]}); "
-            "put them back or give their folder as --data_dir"
-        )
+    then = dict(zip(saved["paths"], zip(_digest_list(saved["digests"]), saved["parts"], strict=True), strict=True))
+    part_of = {each: part for each, part in then.values() if part}
+    known = {each for each, _ in then.values()}
     chosen: dict[str, list[int]] = {part: [] for part in Split.PARTS}
-    for path, part in zip(paths, parts, strict=True):
-        if part:
-            chosen[part].append(place[path])
-    return Split(**{part: np.array(sorted(items), dtype=np.int64) for part, items in chosen.items()})
+    new, replaced, moved = [], [], []
+    for i, (path, each) in enumerate(zip(index.paths, index.digests.tolist(), strict=True)):
+        if each not in known:
+            (replaced if path in then else new).append(path)
+        elif then.get(path, ("", ""))[0] != each:
+            moved.append(path)
+        part = part_of.get(each, "") if each in known else then.get(path, ("", ""))[1]
+        if part and (index.labels[i] != UNKNOWN or part == "unlabeled"):
+            chosen[part].append(i)
+    here, now = set(index.paths), set(index.digests.tolist())
+    gone = [path for path, (each, _) in then.items() if path not in here and each not in now]
+    split = Split(**{part: np.array(items, dtype=np.int64) for part, items in chosen.items()})
+    for part in ("val", "test"):
+        if not chosen[part]:
+            raise DataError(f"{index.root}: none of the checkpoint's {part} images are left in it; put them back")
+    kinds = {"gone": gone, "new": new, "replaced by others": replaced, "renamed or copied": moved}
+    changes = [f"{counted(len(paths), 'image')} {what} (first: {paths[0]})" for what, paths in kinds.items() if paths]
+    return split, ", ".join(changes)
 
 
-def csv_bytes(rows: Sequence[Sequence[object]]) -> bytes:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode("utf-8", "surrogateescape")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoding
-
-
-class _image_errors:
-    """Turn what Pillow raises over a file into a DataError that names it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        known = (OSError, ValueError, SyntaxError, EOFError, UnidentifiedImageError, Image.DecompressionBombError)
-        if isinstance(error, known):
-            reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-            raise DataError(f"{self.path}: cannot be read as an image ({reason}); remove or replace it") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image as the viewer sees it, in 8-bit RGB: rotated by its EXIF tag, deep grey values scaled rather than
-    clipped, transparency on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, dtype=np.float32)
-        top = 65535.0 if image.mode.startswith("I") else max(float(values.max()), 1.0)
-        image = Image.fromarray((np.clip(values / top, 0, 1) * 255 + 0.5).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def decode(path: Path, size: int) -> torch.Tensor:
-    """Read a file: the short side resized, the centre cropped. Returns [3, size, size] uint8.
-
-    Raises:
-        DataError: it cannot be read as an image.
-    """
-    with warnings.catch_warnings(), _image_errors(path), Image.open(path) as image:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        warnings.simplefilter("ignore", UserWarning)
-        side = round(size * EVALUATION_RESIZE)
-        image.draft("RGB", (side, side))  # a large JPEG is decoded at a fraction of its size
-        return _fit(to_rgb(image), side, size)
-
-
-def _fit(image: Image.Image, side: int, size: int) -> torch.Tensor:
-    image = F.resize(image, [side], interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-    return F.pil_to_tensor(F.center_crop(image, [size, size]))
-
-
-class Images(Dataset):
-    """Decoded images by index, [3, size, size] uint8; each is decoded once if all fit in ``STORE_BYTES`` and in a quarter
-    of the free memory.
-
-    The store is shared anonymous memory: loader workers that are forked fill and read the same one.
-    """
-
-    def __init__(self, index: Index, size: int) -> None:
-        self.index = index
-        self.size = size
-        self._pixels: np.ndarray | None = None
-        self._present: np.ndarray | None = None
-        n_bytes = len(index) * 3 * size * size
-        if n_bytes <= min(STORE_BYTES, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4):
-            self._pixels = np.frombuffer(mmap.mmap(-1, n_bytes), np.uint8).reshape(len(index), 3, size, size)
-            self._present = np.frombuffer(mmap.mmap(-1, len(index)), np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getstate__(self) -> dict[str, object]:  # a spawned worker decodes for itself
-        return self.__dict__ | {"_pixels": None, "_present": None}
-
-    def __getitem__(self, i: int) -> torch.Tensor:
-        if self._pixels is None:
-            return self._decode(i)
-        if not self._present[i]:
-            self._pixels[i] = self._decode(i).numpy()
-            self._present[i] = 1
-        return torch.from_numpy(self._pixels[i])
-
-    def _decode(self, i: int) -> torch.Tensor:
-        if self.index.pixels is not None:
-            return _fit(Image.fromarray(self.index.pixels[i]).convert("RGB"), self.size, self.size)
-        return decode(self.index.file(i), self.size)
+def _digest_list(digests: torch.Tensor) -> list[bytes]:
+    return np.frombuffer(digests.numpy().tobytes(), "S16").tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -537,7 +279,7 @@ class Views:
             return image
         view = self.kept.get((kind, i, draw))
         if view is None:
-            with seeded(derive_seed(kind, _digest(image.numpy().tobytes()), draw)):
+            with seeded(derive_seed(kind, digest(image.numpy().tobytes()), draw)):
                 view = self.transforms[kind](image)
             if len(self.kept) < self.most:
                 self.kept[kind, i, draw] = view
@@ -623,22 +365,44 @@ class _StepDataset(Dataset):
     def __len__(self) -> int:
         return self.stop
 
-    def __getitem__(self, step: int) -> Batch:
-        return self.schedule.batch(step, self.labels, self.views)
+    def __getitem__(self, step: int) -> Batch | Failure:
+        try:
+            return self.schedule.batch(step, self.labels, self.views)
+        except Failure as error:  # handed over, because a loader wraps what its workers raise in their traceback
+            return error
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the main process ends a worker
 
 
 def fresh_batches(
     schedule: Schedule, labels: np.ndarray, views: Views, start: int, stop: int, *, num_workers: int, pin: bool
 ) -> Iterator[Batch]:
-    """The batches of steps ``start`` to ``stop``, as uint8 images prepared by ``num_workers`` processes."""
+    """The batches of steps ``start`` to ``stop``, as uint8 images prepared by ``num_workers`` processes.
+
+    Raises:
+        ResourceError: a worker died.
+    """
     context = "fork" if num_workers and "fork" in torch.multiprocessing.get_all_start_methods() else None
-    return iter(
-        DataLoader(
-            _StepDataset(schedule, labels, views, stop),
-            batch_size=None,
-            sampler=range(start, stop),
-            num_workers=num_workers,
-            multiprocessing_context=context,
-            pin_memory=pin,
-        )
+    loader = DataLoader(
+        _StepDataset(schedule, labels, views, stop),
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=num_workers,
+        multiprocessing_context=context,
+        worker_init_fn=_leave_signals_to_the_main_process,
+        pin_memory=pin,
     )
+    try:
+        for batch in loader:
+            if isinstance(batch, Failure):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ResourceError(
+            "a loader's worker process died, perhaps for want of memory: --resume with fewer --num_workers"
+        ) from error

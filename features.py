@@ -116,7 +116,7 @@ def open_features(
     if not n_views or not cache_gb:
         return FeatureSource(views, encoder), "features are computed at every step"
     index = views.images.index
-    needed = len(set(index.digests)) * (2 * n_views + 1) * row_type(encoder.n_features).itemsize
+    needed = len(np.unique(index.digests)) * (2 * n_views + 1) * row_type(encoder.n_features).itemsize
     if needed > cache_gb * GIB:
         return (
             FeatureSource(views, encoder),
@@ -125,8 +125,7 @@ def open_features(
         )
     root = Path(cache_dir).expanduser()
     key = hashlib.sha256(repr((fingerprint, str(encoder.precision), encoder.device.type)).encode())
-    for digest in sorted(set(index.digests)):
-        key.update(digest)
+    key.update(np.unique(index.digests).tobytes())
     folder = root / key.hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)
     os.utime(folder)

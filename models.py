@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import os
 import urllib.error
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,8 @@ def _load_weights(body: nn.Module, file: str) -> None:
 
             state = load_file(path)
         else:
+            if zipfile.is_zipfile(path) and (torn := zipfile.ZipFile(path).testzip()):  # torch does not look
+                raise ValueError(f"{torn} is damaged")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # every reader has its own way to refuse a file
         raise CheckpointError(f"--weights {file}: not a plain state dict ({type(error).__name__})") from error
@@ -239,7 +242,8 @@ def _load_weights(body: nn.Module, file: str) -> None:
         raise CheckpointError(f"--weights {file}: not a plain state dict")
     state = {str(key).removeprefix("module."): value for key, value in state.items()}
     own = body.state_dict()
-    fitting = {key: state[key] for key in own if key in state and state[key].shape == own[key].shape}
+    shapes = {key: value.shape for key, value in state.items() if isinstance(value, torch.Tensor)}
+    fitting = {key: state[key] for key in own if shapes.get(key) == own[key].shape}
     lacking = [key for key in own if key not in fitting]
     if lacking:
         raise CheckpointError(

@@ -93,7 +93,7 @@ def fit(
         labels=session.index.labels[val],
         identity=session.identity(),
     )
-    first = keeper.resume() if config.resume else 0
+    first = keeper.go_on(session.last) if session.last else 0
     with record.Progress(plan.total_steps, first, config.num_epochs, quiet=on_score is not None) as progress:
 
         def on_epoch(epoch: int, players: tuple[str, ...], means: dict[str, float]) -> None:
@@ -107,7 +107,7 @@ def fit(
             keeper.close_step(done, stop=signals.pending is not None)
             signals.stop_if_asked()
 
-        with signals.deferred():
+        with signals.deferred(), keeper.best_kept():
             train.fit(
                 learners,
                 session.batches(plan.schedule, first, plan.total_steps),

@@ -1,20 +1,23 @@
 """What a run leaves behind: its history, best weights and checkpoints, its predictions and its table of figures."""
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-import args
+import terminal
 import train
 import utils
-from data import Index, csv_bytes
+from images import Index
 from models import Learner
 
-SAVE_SECONDS = 20.0  # how long a crash may throw a run back
+SAVE_SECONDS = (
+    20.0  # how long a crash may throw a run back; longer where saving would take over a hundredth of the time
+)
 HISTORY = "epoch network role lr loss_l loss_u loss_mpl mask_rate h loss_s val_accuracy val_loss".split()
 OF_TEACHER = ("loss_l", "loss_u", "loss_mpl", "mask_rate", "h")
 
@@ -45,7 +48,8 @@ class Keeper:
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"score": -1.0}
         self.meter = train.Meter()
-        self.saved_at = time.perf_counter()
+        self.saved_at, self.pause = time.perf_counter(), SAVE_SECONDS
+        self.best_written = -1  # the epoch whose weights are in the file
 
     def close_epoch(self, epoch: int, players: tuple[str, ...], means: dict[str, float]) -> float:
         """Validate, note the epoch and keep the weights if none were better. Returns the validation score.
@@ -70,7 +74,7 @@ class Keeper:
 
     def close_step(self, done: int, stop: bool) -> None:
         """Save if it is time to, or if this is where to ``stop``."""
-        if stop or time.perf_counter() - self.saved_at > SAVE_SECONDS:
+        if stop or time.perf_counter() - self.saved_at > self.pause:
             self.save(done)
 
     def finish(self, done: int) -> None:
@@ -79,14 +83,19 @@ class Keeper:
         if self.folder is None:
             return
         rows = [HISTORY, *([row[key] for key in HISTORY] for row in self.history)]
-        utils.write_atomically(self.folder.results / "history.csv", csv_bytes(rows))
+        utils.write_atomically(self.folder.results / "history.csv", utils.csv_bytes(rows))
 
     def save(self, done: int) -> None:
-        """Write the best weights so far, and what is needed to go on after ``done`` steps."""
+        """Write the best weights so far, and what is needed to go on after ``done`` steps.
+
+        Raises:
+            DivergedError: the last steps were not finite; what is on disk stays.
+        """
         if self.folder is None:
             return
-        if "learners" in self.best:
-            utils.save_checkpoint(self.folder.checkpoints / utils.BEST, self.identity | self.best)
+        began = time.perf_counter()
+        self.meter.require_finite(self.learners)
+        self.save_best()
         last = {
             "steps_done": done,
             "state": {name: learner.state_dict() for name, learner in self.learners.items()},
@@ -96,21 +105,25 @@ class Keeper:
         }
         utils.save_checkpoint(self.folder.checkpoints / utils.LAST, self.identity | last)
         self.saved_at = time.perf_counter()
+        self.pause = max(SAVE_SECONDS, 100 * (self.saved_at - began))
 
-    def resume(self) -> int:
-        """Take up the last checkpoint. Returns the number of steps it had done.
+    def save_best(self) -> None:
+        """Write the weights of the best epoch so far, if they are not written yet."""
+        if self.folder is not None and self.best.get("epoch", -1) > self.best_written:
+            utils.save_checkpoint(self.folder.checkpoints / utils.BEST, self.identity | self.best)
+            self.best_written = self.best["epoch"]
 
-        Raises:
-            CheckpointError: the run was started with other options; lists them.
-        """
-        last = utils.load_checkpoint(self.folder.checkpoints / utils.LAST)
-        now, then = self.identity["config"], last["config"]
-        differ = [key for key in now if key not in args.HARMLESS and now[key] != then.get(key)]
-        if differ:
-            listed = ", ".join(f"--{key} {now[key]} (there {then.get(key)})" for key in differ)
-            raise utils.CheckpointError(f"--resume: the run was started with other options: {listed}")
-        if last["split"] != self.identity["split"]:
-            raise utils.CheckpointError("--resume: the images in the folder have changed since: use --overwrite")
+    @contextlib.contextmanager
+    def best_kept(self) -> Iterator[None]:
+        """Write the weights of the best epoch before whatever error ends the block: all of them were finite then."""
+        try:
+            yield
+        except utils.Failure:
+            self.save_best()
+            raise
+
+    def go_on(self, last: dict[str, Any]) -> int:
+        """Take up a run's last checkpoint. Returns the number of steps it had done."""
         for name, learner in self.learners.items():
             learner.load_state_dict(last["state"][name])
         self.history, self.best = last["history"], last["best"]
@@ -127,7 +140,7 @@ class Progress:
     def __init__(self, total: int, done: int, epochs: int, *, quiet: bool = False) -> None:
         from tqdm import tqdm
 
-        self.plain = not sys.stdout.isatty()
+        self.plain = not terminal.interactive()
         self.epochs, self.quiet = epochs, quiet
         self.bar = tqdm(
             total=total,
@@ -182,7 +195,7 @@ def predictions_csv(index: Index, rows: np.ndarray, probabilities: dict[str, tor
                 *(index.classes[vote] for vote in cast),
             ]
         )
-    return csv_bytes(lines)
+    return utils.csv_bytes(lines)
 
 
 def result_table(metrics: dict[str, Any]) -> str:

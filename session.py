@@ -10,21 +10,47 @@ from torch import nn
 import args
 import data
 import features
+import images
 import models
 import utils
 
 
-def choose_split(config: args.Config, index: data.Index, saved: dict[str, Any] | None) -> data.Split:
-    """The checkpoint's split if there is one, else a new one."""
+def find_data(
+    config: args.Config, saved: dict[str, Any] | None = None, last: dict[str, Any] | None = None
+) -> tuple[images.Index, data.Split, list[str]]:
+    """The images, how they are divided, and lines that say what was found.
+
+    Args:
+        saved: the checkpoint whose split is taken over.
+        last: the one that the run goes on from, whose images must be the same.
+
+    Raises:
+        CheckpointError: the checkpoint is of other classes (no image has been read then), or the folder of a run to go
+            on with has changed.
+    """
+    index = images.find_images(config.data_dir, config.unlabeled_dir)
+    saved = last or saved
+    if saved is not None and tuple(saved["classes"]) != index.classes:
+        there, here = set(saved["classes"]), set(index.classes)
+        differences = [f"which lacks {name}" for name in sorted(there - here)]
+        differences += [f"which also has {name}" for name in sorted(here - there)]
+        raise utils.CheckpointError(
+            f"the checkpoint has other classes than {config.data_dir} ({utils.shortened(differences)}); give "
+            "the folder it was trained on"
+        )
+    index = images.check_images(
+        index, config.cache_dir if config.cache_gb else None, max_bad_percent=config.max_bad_percent
+    )
     if saved is not None:
-        if tuple(saved["classes"]) != index.classes:
+        split, changes = data.split_from_manifest(index, saved["split"])
+        if changes and last is not None:
             raise utils.CheckpointError(
-                f"the checkpoint knows the classes {', '.join(saved['classes'][:6])} ... and {config.data_dir} has "
-                f"{', '.join(index.classes[:6])} ...; give the folder it was trained on"
+                f"--resume: the folder has changed since: {changes}; put it back, or start anew with --overwrite"
             )
-        return data.split_from_parts(index, saved["split"]["paths"], saved["split"]["parts"])
-    index.check()
-    return data.make_split(
+        notes = [f"the folder has changed since the training: {changes}"] if changes else []
+        return index, split, describe_data(index, split) + notes
+    data.require_enough(index)
+    split = data.make_split(
         index.paths,
         index.labels,
         seed=config.seed,
@@ -33,6 +59,7 @@ def choose_split(config: args.Config, index: data.Index, saved: dict[str, Any] |
         test_percent=config.test_percent,
         duplicates=index.duplicates,
     )
+    return index, split, describe_data(index, split)
 
 
 class Session:
@@ -41,23 +68,25 @@ class Session:
     def __init__(
         self,
         config: args.Config,
-        index: data.Index,
+        index: images.Index,
         split: data.Split,
+        notes: list[str],
         device: torch.device,
         precision: torch.dtype | None,
-        saved: dict[str, Any] | None,
+        saved: dict[str, Any] | None = None,
+        last: dict[str, Any] | None = None,
     ) -> None:
-        self.config, self.index, self.split, self.saved = config, index, split, saved
+        self.config, self.index, self.split, self.saved, self.last = config, index, split, saved, last
         self.device, self.precision = device, precision
         self.frozen = config.trainable == "head"
         keep = not self.frozen and config.views > 0
-        self.views = data.Views(data.Images(index, config.img_size), config.augmentation, keep=keep)
+        self.views = data.Views(images.Images(index, config.img_size), config.augmentation, keep=keep)
         seed = saved["backbone"]["seed"] if saved else config.seed
         # A checkpoint of a network that learned as a whole holds all its weights.
         self.weights = "none" if saved and not self.frozen else config.weights
         self.backbone = models.build_backbone(config.model_name, self.weights, config.img_size, seed)
         self.backbone_state = {"name": self.backbone.name, "seed": seed, "fingerprint": None}
-        self.notes = describe_data(index, split)
+        self.notes = notes
         if self.frozen:
             fingerprint = self.backbone_state["fingerprint"] = self.backbone.fingerprint()
             if saved and saved["backbone"]["fingerprint"] != fingerprint:
@@ -119,11 +148,10 @@ class Session:
 
     def identity(self) -> dict[str, Any]:
         """What every checkpoint says of the run it is from."""
-        parts = self.split.part_of(len(self.index))
         return {
             "config": self.config.options(),
             "classes": list(self.index.classes),
-            "split": {"paths": list(self.index.paths), "parts": parts},
+            "split": data.manifest(self.index, self.split),
             "backbone": self.backbone_state,
         }
 
@@ -147,8 +175,8 @@ class Session:
                 yield batch.to(self.device, self.encode)
 
 
-def describe_data(index: data.Index, split: data.Split) -> list[str]:
-    """What was found: counts, duplicates with conflicting labels, files passed over."""
+def describe_data(index: images.Index, split: data.Split) -> list[str]:
+    """What was found: counts, duplicates with conflicting labels, files left out or passed over."""
     counts = split.counts()
     notes = [
         f"{index.name}: {len(index.classes)} classes; {counts['labeled']} labelled, {counts['unlabeled']} unlabelled, "
@@ -156,11 +184,17 @@ def describe_data(index: data.Index, split: data.Split) -> list[str]:
     ]
     groups = index.duplicates
     if groups:
-        conflicts = [group for group in groups if len({int(index.labels[i]) for i in group} - {data.UNKNOWN}) > 1]
+        conflicts = [group for group in groups if len({int(index.labels[i]) for i in group} - {images.UNKNOWN}) > 1]
         notes.append(f"{len(groups)} groups of identical images, each kept on one side of the split")
         if conflicts:
             first = " and ".join(index.paths[i] for i in conflicts[0])
             notes.append(f"{len(conflicts)} of them have conflicting labels and are used without (first: {first})")
+    if index.bad:
+        path, reason = index.bad[0]
+        left_out = utils.counted(len(index.bad), "unreadable file")
+        notes.append(f"{left_out} left out and listed in bad_files.csv (first: {path}: {reason})")
     if index.ignored:
-        notes.append(f"{len(index.ignored)} files are no images and were passed over (first: {index.ignored[0]})")
+        notes.append(
+            f"{utils.counted(len(index.ignored), 'file')} of other kinds passed over (first: {index.ignored[0]})"
+        )
     return notes

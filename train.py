@@ -5,7 +5,6 @@ images. B labelled and U unlabelled images a step, C classes.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -259,10 +258,29 @@ class Meter:
     sums: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
 
-    def add(self, measured: Measurements) -> None:
+    first_bad: torch.Tensor | None = None  # the step at which a measurement was not finite first; -1 if all were
+
+    def add(self, step: int, measured: Measurements) -> None:
         for key, value in measured.items():
             self.sums[key] = self.sums.get(key, 0) + value
             self.counts[key] = self.counts.get(key, 0) + 1
+        total = sum(measured.values())
+        found = torch.where(total.isfinite(), -1, step)
+        self.first_bad = found if self.first_bad is None else torch.where(self.first_bad < 0, found, self.first_bad)
+
+    def require_finite(self, learners: Mapping[str, Learner]) -> None:
+        """See that everything measured and every weight is finite.
+
+        Raises:
+            DivergedError: naming the step and the learning rates.
+        """
+        rates = ", ".join(f"{name} {learner.lr:.2g}" for name, learner in learners.items())
+        advice = f"(learning rate: {rates}); the last finite state is kept: lower --lr and use another --name"
+        if self.first_bad is not None and (step := int(self.first_bad)) >= 0:
+            raise DivergedError(f"the loss of step {step + 1} is not finite {advice}")
+        for name, learner in learners.items():
+            if not all(weight.isfinite().all() for weight in learner.model.parameters()):
+                raise DivergedError(f"the weights of the {name} are no longer finite {advice}")
 
     def clear(self) -> None:
         self.sums.clear()
@@ -297,19 +315,16 @@ def fit(
         on_epoch: called after each epoch with its number, its players and the means of its measurements.
 
     Raises:
-        DivergedError: a loss is not finite.
+        DivergedError: a loss or a weight is not finite.
     """
     for number in steps:
         epoch = number // steps_per_epoch
         players = roles(epoch)
         seed_torch(seed, "step", number)
-        meter.add(step(*(learners[name] for name in players), next(batches), number))
+        meter.add(number, step(*(learners[name] for name in players), next(batches), number))
         if (number + 1) % steps_per_epoch == 0:
-            means = meter.means()
-            if not all(map(math.isfinite, means.values())):
-                rates = ", ".join(f"{name} {learners[name].lr:.2g}" for name in players)
-                raise DivergedError(f"a loss is not finite by step {number + 1} (learning rate: {rates}): lower --lr")
-            on_epoch(epoch, players, means)
+            meter.require_finite(learners)
+            on_epoch(epoch, players, meter.means())
             meter.clear()
         on_step(number + 1)
 

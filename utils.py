@@ -1,25 +1,32 @@
 """What every part leans on: errors, seeds, the device, the run folder, checkpoints, metrics."""
 
 import contextlib
+import csv
 import ctypes
+import errno
 import fcntl
 import hashlib
 import io
 import json
 import os
+import pickle
 import platform
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
 BEST = "best_student.pth"
 LAST = "last.pth"
+_BOTH_HOLD = ("config", "classes", "split", "backbone")
+BEST_HOLDS = (*_BOTH_HOLD, "score", "learners")
+LAST_HOLDS = (*_BOTH_HOLD, "steps_done", "state", "meter", "history", "best")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that a spreadsheet would run
 
 
 class Failure(Exception):
@@ -50,6 +57,16 @@ class ResourceError(Failure):
     """Memory, disk or permission."""
 
     exit_code = 6
+
+
+def counted(n: int, one: str, many: str | None = None) -> str:
+    """``1 image``, ``2 images``."""
+    return f"{n} {one if n == 1 else many or one + 's'}"
+
+
+def shortened(items: Sequence[str], most: int = 6) -> str:
+    """The first few of a list that may be long."""
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,17 +166,27 @@ class RunFolder:
         root = Path(output_dir).expanduser()
         return cls(root / "results" / name, root / "checkpoints" / dataset / name)
 
+    def last_checkpoint(self) -> Path:
+        """The file to go on from.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        path = self.checkpoints / LAST
+        if not path.exists():
+            raise CheckpointError(f"--resume: no {path} to go on from; use --overwrite in place of --resume")
+        return path
+
     @contextlib.contextmanager
-    def claim(self, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    def claim(self, *, keep: bool, overwrite: bool) -> Iterator[None]:
         """Make the folders and hold them, so that no other process trains under this name.
 
         Raises:
-            CheckpointError: the name is taken, or another process holds it, or there is nothing to resume.
+            CheckpointError: the name is taken and neither ``keep`` nor ``overwrite`` is given, or another process holds
+                it.
         """
-        if resume and not (self.checkpoints / LAST).exists():
-            raise CheckpointError(f"--resume: no {self.checkpoints / LAST} to go on from; leave --resume out")
         existed = self.results.exists()
-        if existed and not (resume or overwrite):
+        if existed and not (keep or overwrite):
             raise CheckpointError(
                 f"{self.results} exists: use --resume to go on with it, --overwrite to replace it, or another --name"
             )
@@ -178,6 +205,11 @@ class RunFolder:
                     if path.name != ".lock":
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
                 shutil.rmtree(self.checkpoints, ignore_errors=True)
+            for torn in (
+                *self.results.glob(".*.tmp"),
+                *self.checkpoints.glob(".*.tmp"),
+            ):  # by a process that was killed
+                torn.unlink()
             try:
                 yield
             except DataError:
@@ -194,8 +226,11 @@ class RunFolder:
                 folder.rmdir()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
     """Write a file so that at any moment either the old or the new one is there, whole and on disk.
+
+    Args:
+        content: the bytes, or what writes and verifies them.
 
     Raises:
         ResourceError: the disk is full or the folder cannot be written to; the old file is untouched.
@@ -203,8 +238,11 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
+        with temporary.open("w+b") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -214,10 +252,23 @@ def write_atomically(path: Path, content: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ResourceError(
             f"cannot write {path}: {error.strerror}; free space or permissions, then --resume"
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def csv_bytes(rows: Iterable[Sequence[object]]) -> bytes:
+    """A table as a file that a spreadsheet opens without running anything: a text that it would take for a formula gets
+    an apostrophe. File names that are no valid text keep their bytes."""
+    text = io.StringIO(newline="")
+    safe = (
+        [f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell for cell in row] for row in rows
+    )
+    csv.writer(text, lineterminator="\n").writerows(safe)
+    return text.getvalue().encode("utf-8", "surrogateescape")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -229,32 +280,83 @@ def write_json(path: Path, value: Any) -> None:
 # reads torch files still does and one flipped byte anywhere is seen.
 
 _DIGEST_LENGTH = 64
+_COMMENT = _DIGEST_LENGTH.to_bytes(2, "little")  # its length, which ends a zip without one as two zeros
+
+
+class _Hashing:
+    """A file to write to that hashes what it is given: not what arrives on disk, which is compared with it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.hash, self.held = file, hashlib.sha256(), b""
+
+    def write(self, content: bytes) -> int:
+        """Write all but the last two bytes so far, which are held back for the comment."""
+        held = self.held + bytes(content)
+        self.hash.update(held[:-2])
+        self.file.write(held[:-2])
+        self.held = held[-2:]
+        return len(content)
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write plain tensors and plain types, atomically and with a checksum."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    body = buffer.getvalue()
-    assert body[-2:] == b"\0\0", "a zip without a comment ends in a zero length"
-    digest = hashlib.sha256(body).hexdigest().encode()
-    write_atomically(path, body[:-2] + _DIGEST_LENGTH.to_bytes(2, "little") + digest)
+    """Write plain tensors and plain types, atomically and with a checksum.
+
+    The file that was there is replaced once the new one has been read back and found right.
+
+    Raises:
+        ResourceError: the disk is full or the folder cannot be written to; the old file is untouched.
+    """
+
+    def write(file: BinaryIO) -> None:
+        hashing = _Hashing(file)
+        torch.save(state, hashing)
+        assert hashing.held == bytes(2), "a zip without a comment ends in a zero length"
+        hashing.hash.update(bytes(2))
+        file.write(_COMMENT + hashing.hash.hexdigest().encode())
+        if not _is_whole(file):
+            raise OSError(errno.EIO, "the file read back is not what was written")
+
+    write_atomically(path, write)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what :func:`save_checkpoint` wrote, on the CPU.
+def _is_whole(file: BinaryIO) -> bool:
+    """Whether a file's last 64 characters are the SHA-256 of what is before, as :func:`save_checkpoint` left them."""
+    length = file.seek(0, os.SEEK_END) - _DIGEST_LENGTH - len(_COMMENT)
+    if length < 0:
+        return False
+    file.seek(0)
+    digest = hashlib.sha256()
+    while length and (part := file.read(min(length, 2**20))):
+        digest.update(part)
+        length -= len(part)
+    digest.update(bytes(2))
+    return file.read() == _COMMENT + digest.hexdigest().encode()
+
+
+def load_checkpoint(path: Path, *, holds: Sequence[str] = ()) -> dict[str, Any]:
+    """Read what :func:`save_checkpoint` wrote, on the CPU; it must have the keys that ``holds`` names.
 
     Raises:
         CheckpointError: the file is missing, damaged or not one of ours. Nothing in it is executed.
     """
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            if not _is_whole(file):
+                raise CheckpointError(f"{path} is damaged or no checkpoint of this program: use another one")
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror}") from error
-    body, digest = content[: -_DIGEST_LENGTH - 2] + b"\0\0", content[-_DIGEST_LENGTH:]
-    if hashlib.sha256(body).hexdigest().encode() != digest:
-        raise CheckpointError(f"{path} is damaged or no checkpoint of this program: use another one")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise CheckpointError(f"{path} holds what no checkpoint of this program does: do not trust it") from error
+    if not isinstance(state, dict) or not state.keys() >= set(holds):
+        raise CheckpointError(
+            f"{path} is not the checkpoint that is needed here ({BEST} is for testing and finetuning)"
+        )
+    return state
 
 
 def find_checkpoint(load_path: str | None, output_dir: str, dataset: str) -> Path:
@@ -270,7 +372,7 @@ def find_checkpoint(load_path: str | None, output_dir: str, dataset: str) -> Pat
         found = sorted((root / dataset).glob(f"*/{BEST}"))
         if not found:
             raise CheckpointError(f"--load_best: no run in {root / dataset} yet; train one or give --load_path")
-        return max(found, key=lambda path: load_checkpoint(path)["score"])
+        return max(found, key=lambda path: load_checkpoint(path, holds=BEST_HOLDS)["score"])
     relative = load_path.lstrip("/").removeprefix("checkpoints/")
     tried = [resolve_path(load_path), root / relative, root / dataset / relative, *sorted(root.glob(f"*/{relative}"))]
     for path in tried:
@@ -320,21 +422,22 @@ def classification_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dic
 # Signals
 
 
-class Interrupted(Exception):
-    """A signal asked the program to stop."""
+class Interrupted(BaseException):
+    """A signal asked the program to stop; as with KeyboardInterrupt, no ``except Exception`` takes it for an error."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
 
 class Signals:
-    """SIGINT and SIGTERM: in training they wait for the end of the step; a second one, or at another time, at once."""
+    """SIGINT, SIGTERM and SIGHUP: in training they wait for the end of the step; a second one does not."""
 
     def __init__(self) -> None:
         self.pending: int | None = None
         self._deferred = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: object) -> None:
         if not self._deferred or self.pending is not None:
@@ -365,6 +468,10 @@ def resources_explained(batch_size: int) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ResourceError(f"out of memory at --batch_size {batch_size}: lower it or --img_size") from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # how a CPU tensor runs out of it
+            raise
         raise ResourceError(f"out of memory at --batch_size {batch_size}: lower it or --img_size") from error
     except OSError as error:
         raise ResourceError(f"{error.filename or 'system'}: {error.strerror or error}") from error

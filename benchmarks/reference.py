@@ -1,9 +1,10 @@
 """The original project's way of taking a step, written plainly: what the speed benchmark compares with.
 
 Two whole networks in train mode and float32, the frozen backbones inside the graph, five forward passes a step: the
-teacher on the labelled and strong views and on the weak ones, the student on the strong views and on the labelled images
-before and after its update. With ``joint``, three, as ports of the paper's code do: the teacher on all views at once, the
-student on the strong views and labelled images together, and after its update. The losses are ``train.mpl_step``'s.
+teacher on the labelled and strong views and on the weak ones, the student on the strong views and on the labelled
+images before and after its update. With ``joint``, three, as ports of the paper's code do: the teacher on all views at
+once, the student on the strong views and labelled images together, and after its update. The losses are
+``train.mpl_step``'s.
 """
 
 import torch

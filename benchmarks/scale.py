@@ -14,9 +14,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 INDEX_AND_SPLIT = """
 import sys, time
-import data
+import data, images
 began = time.perf_counter()
-index = data.find_images(sys.argv[1])
+index = images.find_images(sys.argv[1])
 data.make_split(index.paths, index.labels, seed=0, num_labels_percent=3, val_percent=0.8, test_percent=6)
 print(f"{len(index)} names indexed and split: {time.perf_counter() - began:.1f} s")
 """

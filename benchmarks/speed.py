@@ -28,6 +28,7 @@ from reference import reference_step
 
 import data
 import features
+import images
 import models
 import train
 import utils
@@ -36,16 +37,17 @@ CLASSES = 5
 CPU = torch.device("cpu")
 
 
-def photographs(n: int, size: int) -> data.Index:
+def photographs(n: int, size: int) -> images.Index:
     """Random images in a folder, with the size and cost of photographs."""
-    rng = np.random.default_rng(0)
-    return data.Index(
+    pixels = np.random.default_rng(0).integers(0, 256, (n, size, size), dtype=np.uint8)
+    return images.Index(
         name="random",
         root=Path("random"),
         paths=tuple(f"{i % CLASSES}/{i}" for i in range(n)),
         labels=np.arange(n) % CLASSES,
         classes=tuple("abcde"),
-        pixels=rng.integers(0, 256, (n, size, size), dtype=np.uint8),
+        pixels=pixels,
+        digests=np.array([images.digest(image.tobytes()) for image in pixels]),
     )
 
 
@@ -81,7 +83,7 @@ def interleaved(rounds: int, **actions) -> dict[str, float]:
 def frozen(model_name: str, weights: str, rounds: int) -> dict[str, float]:
     """A frozen backbone at 224 pixels, 64 labelled and 64 unlabelled images a step."""
     index = photographs(512, 224)
-    views = data.Views(data.Images(index, 224), "transfer")
+    views = data.Views(images.Images(index, 224), "transfer")
     rows = np.arange(len(index))
     views("plain", rows, rows)  # decoded once, as in training
     backbone = models.build_backbone(model_name, weights, 224, seed=0)
@@ -107,7 +109,7 @@ def frozen(model_name: str, weights: str, rounds: int) -> dict[str, float]:
         batch = schedule(0).batch(step, index.labels, views)
         reference_step(*networks, *optimizers, batch, weight=0.27)
 
-    images = views("plain", rows[:192], rows[:192])
+    pictures = views("plain", rows[:192], rows[:192])
     with tempfile.TemporaryDirectory() as folder:
         source = features.FeatureCache(views, encoder, Path(folder))
         for view in range(2):
@@ -120,7 +122,7 @@ def frozen(model_name: str, weights: str, rounds: int) -> dict[str, float]:
                 step = next(cached_steps)
                 train.mpl_step(*learners, schedule(2).batch(step, index.labels, source), step)
 
-        times = interleaved(rounds, reference=reference, fresh=fresh, cached=cached, limit=lambda: encoder(images))
+        times = interleaved(rounds, reference=reference, fresh=fresh, cached=cached, limit=lambda: encoder(pictures))
     times["cached"] /= 20
     return times
 
@@ -128,7 +130,7 @@ def frozen(model_name: str, weights: str, rounds: int) -> dict[str, float]:
 def from_scratch(rounds: int) -> dict[str, float]:
     """WRN-28-2 at 32 pixels, all of it learning: 64 labelled and 256 unlabelled images a step."""
     index = photographs(512, 32)
-    views = data.Views(data.Images(index, 32), "randaugment")
+    views = data.Views(images.Images(index, 32), "randaugment")
     rows = np.arange(len(index))
     schedule = data.Schedule(rows[:128], rows, 64, 256, 0, 0)
     body = models.build_backbone("wrn_28_2", "none", 32, seed=0).body

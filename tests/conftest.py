@@ -77,12 +77,16 @@ class Cli:
 
     def one_line_error(self, code: int, *options: object) -> str:
         """The message of a command that must fail in one line and leave nothing behind."""
-        before = sorted(self.cwd.rglob("*"))
+        before = self.listed()
         done = self.inside(*options, check=code)
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
         assert done.stderr.startswith("MPL.py: ")
-        assert sorted(self.cwd.rglob("*")) == before
+        assert self.listed() == before
         return done.stderr
+
+    def listed(self) -> list[Path]:
+        """Everything in the folder but what is kept for later runs."""
+        return sorted(path for path in self.cwd.rglob("*") if (self.cwd / "cache") not in (path, *path.parents))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
+import images
 from utils import DataError, UsageError
 
 SHARES = {"num_labels_percent": 3.0, "val_percent": 0.8, "test_percent": 6.0}
@@ -81,7 +82,7 @@ def test_a_share_given_for_a_percent_is_refused_with_the_percent_meant():
 
 
 def test_a_copy_among_the_unlabelled_images_does_not_leak_into_training():
-    labels = np.array([0] * 20 + [1] * 20 + [data.UNKNOWN] * 20)
+    labels = np.array([0] * 20 + [1] * 20 + [images.UNKNOWN] * 20)
     paths = [str(i) for i in range(60)]
     duplicates = [[i, 40 + i] for i in range(20)]
     split = data.make_split(paths, labels, seed=0, duplicates=duplicates, **(SHARES | {"num_labels_percent": 100.0}))
@@ -102,16 +103,16 @@ def test_images_are_found_sorted_and_everything_else_is_passed_over(tmp_path):
     (root / ".git").mkdir()
     (root / "empty").mkdir()
     os.symlink(root / "class 2", root / "class 2" / "loop")
-    index = data.find_images(str(root))
+    index = images.find_images(str(root))
     assert index.classes == ("class 0", "class 1", "class 2")
     assert Counter(index.labels.tolist()) == {0: 6, 1: 5, 2: 5}
     assert list(index.paths) == sorted(index.paths)
     assert index.ignored == ("class 1/notes.txt",)
-    assert index.duplicates == [[0, 5]]
+    assert images.check_images(index, None).duplicates == [[0, 5]]
 
 
 def test_digits_are_the_real_ones():
-    index = data.find_images("digits")
+    index = images.find_images("digits")
     assert len(index) == 1797
     assert index.pixels.shape == (1797, 8, 8)
     assert index.pixels.max() == 255
@@ -124,15 +125,14 @@ def test_digits_are_the_real_ones():
         (lambda root: [shutil.rmtree(p) for p in root.iterdir()], "no class folders"),
         (lambda root: [shutil.rmtree(p) for p in list(root.iterdir())[1:]], "one class only"),
         (lambda root: [p.unlink() for p in root.rglob("*.png")], "no images"),
-        (lambda root: [p.unlink() for p in list((root / "class 1").iterdir())[3:]], "at least 4"),
-        (lambda root: (root / "class 1" / "000.png").write_text("<html>"), "000.png: cannot be read as an image"),
+        (lambda root: [p.unlink() for p in list((root / "class 1").iterdir())[3:]], "class 1: .* at least 4 .* has 3"),
     ],
 )
 def test_bad_folders_are_refused_by_name(tmp_path, prepare, message):
     root = make_folder(tmp_path / "d", images=6)
     prepare(root)
     with pytest.raises(DataError, match=message):
-        data.find_images(str(root)).check()
+        data.require_enough(images.find_images(str(root)))
 
 
 def test_unusual_images_are_read_as_a_viewer_shows_them(tmp_path):
@@ -148,19 +148,19 @@ def test_unusual_images_are_read_as_a_viewer_shows_them(tmp_path):
     deep.save(tmp_path / "deep.png")
     clear.save(tmp_path / "clear.png")
     turned.save(tmp_path / "turned.png", exif=exif)
-    centre = {p.name: data.decode(p, 16)[:, 8, 8].tolist() for p in tmp_path.iterdir()}
+    centre = {p.name: images.decode(p, 16)[:, 8, 8].tolist() for p in tmp_path.iterdir()}
     assert centre["deep.png"] == [128, 128, 128]
     assert centre["clear.png"] == [255, 255, 255]
     assert centre["cmyk.tif"] == pytest.approx([200, 30, 30], abs=6)
     assert centre["palette.gif"] == pytest.approx([200, 30, 30], abs=30)
-    turned = data.decode(tmp_path / "turned.png", 16)
+    turned = images.decode(tmp_path / "turned.png", 16)
     assert int(turned[0, 1, 8]) < 40
     assert int(turned[0, -2, 8]) > 215
 
 
 @pytest.mark.parametrize("augmentation", ["transfer", "randaugment"])
 def test_a_view_depends_on_image_and_draw_alone(colours, augmentation):
-    views = data.Views(data.Images(data.find_images(str(colours)), 32), augmentation)
+    views = data.Views(images.Images(images.find_images(str(colours)), 32), augmentation)
     torch.manual_seed(1)
     together = views("strong", [0, 1, 2, 3], [7, 7, 8, 9])
     torch.manual_seed(2)
@@ -174,16 +174,16 @@ def test_a_view_depends_on_image_and_draw_alone(colours, augmentation):
 
 
 def test_evaluation_views_are_the_decoded_image(colours):
-    index = data.find_images(str(colours))
-    views = data.Views(data.Images(index, 32), "transfer")
-    assert torch.equal(views("plain", [5], [0])[0], data.decode(index.file(5), 32))
+    index = images.find_images(str(colours))
+    views = data.Views(images.Images(index, 32), "transfer")
+    assert torch.equal(views("plain", [5], [0])[0], images.decode(index.file(5), 32))
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(colours):
-    index = data.find_images(str(colours))
+    index = images.find_images(str(colours))
     split = data.make_split(index.paths, index.labels, seed=0, **(SHARES | {"num_labels_percent": 20.0}))
     schedule = data.Schedule(split.labeled, split.train, 4, 6, 0, 3)
-    views = data.Views(data.Images(index, 16), "transfer")
+    views = data.Views(images.Images(index, 16), "transfer")
     runs = [list(data.fresh_batches(schedule, index.labels, views, 2, 6, num_workers=n, pin=False)) for n in (0, 2)]
     assert len(runs[0]) == 4
     for one, other in zip(*runs, strict=True):

@@ -9,15 +9,16 @@ import torch
 
 import data
 import features
+import images
 import models
 
 
 @pytest.fixture
 def parts(colours):
-    index = data.find_images(str(colours))
+    index = images.check_images(images.find_images(str(colours)), None)
     backbone = models.build_backbone("wrn_10_1", "none", 16, seed=0)
     encoder = models.Encoder(backbone, torch.device("cpu"), None)
-    return data.Views(data.Images(index, 16), "transfer"), encoder, backbone.fingerprint()
+    return data.Views(images.Images(index, 16), "transfer"), encoder, backbone.fingerprint()
 
 
 def opened(parts, folder, n_views=3, cache_gb=1.0):
@@ -52,8 +53,8 @@ def test_renamed_and_copied_images_keep_their_features(parts, colours, tmp_path)
         for file in sorted(folder.iterdir()):
             shutil.copy(file, folder / f"copy of {file.name}")
         folder.rename(folder.with_name(f"my {folder.name}"))
-    index = data.find_images(str(tmp_path / "renamed"))
-    again, _ = opened((data.Views(data.Images(index, 16), "transfer"), *parts[1:]), tmp_path / "cache")
+    index = images.check_images(images.find_images(str(tmp_path / "renamed")), None)
+    again, _ = opened((data.Views(images.Images(index, 16), "transfer"), *parts[1:]), tmp_path / "cache")
     assert again.folder == source.folder
     name = {digest: i for i, digest in enumerate(index.digests)}
     kind, indices, draws = WANTED
@@ -79,8 +80,8 @@ def test_everything_that_matters_is_in_the_key(parts, tmp_path, colours):
     folders.add(opened((views, encoder, "other weights"), tmp_path)[0].folder)
     halves = models.Encoder(models.build_backbone("wrn_10_1", "none", 16, 0), torch.device("cpu"), torch.bfloat16)
     folders.add(opened((views, halves, fingerprint), tmp_path)[0].folder)
-    other = data.find_images("digits")
-    folders.add(opened((data.Views(data.Images(other, 16), "transfer"), encoder, fingerprint), tmp_path)[0].folder)
+    other = images.check_images(images.find_images("digits"), None)
+    folders.add(opened((data.Views(images.Images(other, 16), "transfer"), encoder, fingerprint), tmp_path)[0].folder)
     assert len(folders) == 4
     paper = data.Views(views.images, "randaugment")
     shared = opened((paper, encoder, fingerprint), tmp_path)[0]

@@ -44,7 +44,9 @@ def test_every_import_is_required():
 def test_imports_go_one_way():
     order = [
         "args",
+        "terminal",
         "utils",
+        "images",
         "data",
         "models",
         "features",
@@ -53,6 +55,7 @@ def test_imports_go_one_way():
         "session",
         "modes",
         "visualization",
+        "optuna_search",
         "MPL",
     ]
     for place, name in enumerate(order):
@@ -69,5 +72,5 @@ def test_the_readme_lists_every_option():
 
 
 def test_modules_do_nothing_at_import_time():
-    code = "import data, models, features, train, utils, args, record; import sys; assert 'timm' not in sys.modules"
+    code = "import args, data, features, images, models, record, train; import sys; assert 'timm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -58,7 +58,7 @@ def test_a_name_in_use_is_refused_with_the_process_that_holds_it(tmp_path):
     folder = utils.RunFolder.named(str(tmp_path), "d", "exp")
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import utils\n"
-        "with utils.RunFolder.named(sys.argv[2], 'd', 'exp').claim(resume=False, overwrite=False):\n"
+        "with utils.RunFolder.named(sys.argv[2], 'd', 'exp').claim(keep=False, overwrite=False):\n"
         "    print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(
@@ -67,18 +67,18 @@ def test_a_name_in_use_is_refused_with_the_process_that_holds_it(tmp_path):
     assert holder.stdout.readline() == "held\n"
     with (
         pytest.raises(utils.CheckpointError, match=f"process {holder.pid}"),
-        folder.claim(resume=False, overwrite=True),
+        folder.claim(keep=False, overwrite=True),
     ):
         pass
     holder.kill()
     holder.wait()
-    with folder.claim(resume=False, overwrite=True):  # the lock died with its holder
+    with folder.claim(keep=False, overwrite=True):  # the lock died with its holder
         pass
 
 
 def test_a_failed_start_removes_what_it_made(tmp_path):
     folder = utils.RunFolder.named(str(tmp_path / "out"), "d", "exp")
-    with pytest.raises(utils.DataError), folder.claim(resume=False, overwrite=False):
+    with pytest.raises(utils.DataError), folder.claim(keep=False, overwrite=False):
         raise utils.DataError("bad")
     assert not list((tmp_path / "out").iterdir())
 
