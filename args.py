@@ -132,7 +132,7 @@ class Config:
         kind=int,
         low=0,
         high=1024,
-        shown="8 with a frozen backbone, else 0; digits: 32",
+        shown="4 with a frozen backbone, else 0; digits: 32",
     )
     cache_dir: str = option("~/.cache/transfermpl", "data", "where features of frozen backbones are kept between runs")
     cache_gb: float = option(10.0, "data", "bound of --cache_dir (0: keep nothing)", low=0, unit="GiB")
@@ -382,7 +382,7 @@ def _resolve(config: Config) -> Config:
     defaults |= {
         "weights": weights,
         "trainable": trainable,
-        "views": 8 if trainable == "head" else 32 if config.data_dir == "digits" else 0,
+        "views": 4 if trainable == "head" else 32 if config.data_dir == "digits" else 0,
         "unlabeled_batch_size": config.batch_size * (2 if config.data_dir == "digits" else 1),
         "warmup_epoch_num": min(20, config.num_epochs // 5) * (2 if config.switch_mode else 1),
         "feedback": "exact" if config.pseudo_label == "soft" else "loss_difference",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils import CheckpointError, UsageError, seed_torch
+from utils import CheckpointError, UsageError, load_tensors, seed_torch
 
 ALIASES = {"vgg": "vgg16", "resnet": "resnet18", "squeezenet": "squeezenet1_0", "densenet": "densenet121"}
 NEED_NO_DOWNLOAD = "efficientnet_lite0 (weights come with its pip package), wrn_D_K, or any model with --weights none"
@@ -232,7 +232,7 @@ def _load_weights(body: nn.Module, file: str) -> None:
         else:
             if zipfile.is_zipfile(path) and (torn := zipfile.ZipFile(path).testzip()):  # torch does not look
                 raise ValueError(f"{torn} is damaged")
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_tensors(path)
     except Exception as error:  # every reader has its own way to refuse a file
         raise CheckpointError(f"--weights {file}: not a plain state dict ({type(error).__name__})") from error
     for key in ("state_dict", "model"):

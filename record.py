@@ -15,9 +15,8 @@ import utils
 from images import Index
 from models import Learner
 
-SAVE_SECONDS = (
-    20.0  # how long a crash may throw a run back; longer where saving would take over a hundredth of the time
-)
+SAVE_SECONDS = 20.0  # how long a crash may throw a run back ...
+SAVE_SHARE = 0.01  # ... or longer, where saving would take more than this share of the time
 HISTORY = "epoch network role lr loss_l loss_u loss_mpl mask_rate h loss_s val_accuracy val_loss".split()
 OF_TEACHER = ("loss_l", "loss_u", "loss_mpl", "mask_rate", "h")
 
@@ -105,7 +104,7 @@ class Keeper:
         }
         utils.save_checkpoint(self.folder.checkpoints / utils.LAST, self.identity | last)
         self.saved_at = time.perf_counter()
-        self.pause = max(SAVE_SECONDS, 100 * (self.saved_at - began))
+        self.pause = max(SAVE_SECONDS, (self.saved_at - began) / SAVE_SHARE)
 
     def save_best(self) -> None:
         """Write the weights of the best epoch so far, if they are not written yet."""

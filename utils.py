@@ -13,6 +13,7 @@ import pickle
 import platform
 import shutil
 import signal
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ LAST = "last.pth"
 _BOTH_HOLD = ("config", "classes", "split", "backbone")
 BEST_HOLDS = (*_BOTH_HOLD, "score", "learners")
 LAST_HOLDS = (*_BOTH_HOLD, "steps_done", "state", "meter", "history", "best")
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that a spreadsheet would run
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")  # how a cell begins that a spreadsheet would take for more than text
 
 
 class Failure(Exception):
@@ -193,7 +194,7 @@ class RunFolder:
         self.results.mkdir(parents=True, exist_ok=True)
         with (self.results / ".lock").open("a+") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which, unlike flock's, no forked worker holds on to
             except OSError as error:
                 lock.seek(0)
                 raise CheckpointError(f"{self.results} is in use by process {lock.read().strip() or '?'}") from error
@@ -262,13 +263,20 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None]) ->
 
 def csv_bytes(rows: Iterable[Sequence[object]]) -> bytes:
     """A table as a file that a spreadsheet opens without running anything: a text that it would take for a formula gets
-    an apostrophe. File names that are no valid text keep their bytes."""
+    an apostrophe, which :func:`read_csv` takes away. File names that are no valid text keep their bytes."""
     text = io.StringIO(newline="")
     safe = (
         [f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell for cell in row] for row in rows
     )
     csv.writer(text, lineterminator="\n").writerows(safe)
     return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of what :func:`csv_bytes` made."""
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file))
+    return [{key: cell[1:] if cell[:1] == "'" else cell for key, cell in row.items()} for row in rows]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -288,12 +296,17 @@ class _Hashing:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.hash, self.held = file, hashlib.sha256(), b""
+        self.error: OSError | None = None  # which torch would bury under one of its own
 
     def write(self, content: bytes) -> int:
         """Write all but the last two bytes so far, which are held back for the comment."""
         held = self.held + bytes(content)
         self.hash.update(held[:-2])
-        self.file.write(held[:-2])
+        try:
+            self.file.write(held[:-2])
+        except OSError as error:
+            self.error = error
+            raise
         self.held = held[-2:]
         return len(content)
 
@@ -312,7 +325,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
     def write(file: BinaryIO) -> None:
         hashing = _Hashing(file)
-        torch.save(state, hashing)
+        try:
+            torch.save(state, hashing)
+        except RuntimeError as error:
+            raise hashing.error or error from error
         assert hashing.held == bytes(2), "a zip without a comment ends in a zero length"
         hashing.hash.update(bytes(2))
         file.write(_COMMENT + hashing.hash.hexdigest().encode())
@@ -336,6 +352,13 @@ def _is_whole(file: BinaryIO) -> bool:
     return file.read() == _COMMENT + digest.hexdigest().encode()
 
 
+def load_tensors(file: BinaryIO | Path) -> Any:
+    """What a torch file holds, on the CPU, if that is plain tensors and types; else whatever error torch raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of oddities in files that are then refused
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
 def load_checkpoint(path: Path, *, holds: Sequence[str] = ()) -> dict[str, Any]:
     """Read what :func:`save_checkpoint` wrote, on the CPU; it must have the keys that ``holds`` names.
 
@@ -347,7 +370,7 @@ def load_checkpoint(path: Path, *, holds: Sequence[str] = ()) -> dict[str, Any]:
             if not _is_whole(file):
                 raise CheckpointError(f"{path} is damaged or no checkpoint of this program: use another one")
             file.seek(0)
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = load_tensors(file)
     except OSError as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, EOFError) as error:

@@ -3,7 +3,6 @@
 Nothing here trains or knows a network. matplotlib draws to files; no display is needed.
 """
 
-import csv
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
+
+import utils
 
 # Okabe & Ito's colours, told apart by colour-blind readers too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -45,11 +46,6 @@ LOSSES = {
 }
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return list(csv.DictReader(file))
-
-
 def draw_run(results: Path, title: str, ensemble: str | None, classes: Sequence[str]) -> list[Path]:
     """Draw every picture of a run folder. Returns the files written.
 
@@ -60,8 +56,8 @@ def draw_run(results: Path, title: str, ensemble: str | None, classes: Sequence[
     written = []
     with plt.rc_context(STYLE):
         if (results / "history.csv").exists():
-            written.append(draw_curves(read_csv(results / "history.csv"), title, results / "graphs.png"))
-        rows = [row for row in read_csv(results / "predictions.csv") if row["split"] == "test"]
+            written.append(draw_curves(utils.read_csv(results / "history.csv"), title, results / "graphs.png"))
+        rows = [row for row in utils.read_csv(results / "predictions.csv") if row["split"] == "test"]
         truth = [row["true_label"] for row in rows]
         votes = {key.removesuffix("_vote"): key for key in rows[0] if key.endswith("_vote")}
         pictures = {TITLES[name]: column for name, column in votes.items()}

@@ -148,10 +148,12 @@ def test_unusual_images_are_read_as_a_viewer_shows_them(tmp_path):
     deep.save(tmp_path / "deep.png")
     clear.save(tmp_path / "clear.png")
     turned.save(tmp_path / "turned.png", exif=exif)
+    red.save(tmp_path / "animated.gif", save_all=True, append_images=[Image.new("RGB", (40, 40), "blue")])
     centre = {p.name: images.decode(p, 16)[:, 8, 8].tolist() for p in tmp_path.iterdir()}
     assert centre["deep.png"] == [128, 128, 128]
     assert centre["clear.png"] == [255, 255, 255]
     assert centre["cmyk.tif"] == pytest.approx([200, 30, 30], abs=6)
+    assert centre["animated.gif"] == pytest.approx([200, 30, 30], abs=30)  # the first picture
     assert centre["palette.gif"] == pytest.approx([200, 30, 30], abs=30)
     turned = images.decode(tmp_path / "turned.png", 16)
     assert int(turned[0, 1, 8]) < 40

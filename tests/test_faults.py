@@ -1,0 +1,398 @@
+"""What goes wrong in the world: kills, signals, bad files, full disks, closed terminals (docs/faults.md)."""
+
+import csv
+import importlib
+import json
+import os
+import pty
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, Cli, make_folder
+from PIL import Image
+
+import images
+import record
+import utils
+
+faults = importlib.import_module("faults", sys.path.insert(0, str(ROOT / "benchmarks")))
+RUN = [*TINY, "--num_epochs", "6", "--warmup_epoch_num", "1"]
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_fault_of_the_table_names_tests_that_exist():
+    text = (ROOT / "docs" / "faults.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", text))
+    written = set()
+    for path in (ROOT / "tests").glob("test_*.py"):
+        written |= set(re.findall(r"^def (test_\w+)", path.read_text(), re.M))
+    assert len(named) > 25
+    assert named <= written
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping and going on
+
+
+def interrupt_at(monkeypatch, step: int, number: int) -> None:
+    """Have this process get a signal while it takes a step of training."""
+    save = record.Keeper.close_step
+
+    def close_step(keeper, done, stop):
+        if done == step:
+            os.kill(os.getpid(), number)
+            stop = True
+        save(keeper, done, stop)
+
+    monkeypatch.setattr(record.Keeper, "close_step", close_step)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("mode", [[], ["--switch_mode"], ["--finetune_mode"], ["--ema", "0.9", "--feedback", "exact"]])
+def test_a_run_stopped_in_mid_epoch_goes_on_to_the_same_end(cli, colours, monkeypatch, mode, workers):
+    run = ["--data_dir", colours, *RUN, "--steps_per_epoch", "3", "--num_workers", workers, *mode]
+    cli.inside("--name", "whole", *run)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 7, signal.SIGTERM)
+        assert "--resume" in cli.inside("--name", "cut", *run, check=143).stderr
+    assert utils.load_checkpoint(cli.cwd / "checkpoints/colours/cut/last.pth")["steps_done"] == 7
+    cli.inside("--name", "cut", *run, "--resume")
+    whole, cut = (faults.outcome(cli.cwd, name) for name in ("whole", "cut"))
+    assert faults.equal(whole, cut)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_finishes_the_step_saves_and_exits(cli, colours, monkeypatch, number, code):
+    interrupt_at(monkeypatch, 3, number)
+    assert signal.Signals(number).name in cli.inside("--name", "a", "--data_dir", colours, *RUN, check=code).stderr
+    assert (cli.cwd / "checkpoints/colours/a/last.pth").exists()
+
+
+def test_a_second_signal_does_not_wait():
+    signals = utils.Signals()
+    try:
+        with signals.deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signals.pending == signal.SIGINT
+            with pytest.raises(utils.Interrupted):
+                os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
+
+def test_killed_at_any_point_of_a_save_it_goes_on_to_the_same_end(tmp_path):
+    killing = faults.Killing(tmp_path, faults.MODES[:1])
+    points = killing.points_of_a_save()
+    assert points > 8
+    flushes_and_renames = range(points - 6, points)
+    assert all(killing.survives(0, at=at) for at in (0, 1, *flushes_and_renames))
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def start_with_workers(cli: Cli, data_dir: Path) -> tuple[subprocess.Popen, list[int]]:
+    """A long run and the processes of its two loader workers."""
+    run = ["--name", "a", "--data_dir", data_dir, *TINY, "--num_epochs", "5000", "--num_workers", "2"]
+    process = subprocess.Popen(
+        cli.command(*run), cwd=cli.cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    until = time.monotonic() + 60
+    while len(children(process.pid)) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    workers = children(process.pid)
+    assert len(workers) >= 2
+    return process, workers
+
+
+def test_a_dead_loader_worker_ends_the_run_with_a_message(cli, colours):
+    process, workers = start_with_workers(cli, colours)
+    os.kill(workers[0], signal.SIGKILL)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 6
+    assert "worker process died" in message
+    assert len(message.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_no_worker_outlives_its_run_and_the_lock_dies_with_its_holder(cli, colours, number):
+    process, workers = start_with_workers(cli, colours)
+    message = cli.inside("--name", "a", "--data_dir", colours, *TINY, "--overwrite", check=4).stderr
+    assert f"in use by process {process.pid}" in message
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    cli.inside("--name", "a", "--data_dir", colours, *RUN, "--overwrite")
+    until = time.monotonic() + 30
+    while any(map(running, workers)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(map(running, workers))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def test_mangled_checkpoints_and_weights_are_refused_by_every_way_of_loading(tmp_path):
+    assert all(faults.corrupt(tmp_path, 40, random.Random(1)))
+
+
+def test_the_old_checkpoint_stays_until_the_new_one_is_read_back(tmp_path, monkeypatch):
+    path = tmp_path / "c.pth"
+    utils.save_checkpoint(path, {"a": torch.ones(3)})
+    before = path.read_bytes()
+    monkeypatch.setattr(utils, "_is_whole", lambda file: False)  # a disk that returns other bytes than it was given
+    with pytest.raises(utils.ResourceError, match="read back"):
+        utils.save_checkpoint(path, {"a": torch.zeros(3)})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["c.pth"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad files
+
+
+def spoil(root: Path) -> dict[str, str]:
+    """Put a bad file of each kind into a folder. Returns their paths and words of the reasons."""
+    whole = (root / "class 1" / "003.png").read_bytes()
+    Image.new("L", (20000, 20000)).save(root / "class 0" / "bomb.png")
+    (root / "class 0" / "empty.jpg").write_bytes(b"")
+    (root / "class 0" / "noise.jpg").write_bytes(bytes(range(256)) * 9)
+    (root / "class 0" / "page.jpg").write_text("<html>404 not found</html>")
+    (root / "class 0" / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    (root / "class 1" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (root / "class 1" / "broken link.png").symlink_to("nowhere.png")
+    os.mkfifo(root / "class 1" / "pipe.png")
+    return {
+        "class 0/bomb.png": "too large (20000 x 20000 pixels)",
+        "class 0/empty.jpg": "empty",
+        "class 0/noise.jpg": "not an image",
+        "class 0/page.jpg": "not an image",
+        "class 0/program.png": "not an image",
+        "class 1/broken link.png": "No such file",
+        "class 1/cut.png": "truncated",
+        "class 1/pipe.png": "not a regular file",
+    }
+
+
+def test_bad_files_are_left_out_listed_and_counted(cli, tmp_path):
+    root = make_folder(tmp_path / "data" / "spoilt")
+    bad = spoil(root)
+    run = ["--data_dir", root, *RUN]
+    message = cli.one_line_error(3, *run)
+    assert "8 of 68 files" in message
+    assert "--max_bad_percent" in message
+    out = cli.inside("--name", "a", *run, "--max_bad_percent", "20").stdout
+    assert "8 unreadable files left out and listed in bad_files.csv" in out
+    listed = {row["path"]: row["reason"] for row in table(cli.cwd / "results/a/bad_files.csv")}
+    assert listed.keys() == bad.keys()
+    assert all(bad[path] in reason for path, reason in listed.items())
+    assert sum(cli.metrics("a")["counts"].values()) == 60
+    assert not set(bad) & {row["path"] for row in table(cli.cwd / "results/a/split.csv")}
+
+
+def test_only_what_has_changed_is_checked_again(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "d", images=5)
+    index = images.find_images(str(root))
+    seen = []
+    inspect = images._inspect
+    monkeypatch.setattr(images, "_inspect", lambda path: (seen.append(path.name), inspect(path))[1])
+    first = images.check_images(index, str(tmp_path / "cache"))
+    assert len(seen) == 15
+    seen.clear()
+    again = images.check_images(index, str(tmp_path / "cache"))
+    assert seen == []
+    assert np.array_equal(again.digests, first.digests)
+    changed = root / "class 1" / "002.png"
+    Image.new("RGB", (20, 20)).save(changed)
+    os.utime(changed, ns=(1, 1))
+    assert not np.array_equal(images.check_images(index, str(tmp_path / "cache")).digests, first.digests)
+    assert seen == ["002.png"]
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-30])  # damaged: all is read again
+    seen.clear()
+    images.check_images(index, str(tmp_path / "cache"))
+    assert len(seen) == 15
+
+
+def test_damaged_images_of_every_format_are_read_or_listed(tmp_path):
+    assert all(faults.damage(tmp_path, 120, random.Random(2)))
+
+
+NAMES = [
+    "plain.png",
+    "ünïcödé 花.png",
+    "two\nlines.png",
+    'quo"te,comma.png',
+    os.fsdecode(b"bytes\xff\xfe.png"),
+    "=1+1.png",
+]
+
+
+def test_any_name_survives_into_the_tables_and_none_becomes_a_formula(cli, tmp_path):
+    root = make_folder(tmp_path / "data" / "names")
+    for c in range(3):
+        (root / f"class {c}").rename(root / f"=class {c}")
+        for i, name in enumerate(NAMES):
+            (root / f"=class {c}" / f"{i:03d}.png").rename(root / f"=class {c}" / name)
+    cli("--name", "a", "--data_dir", root, *RUN, "--test_percent", "40")
+    for file in ("split.csv", "predictions.csv"):
+        rows = table(cli.cwd / "results/a" / file)
+        assert all(row["path"].startswith("'=class") for row in rows)
+        assert all(value.startswith("'=") for row in rows for key, value in row.items() if key.endswith("label"))
+    paths = {row["path"] for row in table(cli.cwd / "results/a/split.csv")}
+    assert paths >= {f"'=class {c}/{name}" for c in range(3) for name in NAMES}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder that changes
+
+
+def test_a_changed_folder_is_told_and_what_was_trained_on_is_never_tested_on(cli, tmp_path):
+    root = make_folder(tmp_path / "data" / "d")
+    run = ["--data_dir", root, *RUN, "--test_percent", "40"]
+    cli.inside("--name", "a", *run)
+    parts = {row["path"]: row["split"] for row in table(cli.cwd / "results/a/split.csv")}
+    tested = [path for path, part in parts.items() if part == "test"]
+    trained = [path for path, part in parts.items() if part in ("labeled", "unlabeled")]
+    (root / tested[0]).unlink()
+    shutil.copy(root / trained[0], root / tested[1])  # a training image takes a test image's place
+    (root / trained[1]).rename(root / "class 0" / "renamed.png")
+    Image.new("RGB", (20, 20), "pink").save(root / tested[2])  # an image never seen
+    Image.new("RGB", (20, 20), "black").save(root / "class 2" / "new.png")
+    out = cli.inside("--name", "t", "--test_mode", "--load_path", "a").stdout
+    assert "the folder has changed since the training" in out
+    for change in ("1 image gone", "1 image new", "1 image replaced by others", "2 images renamed or copied"):
+        assert change in out
+    now = {row["path"] for row in table(cli.cwd / "results/t/predictions.csv")}
+    assert now == set(tested) - {tested[0], tested[1]}
+    message = cli.inside("--name", "a", *run, "--resume", check=4).stderr
+    assert "the folder has changed since: 1 image gone" in message
+
+
+def test_a_checkpoint_of_another_kind_is_refused_before_any_image_is_read(cli, tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "data" / "d")
+    cli.inside("--name", "a", "--data_dir", root, *RUN)
+    (root / "class 1").rename(root / "other")
+    monkeypatch.setattr(images, "check_images", lambda *_, **__: pytest.fail("images were read"))
+    load = ["--name", "t", "--test_mode", "--load_path", "a"]
+    message = cli.inside(*load, check=4).stderr
+    assert "which lacks class 1, which also has other" in message
+    for option, there in (("--img_size", "32"), ("--model_name", "wrn_16_1")):
+        assert f"{option} {there} (there" in cli.inside(*load, option, there, check=4).stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trouble in training
+
+
+def test_divergence_stops_at_the_last_finite_state(cli, colours):
+    message = cli.inside("--name", "a", "--data_dir", colours, *RUN, "--lr", "1e30", check=5).stderr
+    assert re.search(r"(loss of step \d+|weights of the \w+) .*not? .*finite .*learning rate: student .*--lr", message)
+    for file in (cli.cwd / "checkpoints/colours").rglob("*.pth"):
+        for learner in utils.load_checkpoint(file)["learners"].values():
+            assert all(tensor.isfinite().all() for tensor in learner.values() if tensor.is_floating_point())
+
+
+def test_want_of_memory_is_explained():
+    with (
+        pytest.raises(utils.ResourceError, match="out of memory at --batch_size 64: lower it"),
+        utils.resources_explained(64),
+    ):
+        torch.empty(2**55)
+
+
+def limited(cli: Cli, kind: int, bound: int, *options: object) -> subprocess.CompletedProcess:
+    """Run under a limit of the operating system."""
+    return subprocess.run(
+        cli.command(*options),
+        cwd=cli.cwd,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(kind, (bound, bound)),
+    )
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_no_temporary_file(cli, colours):
+    """Files may not grow beyond 100 kB, which the checkpoints do."""
+    run = ["--name", "a", "--data_dir", colours, *RUN]
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 5, signal.SIGINT)
+        cli.inside(*run, check=130)
+    folder = cli.cwd / "checkpoints/colours/a"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    done = limited(cli, resource.RLIMIT_FSIZE, 100_000, *run, "--resume")
+    assert done.returncode == 6
+    assert "cannot write" in done.stderr
+    assert "--resume" in done.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(cli, colours):
+    (cli.cwd / "file").write_text("")
+    message = cli.inside("--data_dir", colours, *RUN, "--output_dir", "file/below", check=6).stderr
+    assert "file/below" in message
+    assert len(message.strip().splitlines()) == 1
+    message = cli.inside("--data_dir", colours, *RUN, "--output_dir", "/proc/self", check=6).stderr  # read-only to all
+    assert "/proc/self" in message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Terminals
+
+
+def test_closed_output_and_a_reader_that_leaves_stop_nothing(cli, colours):
+    run = cli.command("--data_dir", colours, *RUN)
+    for i, redirection in enumerate((">&- 2>&-", "| head -c 1 >/dev/null", ">/dev/full")):
+        script = f'set -o pipefail; "$@" --name r{i} {redirection}'
+        done = subprocess.run(["bash", "-c", script, "bash", *run], cwd=cli.cwd, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), redirection
+        assert (cli.cwd / "results" / f"r{i}" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(("term", "bar"), [("dumb", False), ("xterm", True)])
+def test_only_a_terminal_that_can_redraws(cli, colours, term, bar):
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    run = cli.command("--name", "a", "--data_dir", colours, *RUN)
+    process = subprocess.Popen(run, cwd=cli.cwd, stdout=theirs, stderr=theirs, env=os.environ | {"TERM": term})
+    os.close(theirs)
+    out = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # the other side is closed
+            break
+        if not part:
+            break
+        out += part
+    os.close(ours)
+    assert process.wait() == 0
+    text = out.replace(b"\r\n", b"\n")
+    assert (b"\r" in text) == bar
+    assert bar or b"\x1b" not in text
+    assert b"ensemble" in text
+    assert json.loads((cli.cwd / "results/a/metrics.json").read_text())
