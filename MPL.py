@@ -76,7 +76,7 @@ def run(config: args.Config, signals: utils.Signals) -> None:
         if config.name is None:
             config = dataclasses.replace(config, name=f"{dataset}_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
         folder = utils.RunFolder.named(config.output_dir, dataset, config.name)
-        if config.resume:
+        if config.resume and not config.optuna_mode:
             last = utils.load_checkpoint(folder.last_checkpoint(), holds=utils.LAST_HOLDS)
             args.require_same(config, last["config"])
     except ValueError as error:
@@ -86,28 +86,45 @@ def run(config: args.Config, signals: utils.Signals) -> None:
     precision = utils.pick_precision(config.amp, device)
     index, split, notes = find_data(config, saved, last)
     session = Session(config, index, split, notes, device, precision, saved, last)
-    with folder.claim(keep=config.resume, overwrite=config.overwrite):
-        print(config.describe())
-        for line in session.notes:
-            print(line)
-        if not config.resume:
-            write_config(config, folder)
-            utils.write_atomically(folder.results / "split.csv", data.split_to_csv(index, split))
-            if index.bad:
-                listed = utils.csv_bytes([("path", "reason"), *index.bad])
-                utils.write_atomically(folder.results / "bad_files.csv", listed)
-        if config.print_model:
-            print(models.describe(session.network("student").model, session.backbone, config.trainable == "head"))
-        if config.show_images:
-            draw_samples(session, folder)
-        if config.optuna_mode:
-            import optuna_search
+    try:
+        with folder.claim(keep=config.resume, overwrite=config.overwrite):
+            carry_out(session, folder, signals, began)
+    except utils.InUseError:
+        if not config.optuna_mode or config.storage is None:
+            raise
+        import optuna_search
 
-            session = session.configured(optuna_search.search(session, folder.results, signals))
-            write_config(session.config, folder)
-        trained = None if config.mode == "test" else modes.fit(session, folder, signals)
-        seconds_train = time.perf_counter() - began
-        report(session, folder, trained, began, seconds_train)
+        optuna_search.join(session, signals)  # the one who holds the folder reports
+
+
+def carry_out(session: Session, folder: utils.RunFolder, signals: utils.Signals, began: float) -> None:
+    """Show, search, train, test, report: what a run does in its folder."""
+    config = session.config
+    print(config.describe())
+    for line in session.notes:
+        print(line)
+    if not config.resume:
+        write_config(config, folder)
+        utils.write_atomically(folder.results / "split.csv", data.split_to_csv(session.index, session.split))
+        if session.index.bad:
+            listed = utils.csv_bytes([("path", "reason"), *session.index.bad])
+            utils.write_atomically(folder.results / "bad_files.csv", listed)
+    if config.print_model:
+        print(models.describe(session.network("student").model, session.backbone, config.trainable == "head"))
+    if config.show_images:
+        draw_samples(session, folder)
+    defaults = None
+    if config.optuna_mode:
+        import optuna_search
+
+        tuned = optuna_search.search(session, folder.results, signals)
+        print("training once with the options as given, and once with the best:")
+        defaults = score(session, modes.fit(session, None, signals))[1]
+        session = session.configured(tuned)
+        write_config(tuned, folder)
+    trained = None if config.mode == "test" else modes.fit(session, folder, signals)
+    seconds_train = time.perf_counter() - began
+    report(session, folder, trained, defaults, began, seconds_train)
 
 
 def write_config(config: args.Config, folder: utils.RunFolder) -> None:
@@ -119,33 +136,40 @@ def write_config(config: args.Config, folder: utils.RunFolder) -> None:
 # Results
 
 
+Probabilities = dict[str, dict[str, torch.Tensor]]  # of the validation and test images, by network: [N, C]
+Scores = dict[str, dict[str, dict[str, float]]]
+
+
+def score(session: Session, learners: dict[str, models.Learner]) -> tuple[Probabilities, Scores]:
+    """What the learners and, if they are several, their ensemble predict of the validation and test images."""
+    probabilities, scores = {}, {}
+    for part in ("val", "test"):
+        rows = getattr(session.split, part)
+        logits = train.infer([*learners.values()], session.source, rows)
+        each = {name: own.softmax(-1) for name, own in zip(learners, logits, strict=True)}
+        if len(learners) > 1:
+            each["ensemble"] = train.ensemble(logits)
+        truth = session.index.labels[rows]
+        probabilities[part] = each
+        scores[part] = {name: utils.classification_metrics(own.numpy(), truth) for name, own in each.items()}
+    return probabilities, scores
+
+
 def report(
     session: Session,
     folder: utils.RunFolder,
     trained: dict[str, models.Learner] | None,
+    defaults: Scores | None,
     began: float,
     seconds_train: float,
 ) -> None:
     """Test the learners, write metrics, predictions and pictures, and print the table."""
-    config, split, labels = session.config, session.split, session.index.labels
+    config, split = session.config, session.split
     learners = session.loaded() if trained is None else trained
     if config.mode == "finetune" and session.saved:
         partner = list(session.loaded().values())[1:]  # unchanged, beside the finetuned student
         learners = learners | dict(zip(["teacher"], partner, strict=False))
-    rows = {"val": split.val, "test": split.test}
-    probabilities: dict[str, dict[str, torch.Tensor]] = {}
-    for part, indices in rows.items():
-        logits = train.infer([*learners.values()], session.source, indices)
-        probabilities[part] = {name: each.softmax(-1) for name, each in zip(learners, logits, strict=True)}
-        if len(learners) > 1:
-            probabilities[part]["ensemble"] = train.ensemble(logits)
-    scores = {
-        part: {
-            name: utils.classification_metrics(each.numpy(), labels[rows[part]])
-            for name, each in probabilities[part].items()
-        }
-        for part in rows
-    }
+    probabilities, scores = score(session, learners)
     metrics = {
         "mode": config.mode,
         "dataset": session.index.name,
@@ -153,6 +177,7 @@ def report(
         "counts": split.counts(),
         "test": scores["test"],
         "val": scores["val"],
+        **({} if defaults is None else {"defaults": defaults}),
         "seconds": {
             "total": time.perf_counter() - began,
             "train": seconds_train if trained is not None else 0.0,
@@ -161,7 +186,7 @@ def report(
     }
     utils.write_json(folder.results / "metrics.json", metrics)
     utils.write_atomically(
-        folder.results / "predictions.csv", record.predictions_csv(session.index, rows["test"], probabilities["test"])
+        folder.results / "predictions.csv", record.predictions_csv(session.index, split.test, probabilities["test"])
     )
     import visualization
 

@@ -6,6 +6,7 @@ read or written.
 """
 
 import argparse
+import json
 import math
 import os
 import re
@@ -207,6 +208,7 @@ class Config:
         None, "mpl", "weight of the consistency loss", kind=float, low=0, shown="0.27; digits: 1"
     )
     uda_steps: int = option(80, "mpl", "steps over which that weight grows to its full value", low=1, unit="steps")
+    feedback_scale: float = option(1.0, "mpl", "factor of the student's feedback to the teacher", low=0)
     feedback: str | None = option(
         None,
         "mpl",
@@ -221,6 +223,19 @@ class Config:
 
     n_trials: int = option(100, "tuning", "trials of the search", low=1)
     timeout: float = option(10800.0, "tuning", "time for the search", low=1, unit="seconds")
+    trial_seeds: int = option(3, "tuning", "how often each trial is trained, on other folds or seeds", low=1, high=100)
+    trial_epochs: int | None = option(
+        None, "tuning", "epochs of a trial", kind=int, low=1, shown="as --num_epochs; digits: a quarter"
+    )
+    workers: int = option(1, "tuning", "processes on this machine that share the trials", low=1, high=256)
+    storage: str | None = option(
+        None,
+        "tuning",
+        "database of the study, as postgresql://user:password@host/name; the same command elsewhere joins in",
+        kind=str,
+        shown="study.db in the run folder",
+    )
+    params: str | None = option(None, "tuning", "take options from a file, as best_params.json of a search", kind=str)
 
     given: tuple[str, ...] = ()
 
@@ -238,14 +253,15 @@ class Config:
 
     def options(self) -> dict[str, Any]:
         """Every option's effective value, as saved in ``config.json``."""
-        return {key: value for key, value in asdict(self).items() if key != "given"}
+        options = {key: value for key, value in asdict(self).items() if key != "given"}
+        return options | {"storage": self.storage and without_password(self.storage)}
 
     def describe(self, width: int = 80) -> str:
         """Every option's effective value, a paragraph a group."""
         values = {group: [] for group in GROUPS}
         for spec in fields(self):
             if "group" in spec.metadata:
-                values[spec.metadata["group"]].append(f"{spec.name}={getattr(self, spec.name)}")
+                values[spec.metadata["group"]].append(f"{spec.name}={self.options()[spec.name]}")
         return "\n".join(
             textwrap.fill(
                 f"{group:<9} " + "  ".join(items),
@@ -256,6 +272,11 @@ class Config:
             )
             for group, items in values.items()
         )
+
+
+def without_password(url: str) -> str:
+    """A database's address as it may be shown and saved."""
+    return re.sub(r"(//[^/@:]*):[^@]*@", r"\1:***@", url)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -298,9 +319,29 @@ def parse(argv: list[str] | None = None) -> Config:
     parser = build_parser()
     given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
     try:
-        return configure(**given)
+        return configure(**(load_params(given["params"]) if "params" in given else {}) | given)
     except ValueError as error:
         parser.error(str(error))
+
+
+def load_params(path: str) -> dict[str, Any]:
+    """The options in a file such as a search's best_params.json.
+
+    Raises:
+        ValueError: the file is missing or holds something else.
+    """
+    known = {spec.name: type(spec.default) for spec in fields(Config) if "group" in spec.metadata}
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8") as file:
+            given = json.load(file)
+        if not isinstance(given, dict):
+            raise ValueError("not an object of options")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--params {path}: {getattr(error, 'strerror', None) or error}") from error
+    for key, value in given.items():
+        if key not in known or isinstance(value, list | dict):
+            raise ValueError(f"--params {path}: {key} is no option")
+    return given
 
 
 def configure(**given: Any) -> Config:
@@ -325,8 +366,12 @@ INHERITED = ("data_dir", "unlabeled_dir", *INHERITED_SPLIT, *INHERITED_NETWORK, 
 # What changes no number of a run: a resumed one may have it otherwise.
 HARMLESS = (
     *("resume", "overwrite", "show_images", "print_model", "debug", "output_dir", "num_workers", "cache_dir"),
-    "max_bad_percent",
+    *("max_bad_percent", "params"),
 )
+
+
+# What a study may be gone on with otherwise.
+HARMLESS_TO_A_STUDY = (*HARMLESS, "name", "n_trials", "timeout", "workers", "storage", "params")
 
 
 def require_same(config: Config, started: dict[str, Any]) -> None:
@@ -384,6 +429,7 @@ def _resolve(config: Config) -> Config:
         "trainable": trainable,
         "views": 4 if trainable == "head" else 32 if config.data_dir == "digits" else 0,
         "unlabeled_batch_size": config.batch_size * (2 if config.data_dir == "digits" else 1),
+        "trial_epochs": max(1, config.num_epochs // 4) if config.data_dir == "digits" else config.num_epochs,
         "warmup_epoch_num": min(20, config.num_epochs // 5) * (2 if config.switch_mode else 1),
         "feedback": "exact" if config.pseudo_label == "soft" else "loss_difference",
         "pseudo_label": "soft" if config.feedback == "exact" else "hard",
@@ -402,8 +448,8 @@ def _check_together(config: Config) -> None:
         raise ValueError("--resume and --overwrite exclude each other: go on with the old run, or replace it")
     if config.resume and config.name is None:
         raise ValueError("--resume needs --name: which run to go on with")
-    if config.resume and (config.test_mode or config.optuna_mode):
-        raise ValueError("--resume goes with training modes only")
+    if config.resume and config.test_mode:
+        raise ValueError("--resume goes with training and tuning only")
     if (config.name is not None and not re.fullmatch(r"[^/\\\0]+", config.name)) or config.name in (".", ".."):
         raise ValueError(f"--name {config.name!r}: must be a plain name, without slashes")
     if config.num_labels_percent == 0:

@@ -59,6 +59,7 @@ def plan_training(config: Config, split: data.Split) -> Plan:
             uda_steps=config.uda_steps,
             pseudo_label=config.pseudo_label,
             feedback=config.feedback,
+            feedback_scale=config.feedback_scale,
             label_smoothing=config.label_smoothing,
         )
     updates = train.count_updates(roles, epochs=config.num_epochs, warmup_epochs=warmup_epochs, steps_per_epoch=steps)

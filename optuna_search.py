@@ -1,26 +1,44 @@
-"""Hyper-parameter search with Optuna: the search space, the objective, what is kept of a study.
+"""Hyper-parameter search with Optuna: the search space, the objective, the study and those who work on it.
 
 An option that the user gives is fixed; the rest of the space is searched. Trials share the data, the backbone and its
-kept features, so that one costs seconds. The score is the validation accuracy of what the run is for; the test images
-are not touched.
+kept features, so that one costs seconds. Their score is validation accuracy; the test images are not touched.
+
+A study is a table of slots, one a trial of the budget. Whoever works on it (this process, ``--workers`` copies of its
+command, or the same command elsewhere with the same ``--storage``) takes the next free slot until none is left. The
+slot of a worker that dies becomes free again when its heartbeat stops.
 """
 
 import dataclasses
+import functools
+import itertools
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
+import torch
+from optuna.trial import TrialState
 
+import args
 import modes
 import utils
 from args import Config
+from data import Split
 from session import Session
 
 SMOOTHED_EPOCHS = 5  # a score is a mean over so many epochs: few validation images make a single one a matter of luck
+ENOUGH_TO_VALIDATE = 200  # images; with fewer, the labelled ones are validated on in turn
+HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 20  # after which a silent worker is taken for dead
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
-# The original's search space. uda_steps is searched as a percent of all steps.
+# The original's search space, and below it ours. What depends on a run's length is drawn as a percent of it.
 SPACE: dict[str, Callable[[optuna.Trial], float]] = {
     "weight_decay": lambda trial: trial.suggest_float("weight_decay", 0.0, 0.1),
     "lr": lambda trial: trial.suggest_float("lr", 1e-4, 1e-1, log=True),
@@ -28,92 +46,292 @@ SPACE: dict[str, Callable[[optuna.Trial], float]] = {
     "lambda_u": lambda trial: trial.suggest_float("lambda_u", 0.1, 2.0),
     "uda_steps": lambda trial: trial.suggest_float("uda_percent", 1.0, 20.0),
     "threshold": lambda trial: trial.suggest_float("threshold", 0.65, 0.95),
+    "warmup_epoch_num": lambda trial: trial.suggest_float("warmup_percent", 0.0, 40.0),
+    "ema": lambda trial: trial.suggest_categorical("ema", [0.0, 0.9, 0.99]),
+    "feedback_scale": lambda trial: trial.suggest_float("feedback_scale", 0.1, 10.0, log=True),
+    "label_smoothing": lambda trial: trial.suggest_float("label_smoothing", 0.0, 0.2),
 }
 
 
-def suggest(trial: optuna.Trial, config: Config, total_steps: int) -> Config:
+def suggest(trial: optuna.trial.BaseTrial, config: Config, total_steps: int) -> Config:
     """The configuration of a trial: what the user gave stays, the rest of ``SPACE`` is drawn."""
     drawn: dict[str, Any] = {name: draw(trial) for name, draw in SPACE.items() if name not in config.given}
     if "uda_steps" in drawn:
         drawn["uda_steps"] = max(1, round(drawn["uda_steps"] / 100 * total_steps))
+    if "warmup_epoch_num" in drawn:
+        drawn["warmup_epoch_num"] = min(
+            round(drawn["warmup_epoch_num"] / 100 * config.num_epochs), config.num_epochs - 1
+        )
     return dataclasses.replace(config, **drawn)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The objective
+
+
+def rehearsals(session: Session) -> tuple[list[Session], str]:
+    """What each trial is run on, ``--trial_seeds`` times, and a line that says so.
+
+    With few validation images, each time another part of the labelled and validation images, dealt anew, is validated
+    on and the rest is learned from; with enough of them only the seed changes.
+    """
+    config = dataclasses.replace(session.config, num_epochs=session.config.trial_epochs)
+    times, n_val = config.trial_seeds, len(session.split.val)
+    seeded = [dataclasses.replace(config, seed=config.seed + s) for s in range(times)]
+    each = f"each trial trains {utils.counted(times, 'time')} for {utils.counted(config.num_epochs, 'epoch')}"
+    pool = np.union1d(session.split.labeled, session.split.val)
+    n = min(times, np.bincount(session.index.labels[pool]).max())  # a class of one image is in one fold
+    if n_val >= ENOUGH_TO_VALIDATE or n == 1:
+        return [session.configured(c) for c in seeded], f"{each} and is scored on {n_val} validation images"
+    parts = folds(session.split, session.index.labels, session.index.contents, n, config.seed)
+    note = (
+        f"{n_val} validation images are too few to choose by: {each}; each time another of {n} parts of the "
+        f"labelled and validation images is validated on, {len(pool) // n} images or so"
+    )
+    return [session.configured(c, parts[s % n]) for s, c in enumerate(seeded)], note
+
+
+def folds(split: Split, labels: np.ndarray, contents: np.ndarray, n: int, seed: int) -> list[Split]:
+    """The split with its labelled and validation images dealt anew, ``n`` times, so that each is validated on once.
+
+    Classes are spread evenly and copies of one image (equal ``contents``) stay together.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    pool = np.union1d(split.labeled, split.val)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of classes with fewer images than folds
+        dealt = list(StratifiedGroupKFold(n, shuffle=True, random_state=seed).split(pool, labels[pool], contents[pool]))
+    return [dataclasses.replace(split, labeled=pool[rest], val=pool[held_out]) for rest, held_out in dealt]
+
+
+def score_trial(trial: optuna.Trial, sessions: list[Session], signals: utils.Signals) -> float:
+    """Train with the trial's options in every session. The mean over them of the best smoothed validation accuracy.
+
+    Raises:
+        optuna.TrialPruned: at the same epoch of the same session, the trial is worse than most before it.
+    """
+    bests = []
+    for place, session in enumerate(sessions):
+        total_steps = modes.plan_training(session.config, session.split).total_steps
+        scores: list[float] = []
+
+        def on_score(epoch: int, score: float, place: int = place, scores: list[float] = scores) -> None:
+            scores.append(score)
+            trial.report(float(np.mean(scores[-SMOOTHED_EPOCHS:])), place * sessions[0].config.num_epochs + epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+        with utils.resources_explained(session.config.batch_size):
+            modes.fit(session.configured(suggest(trial, session.config, total_steps)), None, signals, on_score=on_score)
+        window = min(SMOOTHED_EPOCHS, len(scores))
+        bests.append(np.convolve(scores, np.full(window, 1 / window), "valid").max())
+    return float(np.mean(bests))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The study
+
+
+class Budget:
+    """The slots of a study in a database, one a trial, and how they are taken and given back."""
+
+    def __init__(self, config: Config, url: str) -> None:
+        """Open the study called ``--name``, or make it.
+
+        Raises:
+            UsageError: the database cannot be used.
+            CheckpointError: the study is one of other options.
+        """
+        self.config, self.url = config, url
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sqlite = url.startswith("sqlite")
+        try:
+            self.storage = optuna.storages.RDBStorage(
+                url,
+                engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True},
+                heartbeat_interval=HEARTBEAT_SECONDS,
+                grace_period=GRACE_SECONDS,
+                heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
+            )
+        except Exception as error:  # of the database, its driver or the network
+            reason = " ".join(str(error).split("\n")[0].split())
+            raise utils.UsageError(f"--storage {args.without_password(url)}: cannot be used ({reason})") from error
+        parallel = config.workers > 1 or config.storage is not None
+        options = {key: value for key, value in config.options().items() if key not in args.HARMLESS_TO_A_STUDY}
+        self.study = optuna.create_study(
+            study_name=config.name,
+            storage=self.storage,
+            load_if_exists=True,
+            direction="maximize",
+            sampler=optuna.samplers.TPESampler(seed=None if parallel else config.seed, constant_liar=parallel),
+            pruner=optuna.pruners.MedianPruner(
+                n_startup_trials=5, n_warmup_steps=config.trial_epochs * 3 // 4, interval_steps=5
+            ),
+        )
+        known = self.study.user_attrs.get("options")
+        if known is None:
+            self.study.set_user_attr("options", options)
+        elif differ := [key for key in options if known.get(key) != options[key]]:
+            listed = ", ".join(f"--{key} {options[key]} (there {known.get(key)})" for key in differ)
+            raise utils.CheckpointError(f"the study {config.name} was started with other options: {listed}")
+
+    def trials(self, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
+        """The trials of the budget in one of these states."""
+        return [trial for trial in self.study.get_trials(deepcopy=False, states=states) if "slot" in trial.user_attrs]
+
+    def fill(self) -> None:
+        """See that there is a slot for every trial of ``--n_trials``."""
+        taken = {trial.user_attrs["slot"] for trial in self.trials(*TrialState)}
+        for slot in range(self.config.n_trials):
+            if slot not in taken:
+                self.study.enqueue_trial({}, user_attrs={"slot": slot})
+
+    def give_back(self, trial: optuna.Trial) -> None:
+        """Free the slot of a trial that this process leaves unfinished."""
+        self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        self.study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
+
+    def work(self, objective: Callable[[optuna.Trial], float], until: float) -> None:
+        """Take slots until none is left, ``until`` (``time.monotonic``) at most; wait for those that others hold."""
+
+        def guarded(trial: optuna.Trial) -> float:
+            if "slot" not in trial.user_attrs:  # another worker took the last slot just before
+                raise optuna.exceptions.OptunaError("beyond the budget")
+            try:
+                return objective(trial)
+            except utils.Interrupted:
+                self.give_back(trial)
+                raise
+            except utils.Failure as error:
+                trial.set_user_attr("failure", str(error))
+                raise
+
+        while time.monotonic() < until:
+            if self.trials(TrialState.WAITING):
+                failures = (utils.DivergedError, utils.ResourceError, optuna.exceptions.OptunaError)
+                self.study.optimize(guarded, n_trials=1, callbacks=[self._show], catch=failures)
+            elif self.trials(TrialState.RUNNING):
+                time.sleep(1)
+                optuna.storages.fail_stale_trials(self.study)
+            else:
+                return
+
+    def _show(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        """A line for a trial that has ended, with the best so far."""
+        if "slot" not in trial.user_attrs:
+            return
+        values = "  ".join(f"{key} {value:.3g}" for key, value in trial.params.items())
+        score = f"{trial.value:.1%}" if trial.state == TrialState.COMPLETE else trial.state.name.lower()
+        failure = f" ({trial.user_attrs['failure']})" if "failure" in trial.user_attrs else ""
+        best = max((t.value for t in self.trials(TrialState.COMPLETE)), default=None)
+        best = "" if best is None else f", best {best:.1%}"
+        print(
+            f"trial {trial.user_attrs['slot'] + 1}/{self.config.n_trials}  {score}{failure}{best}  {values}", flush=True
+        )
+
+
+def database(config: Config, results: Path) -> str:
+    return config.storage or f"sqlite:///{(results / 'study.db').absolute()}"
+
+
+@contextmanager
+def helpers(config: Config, url: str) -> Iterator[None]:
+    """``--workers`` less one copies of this command, which join the study; they end with the block."""
+    options = [["--storage", url], ["--workers", "1"]]
+    for name in config.given:
+        value = getattr(config, name)
+        if name not in ("storage", "workers", "resume", "overwrite", "params"):
+            options.append([f"--{name}"] if value is True else [f"--{name}", str(value)])
+    if "name" not in config.given:
+        options.append(["--name", config.name])
+    threads = str(max(1, (os.cpu_count() or 1) // config.workers))
+    if config.workers > 1:
+        torch.set_num_threads(int(threads))
+    command = [sys.executable, str(Path(args.__file__).with_name("MPL.py")), *itertools.chain(*options)]
+    started = [
+        subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": threads}) for _ in range(config.workers - 1)
+    ]
+    try:
+        yield
+    finally:
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.wait()
+
+
+def join(session: Session, signals: utils.Signals) -> None:
+    """Work on a study that another process has started and will report."""
+    budget = Budget(session.config, session.config.storage)
+    sessions, _ = rehearsals(session)
+    objective = functools.partial(score_trial, sessions=sessions, signals=signals)
+    budget.work(objective, time.monotonic() + session.config.timeout)
+
+
 def search(session: Session, results: Path, signals: utils.Signals) -> Config:
-    """Run the study in ``results/study.db`` and write ``best_params.json``. Returns the best trial's configuration.
+    """Run the study, write ``best_params.json`` and its pictures. Returns the best trial's configuration.
 
     Raises:
         DivergedError: no trial finished.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     config = session.config
-    total_steps = modes.plan_training(config, session.split).total_steps
-    study = optuna.create_study(
-        study_name=config.name,
-        storage=f"sqlite:///{results / 'study.db'}",
-        direction="maximize",
-        sampler=optuna.samplers.TPESampler(seed=config.seed),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=config.num_epochs // 2),
-    )
-    began = time.perf_counter()
-
-    def objective(trial: optuna.Trial) -> float:
-        scores: list[float] = []
-
-        def on_score(epoch: int, score: float) -> None:
-            scores.append(score)
-            trial.report(sum(scores[-SMOOTHED_EPOCHS:]) / len(scores[-SMOOTHED_EPOCHS:]), epoch)
-            if trial.should_prune():
-                raise optuna.TrialPruned
-
-        modes.fit(session.configured(suggest(trial, config, total_steps)), None, signals, on_score=on_score)
-        window = min(SMOOTHED_EPOCHS, len(scores))
-        return max(sum(scores[i : i + window]) / window for i in range(len(scores) - window + 1))
-
-    def show(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        values = "  ".join(f"{key} {value:.3g}" for key, value in trial.params.items())
-        score = f"{trial.value:.1%}" if trial.state.name == "COMPLETE" else trial.state.name.lower()
-        finished = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
-        best = f", best {max(t.value for t in finished):.1%}" if finished else ""
-        print(f"trial {trial.number + 1}/{config.n_trials}  {score}{best}  {values}", flush=True)
-
-    study.optimize(
-        objective,
-        n_trials=config.n_trials,
-        timeout=config.timeout,
-        callbacks=[show],
-        catch=(utils.DivergedError, utils.ResourceError, MemoryError),
-    )
-    if not study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
+    began = time.monotonic()
+    url = database(config, results)
+    budget = Budget(config, url)
+    budget.fill()
+    sessions, note = rehearsals(session)
+    print(note, flush=True)
+    with helpers(config, url):
+        objective = functools.partial(score_trial, sessions=sessions, signals=signals)
+        budget.work(objective, began + config.timeout)
+    finished = budget.trials(TrialState.COMPLETE)
+    if not finished:
         raise utils.DivergedError("no trial of the search finished: give --lr, or more --n_trials and --timeout")
-    best = suggest(optuna.trial.FixedTrial(study.best_params), config, total_steps)
-    chosen = {name: getattr(best, name) for name in SPACE}
-    utils.write_json(results / "best_params.json", chosen)
-    draw_study(study, results)
-    took = time.perf_counter() - began
-    print(f"{len(study.trials)} trials in {took:.0f} s, best validation score {study.best_value:.1%}: {results}/")
-    print(f"to look around: pip install optuna-dashboard && optuna-dashboard sqlite:///{results / 'study.db'}")
+    winner = max(finished, key=lambda trial: trial.value)
+    total_steps = modes.plan_training(config, session.split).total_steps
+    best = suggest(optuna.trial.FixedTrial(winner.params), config, total_steps)
+    utils.write_json(results / "best_params.json", {name: getattr(best, name) for name in SPACE})
+    draw_study(budget.study, results)
+    n_pruned, took = len(budget.trials(TrialState.PRUNED)), time.monotonic() - began
+    print(f"{len(finished)} trials finished and {n_pruned} pruned in {took:.0f} s, best score {winner.value:.1%}")
+    print(f"to look around: pip install optuna-dashboard && optuna-dashboard {args.without_password(url)}")
+    print(f"to train with the best options: python MPL.py --params {results / 'best_params.json'}")
     return best
 
 
-def draw_study(study: optuna.Study, results: Path) -> None:
-    """Write the study's history, slices and, where they can be told, the parameters' importances."""
-    import warnings
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
 
+
+def draw_study(study: optuna.Study, results: Path) -> list[Path]:
+    """Write pictures of the study: its history and timeline and, where they can be told, the parameters' importances,
+    slices and parallel coordinates."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
     from optuna.visualization import matplotlib as pictures
 
-    drawings = {"optuna_history": pictures.plot_optimization_history, "optuna_slices": pictures.plot_slice}
-    values = {trial.value for trial in study.get_trials(states=[optuna.trial.TrialState.COMPLETE])}
-    if len(values) > 1 and len(study.best_params) > 1:
-        drawings["optuna_importances"] = pictures.plot_param_importances
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    drawings = {"history": pictures.plot_optimization_history, "timeline": pictures.plot_timeline}
+    if study.best_params:
+        drawings |= {"slices": pictures.plot_slice}
+    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    if len({trial.value for trial in complete}) > 1 and len(study.best_params) > 1:
+        drawings |= {"importances": pictures.plot_param_importances, "parallel": pictures.plot_parallel_coordinate}
+    written = []
+    with warnings.catch_warnings(), plt.rc_context({"figure.figsize": (8, 4.5)}):
+        warnings.simplefilter("ignore")
         for name, draw in drawings.items():
-            if study.best_params or name == "optuna_history":
-                draw(study)
-                plt.gcf().savefig(results / f"{name}.png", dpi=120, bbox_inches="tight", pad_inches=0.12)
-                plt.close("all")
+            axes = np.atleast_1d(draw(study))
+            figure = axes.flat[0].figure
+            figure.set_size_inches(
+                max(8, 2.4 * len(axes.flat)) if name == "slices" else 12 if name == "parallel" else 8, 4.5
+            )
+            for each in axes.flat if name in ("slices", "parallel") else ():
+                each.tick_params(axis="x", labelrotation=45)
+            written.append(results / f"optuna_{name}.png")
+            figure.savefig(written[-1], dpi=120, bbox_inches="tight", pad_inches=0.12)
+            plt.close("all")
+    return written

@@ -206,7 +206,12 @@ def result_table(metrics: dict[str, Any]) -> str:
         f"{seconds['total']:.0f} s",
         f"{'':10} {'accuracy':>9} {'balanced':>9} {'macro F1':>9} {'ECE':>7} {'validation':>11}",
     ]
-    for name, test in metrics["test"].items():
-        figures = f"{test['accuracy']:9.2%} {test['balanced_accuracy']:9.2%} {test['macro_f1']:9.3f} {test['ece']:7.3f}"
-        lines.append(f"{name.replace('_', ' '):10} {figures} {metrics['val'][name]['accuracy']:11.1%}")
+    blocks = [metrics] if "defaults" not in metrics else [metrics, metrics["defaults"]]
+    for place, block in enumerate(blocks):
+        lines += ["without tuning:"] * place
+        for name, test in block["test"].items():
+            figures = (
+                f"{test['accuracy']:9.2%} {test['balanced_accuracy']:9.2%} {test['macro_f1']:9.3f} {test['ece']:7.3f}"
+            )
+            lines.append(f"{name.replace('_', ' '):10} {figures} {block['val'][name]['accuracy']:11.1%}")
     return "\n".join(lines) + "\n"

@@ -109,10 +109,10 @@ class Session:
             self.encode = lambda images: images
             self.source = lambda *wanted: self.views(*wanted).to(device)
 
-    def configured(self, config: args.Config) -> "Session":
-        """The same data, backbone and features under other options of training."""
+    def configured(self, config: args.Config, split: data.Split | None = None) -> "Session":
+        """The same data, backbone and features under other options of training, or divided otherwise."""
         other = copy.copy(self)
-        other.config = config
+        other.config, other.split = config, split or self.split
         return other
 
     def network(self, name: str, updates: int = 0) -> models.Learner:

@@ -152,6 +152,7 @@ def mpl_step(
     uda_steps: int = 80,
     pseudo_label: str = "hard",
     feedback: str = "loss_difference",
+    feedback_scale: float = 1.0,
     label_smoothing: float = 0.0,
 ) -> Measurements:
     """One step of Meta Pseudo Labels (Pham et al., arXiv 2003.10580, algorithm 1), in its order.
@@ -210,7 +211,7 @@ def mpl_step(
             loss_mpl = h * F.cross_entropy(t_logits_us, pseudo)
         measured |= {"loss_s": loss_s, "loss_mpl": loss_mpl, "h": h}
 
-    teacher.update(loss_l + weight * loss_u + loss_mpl)
+    teacher.update(loss_l + weight * loss_u + feedback_scale * loss_mpl)
     return {key: value.detach() for key, value in measured.items()}
 
 

@@ -50,6 +50,10 @@ class CheckpointError(Failure):
     exit_code = 4
 
 
+class InUseError(CheckpointError):
+    """Another process holds the run folder."""
+
+
 class DivergedError(Failure):
     exit_code = 5
 
@@ -187,17 +191,17 @@ class RunFolder:
                 it.
         """
         existed = self.results.exists()
-        if existed and not (keep or overwrite):
-            raise CheckpointError(
-                f"{self.results} exists: use --resume to go on with it, --overwrite to replace it, or another --name"
-            )
         self.results.mkdir(parents=True, exist_ok=True)
         with (self.results / ".lock").open("a+") as lock:
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which, unlike flock's, no forked worker holds on to
             except OSError as error:
                 lock.seek(0)
-                raise CheckpointError(f"{self.results} is in use by process {lock.read().strip() or '?'}") from error
+                raise InUseError(f"{self.results} is in use by process {lock.read().strip() or '?'}") from error
+            if existed and not (keep or overwrite):
+                raise CheckpointError(
+                    f"{self.results} exists: --resume goes on with it, --overwrite replaces it; or use another --name"
+                )
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
