@@ -276,7 +276,7 @@ class Config:
 
 def without_password(url: str) -> str:
     """A database's address as it may be shown and saved."""
-    return re.sub(r"(//[^/@:]*):[^@]*@", r"\1:***@", url)
+    return re.sub(r"(//[^/@:]*):.*@", r"\1:***@", url)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from images import STORE_BYTES, UNKNOWN, Images, Index, digest
-from utils import DataError, Failure, ResourceError, UsageError, counted, csv_bytes, derive_seed, seeded
+from utils import DataError, Failure, UsageError, counted, csv_bytes, derive_seed, seeded
 
 FEWEST_PER_CLASS = 4  # a validation and a test image, and two to train on
 
@@ -380,11 +380,7 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
 def fresh_batches(
     schedule: Schedule, labels: np.ndarray, views: Views, start: int, stop: int, *, num_workers: int, pin: bool
 ) -> Iterator[Batch]:
-    """The batches of steps ``start`` to ``stop``, as uint8 images prepared by ``num_workers`` processes.
-
-    Raises:
-        ResourceError: a worker died.
-    """
+    """The batches of steps ``start`` to ``stop``, as uint8 images prepared by ``num_workers`` processes."""
     context = "fork" if num_workers and "fork" in torch.multiprocessing.get_all_start_methods() else None
     loader = DataLoader(
         _StepDataset(schedule, labels, views, stop),
@@ -395,14 +391,7 @@ def fresh_batches(
         worker_init_fn=_leave_signals_to_the_main_process,
         pin_memory=pin,
     )
-    try:
-        for batch in loader:
-            if isinstance(batch, Failure):
-                raise batch
-            yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise ResourceError(
-            "a loader's worker process died, perhaps for want of memory: --resume with fewer --num_workers"
-        ) from error
+    for batch in loader:
+        if isinstance(batch, Failure):
+            raise batch
+        yield batch

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
@@ -38,31 +38,60 @@ ENOUGH_TO_VALIDATE = 200  # images; with fewer, the labelled ones are validated 
 HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 20  # after which a silent worker is taken for dead
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
-# The original's search space, and below it ours. What depends on a run's length is drawn as a percent of it.
-SPACE: dict[str, Callable[[optuna.Trial], float]] = {
-    "weight_decay": lambda trial: trial.suggest_float("weight_decay", 0.0, 0.1),
-    "lr": lambda trial: trial.suggest_float("lr", 1e-4, 1e-1, log=True),
-    "temperature": lambda trial: trial.suggest_float("temperature", 0.5, 3.0),
-    "lambda_u": lambda trial: trial.suggest_float("lambda_u", 0.1, 2.0),
-    "uda_steps": lambda trial: trial.suggest_float("uda_percent", 1.0, 20.0),
-    "threshold": lambda trial: trial.suggest_float("threshold", 0.65, 0.95),
-    "warmup_epoch_num": lambda trial: trial.suggest_float("warmup_percent", 0.0, 40.0),
-    "ema": lambda trial: trial.suggest_categorical("ema", [0.0, 0.9, 0.99]),
-    "feedback_scale": lambda trial: trial.suggest_float("feedback_scale", 0.1, 10.0, log=True),
-    "label_smoothing": lambda trial: trial.suggest_float("label_smoothing", 0.0, 0.2),
+
+class Dimension(NamedTuple):
+    """Where an option is searched: a range, or choices; in percent of ``of`` (steps or epochs) if that is given."""
+
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    of: str | None = None
+    choices: tuple[float, ...] = ()
+
+
+SPACE = {
+    # the original's
+    "weight_decay": Dimension(0.0, 0.1),
+    "lr": Dimension(1e-4, 1e-1, log=True),
+    "temperature": Dimension(0.5, 3.0),
+    "lambda_u": Dimension(0.1, 2.0),
+    "uda_steps": Dimension(1.0, 20.0, of="steps"),
+    "threshold": Dimension(0.65, 0.95),
+    # ours
+    "warmup_epoch_num": Dimension(0.0, 40.0, of="epochs"),
+    "ema": Dimension(choices=(0.0, 0.9, 0.99)),
+    "feedback_scale": Dimension(0.1, 10.0, log=True),
+    "label_smoothing": Dimension(0.0, 0.2),
 }
 
 
-def suggest(trial: optuna.trial.BaseTrial, config: Config, total_steps: int) -> Config:
-    """The configuration of a trial: what the user gave stays, the rest of ``SPACE`` is drawn."""
-    drawn: dict[str, Any] = {name: draw(trial) for name, draw in SPACE.items() if name not in config.given}
-    if "uda_steps" in drawn:
-        drawn["uda_steps"] = max(1, round(drawn["uda_steps"] / 100 * total_steps))
-    if "warmup_epoch_num" in drawn:
-        drawn["warmup_epoch_num"] = min(
-            round(drawn["warmup_epoch_num"] / 100 * config.num_epochs), config.num_epochs - 1
-        )
+def suggest(trial: optuna.trial.BaseTrial, config: Config, steps: int) -> Config:
+    """The configuration of a trial of so many steps: what the user gave stays, the rest of ``SPACE`` is drawn."""
+    drawn: dict[str, Any] = {}
+    for name, each in searched(config).items():
+        if each.choices:
+            drawn[name] = trial.suggest_categorical(name, each.choices)
+        else:
+            drawn[name] = trial.suggest_float(name, each.low, each.high, log=each.log)
+        if each.of:
+            whole = {"steps": steps, "epochs": config.num_epochs}[each.of]
+            drawn[name] = min(max(round(drawn[name] / 100 * whole), each.of == "steps"), whole - 1)
     return dataclasses.replace(config, **drawn)
+
+
+def searched(config: Config) -> dict[str, Dimension]:
+    return {name: each for name, each in SPACE.items() if name not in config.given}
+
+
+def as_given(config: Config, steps: int) -> dict[str, float]:
+    """The options as they stand, as the parameters of a trial, where they lie in the space."""
+    values = {}
+    for name, each in searched(config).items():
+        value = getattr(config, name)
+        value *= {"steps": 100 / steps, "epochs": 100 / config.num_epochs, None: 1}[each.of]
+        if value in each.choices if each.choices else each.low <= value <= each.high:
+            values[name] = value
+    return values
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,12 +210,12 @@ class Budget:
         """The trials of the budget in one of these states."""
         return [trial for trial in self.study.get_trials(deepcopy=False, states=states) if "slot" in trial.user_attrs]
 
-    def fill(self) -> None:
-        """See that there is a slot for every trial of ``--n_trials``."""
+    def fill(self, first: dict[str, float]) -> None:
+        """See that there is a slot for every trial of ``--n_trials``; the first has the parameters ``first``."""
         taken = {trial.user_attrs["slot"] for trial in self.trials(*TrialState)}
         for slot in range(self.config.n_trials):
             if slot not in taken:
-                self.study.enqueue_trial({}, user_attrs={"slot": slot})
+                self.study.enqueue_trial({} if slot else first, user_attrs={"slot": slot})
 
     def give_back(self, trial: optuna.Trial) -> None:
         """Free the slot of a trial that this process leaves unfinished."""
@@ -280,7 +309,8 @@ def search(session: Session, results: Path, signals: utils.Signals) -> Config:
     began = time.monotonic()
     url = database(config, results)
     budget = Budget(config, url)
-    budget.fill()
+    total_steps = modes.plan_training(config, session.split).total_steps
+    budget.fill(as_given(config, total_steps))
     sessions, note = rehearsals(session)
     print(note, flush=True)
     with helpers(config, url):
@@ -290,7 +320,6 @@ def search(session: Session, results: Path, signals: utils.Signals) -> Config:
     if not finished:
         raise utils.DivergedError("no trial of the search finished: give --lr, or more --n_trials and --timeout")
     winner = max(finished, key=lambda trial: trial.value)
-    total_steps = modes.plan_training(config, session.split).total_steps
     best = suggest(optuna.trial.FixedTrial(winner.params), config, total_steps)
     utils.write_json(results / "best_params.json", {name: getattr(best, name) for name in SPACE})
     draw_study(budget.study, results)

@@ -491,12 +491,16 @@ class Signals:
 
 @contextlib.contextmanager
 def resources_explained(batch_size: int) -> Iterator[None]:
-    """Turn running out of memory, disk or permission into a :class:`ResourceError` with advice."""
+    """Turn running out of memory, disk, permission or loader workers into a :class:`ResourceError` with advice."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(f"out of memory at --batch_size {batch_size}: lower it or --img_size") from error
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):  # raised by a signal handler, wherever the main process is
+            raise ResourceError(
+                "a loader's worker process died, perhaps for want of memory: --resume with fewer --num_workers"
+            ) from error
         if "can't allocate memory" not in str(error):  # how a CPU tensor runs out of it
             raise
         raise ResourceError(f"out of memory at --batch_size {batch_size}: lower it or --img_size") from error

@@ -1,0 +1,184 @@
+"""The search: its space, its score, and that its budget is exact whoever works on it and whoever dies."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import optuna
+import pytest
+from conftest import ROOT, TINY
+
+import args
+import data
+import optuna_search
+import record
+import utils
+
+TUNE = [*TINY, "--num_epochs", "3", "--optuna_mode", "--trial_seeds", "2", "--num_labels_percent", "20"]
+
+
+def config(**given):
+    return args.configure(data_dir="d", name="s", optuna_mode=True, num_epochs=10, **given)
+
+
+def test_a_trial_keeps_what_was_given_and_draws_the_rest_within_the_space():
+    given = config(lr=0.5, warmup_epoch_num=3)
+    trial = optuna.create_study().ask()
+    drawn = optuna_search.suggest(trial, given, 200)
+    assert (drawn.lr, drawn.warmup_epoch_num) == (0.5, 3)
+    assert set(trial.params) == set(optuna_search.SPACE) - {"lr", "warmup_epoch_num"}
+    assert 2 <= drawn.uda_steps <= 40  # 1 to 20 percent of 200 steps
+    again = optuna_search.suggest(optuna.trial.FixedTrial(trial.params), given, 2000)
+    assert again.uda_steps == pytest.approx(10 * drawn.uda_steps, abs=10)
+    assert dataclasses.replace(again, uda_steps=drawn.uda_steps) == drawn
+
+
+def test_the_options_as_they_stand_are_a_trial():
+    given = config()
+    values = optuna_search.as_given(given, 80)
+    assert values.keys() == optuna_search.SPACE.keys() - {"uda_steps"}  # 80 of 80 steps are out of the space
+    assert optuna_search.suggest(optuna.trial.FixedTrial(values | {"uda_steps": 1.0}), given, 80).lr == given.lr
+
+
+def test_folds_validate_every_image_once_and_keep_copies_together():
+    labels = np.repeat([0, 1, 2], 20)
+    contents = np.arange(60)
+    contents[1] = contents[0]
+    split = data.Split(
+        labeled=np.flatnonzero(np.arange(60) % 20 < 8),
+        val=np.flatnonzero(np.isin(np.arange(60) % 20, (8, 9))),
+        test=np.array([19, 39, 59]),
+        unlabeled=np.flatnonzero((np.arange(60) % 20 > 9) & (np.arange(60) % 20 < 19)),
+    )
+    parts = optuna_search.folds(split, labels, contents, 3, seed=0)
+    assert sorted(np.concatenate([part.val for part in parts])) == sorted({*split.labeled, *split.val})
+    for part in parts:
+        assert not set(part.val) & set(part.labeled)
+        assert set(part.val) | set(part.labeled) == {*split.labeled, *split.val}
+        assert (0 in part.val) == (1 in part.val)
+        assert np.array_equal(part.test, split.test)
+        assert set(labels[part.val]) == set(labels[part.labeled]) == {0, 1, 2}
+
+
+STATES = ("COMPLETE", "FAIL", "RUNNING", "WAITING")
+WORKER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import args, optuna_search
+optuna_search.HEARTBEAT_SECONDS, optuna_search.GRACE_SECONDS = 1, 3
+config = args.configure(data_dir="d", name="s", optuna_mode=True, n_trials=12, storage=sys.argv[2])
+budget = optuna_search.Budget(config, config.storage)
+budget.fill({})
+def objective(trial):
+    x = trial.suggest_float("x", 0, 1)
+    print("holds a trial", flush=True)
+    time.sleep(1000 if sys.argv[3] == "doomed" else 0.1)
+    return x
+budget.work(objective, time.monotonic() + 100)
+"""
+
+
+def test_the_budget_is_exact_over_four_workers_of_which_two_are_killed(tmp_path):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    workers = []
+    for place in ("doomed", "doomed", "living", "living"):
+        command = [sys.executable, "-c", WORKER, ROOT, url, place]
+        workers.append(subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        if place == "doomed":
+            assert workers[-1].stdout.readline() == "holds a trial\n", workers[-1].stderr.read()
+    for worker in workers[:2]:
+        worker.kill()
+    for worker in workers[2:]:
+        _, errors = worker.communicate(timeout=90)
+        assert worker.returncode == 0, errors
+    study = optuna.load_study(study_name="s", storage=optuna.storages.RDBStorage(url))
+    ended = {
+        state: [trial.user_attrs["slot"] for trial in study.trials if trial.state.name == state] for state in STATES
+    }
+    assert sorted(ended["COMPLETE"]) == list(range(12))
+    assert len(ended["FAIL"]) == 2  # those of the killed, repeated by the others
+    assert not ended["RUNNING"] + ended["WAITING"]
+
+
+def test_a_trial_that_fails_fails_alone(tmp_path, capsys):
+    budget = optuna_search.Budget(config(n_trials=4), f"sqlite:///{tmp_path / 'study.db'}")
+    budget.fill({})
+
+    def objective(trial):
+        if trial.user_attrs["slot"] == 1:
+            raise utils.DivergedError("the loss of step 3 is not finite")
+        if trial.user_attrs["slot"] == 2:
+            raise utils.ResourceError("out of memory")
+        return 0.5
+
+    budget.work(objective, time.monotonic() + 60)
+    states = [trial.state.name for trial in budget.trials(*optuna.trial.TrialState)]
+    assert states == ["COMPLETE", "FAIL", "FAIL", "COMPLETE"]
+    out = capsys.readouterr().out
+    assert "trial 2/4  fail (the loss of step 3 is not finite)" in out
+
+
+def test_an_interrupted_study_is_gone_on_with(cli, colours, monkeypatch):
+    run = ["--name", "a", "--data_dir", colours, *TUNE, "--n_trials", "4"]
+    closed = []
+    close_epoch = record.Keeper.close_epoch
+
+    def interrupt(keeper, *given):
+        closed.append(1)
+        if len(closed) == 10:  # within the second trial
+            os.kill(os.getpid(), signal.SIGINT)
+        return close_epoch(keeper, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record.Keeper, "close_epoch", interrupt)
+        first = cli.inside(*run, check=130).stdout
+    assert first.count("trial 1/4") == 1
+    assert "trial 2/4" not in first
+    assert "options: --lr 0.5" in cli.inside(*run, "--resume", "--lr", "0.5", check=4).stderr
+    second = cli.inside(*run, "--resume").stdout
+    assert [second.count(f"trial {n}/4") for n in (1, 2, 3, 4)] == [0, 1, 1, 1]
+    study = optuna.load_study(study_name="a", storage=f"sqlite:///{cli.cwd / 'results/a/study.db'}")
+    done = [trial for trial in study.trials if trial.state.is_finished() and trial.state.name != "FAIL"]
+    assert sorted(trial.user_attrs["slot"] for trial in done) == [0, 1, 2, 3]
+
+
+def test_workers_share_the_trials_and_the_result_is_used(cli, colours):
+    out = cli("--name", "a", "--data_dir", colours, *TUNE, "--n_trials", "6", "--workers", "2").stdout
+    assert sorted(int(line.split("/")[0][6:]) for line in out.splitlines() if line.startswith("trial ")) == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
+    metrics = cli.metrics("a")
+    assert set(metrics["defaults"]["test"]) == set(metrics["test"]) == {"student", "teacher", "ensemble"}
+    assert "without tuning:" in out
+    best = cli.cwd / "results/a/best_params.json"
+    cli.inside("--name", "b", "--data_dir", colours, *TINY, "--num_epochs", "3", "--params", best, "--threshold", "0.7")
+    used = json.loads((cli.cwd / "results/b/config.json").read_text())
+    wanted = json.loads(best.read_text())
+    assert {key: used[key] for key in wanted} == wanted | {"threshold": 0.7}
+
+
+def test_bad_params_and_databases_are_refused_in_one_line(cli, colours):
+    (cli.cwd / "bad.json").write_text('{"speed": 3}')
+    assert "speed is no option" in cli.one_line_error(2, "--params", "bad.json")
+    (cli.cwd / "range.json").write_text('{"threshold": 3}')
+    assert "--threshold 3" in cli.one_line_error(2, "--params", "range.json")
+    assert "No such file" in cli.one_line_error(2, "--params", "absent.json")
+    message = cli.inside("--data_dir", colours, *TUNE, "--storage", "nodb://me:secret@host/x", check=2).stderr
+    assert len(message.strip().splitlines()) == 1
+    assert "nodb://me:***@host/x" in message
+
+
+def test_a_databases_password_is_never_shown_or_saved():
+    given = config(storage="postgresql://me:se@cret@host:5432/x")
+    assert given.options()["storage"] == "postgresql://me:***@host:5432/x"
+    assert "cret" not in given.describe()
