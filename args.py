@@ -225,7 +225,7 @@ class Config:
     timeout: float = option(10800.0, "tuning", "time for the search", low=1, unit="seconds")
     trial_seeds: int = option(3, "tuning", "how often each trial is trained, on other folds or seeds", low=1, high=100)
     trial_epochs: int | None = option(
-        None, "tuning", "epochs of a trial", kind=int, low=1, shown="as --num_epochs; digits: a quarter"
+        None, "tuning", "epochs of a trial", kind=int, low=1, shown="as --num_epochs; digits: a sixth"
     )
     workers: int = option(1, "tuning", "processes on this machine that share the trials", low=1, high=256)
     storage: str | None = option(
@@ -429,7 +429,7 @@ def _resolve(config: Config) -> Config:
         "trainable": trainable,
         "views": 4 if trainable == "head" else 32 if config.data_dir == "digits" else 0,
         "unlabeled_batch_size": config.batch_size * (2 if config.data_dir == "digits" else 1),
-        "trial_epochs": max(1, config.num_epochs // 4) if config.data_dir == "digits" else config.num_epochs,
+        "trial_epochs": max(1, config.num_epochs // 6) if config.data_dir == "digits" else config.num_epochs,
         "warmup_epoch_num": min(20, config.num_epochs // 5) * (2 if config.switch_mode else 1),
         "feedback": "exact" if config.pseudo_label == "soft" else "loss_difference",
         "pseudo_label": "soft" if config.feedback == "exact" else "hard",

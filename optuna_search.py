@@ -8,6 +8,7 @@ command, or the same command elsewhere with the same ``--storage``) takes the ne
 slot of a worker that dies becomes free again when its heartbeat stops.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -17,7 +18,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -265,7 +265,7 @@ def database(config: Config, results: Path) -> str:
     return config.storage or f"sqlite:///{(results / 'study.db').absolute()}"
 
 
-@contextmanager
+@contextlib.contextmanager
 def helpers(config: Config, url: str) -> Iterator[None]:
     """``--workers`` less one copies of this command, which join the study; they end with the block."""
     options = [["--storage", url], ["--workers", "1"]]
@@ -284,6 +284,9 @@ def helpers(config: Config, url: str) -> Iterator[None]:
     ]
     try:
         yield
+        for process in started:  # they see as we did that nothing is left
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5)
     finally:
         for process in started:
             process.terminate()
@@ -343,23 +346,35 @@ def draw_study(study: optuna.Study, results: Path) -> list[Path]:
     import matplotlib.pyplot as plt
     from optuna.visualization import matplotlib as pictures
 
-    drawings = {"history": pictures.plot_optimization_history, "timeline": pictures.plot_timeline}
+    drawings: dict[str, Callable[..., Any]] = {
+        "history": pictures.plot_optimization_history,
+        "timeline": pictures.plot_timeline,
+    }
     if study.best_params:
         drawings |= {"slices": pictures.plot_slice}
     complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
     if len({trial.value for trial in complete}) > 1 and len(study.best_params) > 1:
-        drawings |= {"importances": pictures.plot_param_importances, "parallel": pictures.plot_parallel_coordinate}
+        most_important = list(optuna.importance.get_param_importances(study))[:6]  # more could not be read
+        drawings |= {
+            "importances": pictures.plot_param_importances,
+            "parallel": functools.partial(pictures.plot_parallel_coordinate, params=most_important),
+        }
     written = []
     with warnings.catch_warnings(), plt.rc_context({"figure.figsize": (8, 4.5)}):
         warnings.simplefilter("ignore")
         for name, draw in drawings.items():
             axes = np.atleast_1d(draw(study))
             figure = axes.flat[0].figure
-            figure.set_size_inches(
-                max(8, 2.4 * len(axes.flat)) if name == "slices" else 12 if name == "parallel" else 8, 4.5
-            )
-            for each in axes.flat if name in ("slices", "parallel") else ():
-                each.tick_params(axis="x", labelrotation=45)
+            if name in ("slices", "parallel"):
+                figure.set_size_inches(max(8, 2.8 * len(axes.flat)) if name == "slices" else 12, 4.5)
+                axes.flat[0].title.set_visible(name == "parallel")
+                for each in figure.axes:
+                    each.tick_params(axis="x", labelrotation=45)
+                figure.align_xlabels()
+            if name == "parallel":
+                for each in figure.axes:
+                    each.grid(False)
+                    plt.setp(each.get_yticklabels(which="both"), bbox={"facecolor": "white", "alpha": 0.8, "pad": 1})
             written.append(results / f"optuna_{name}.png")
             figure.savefig(written[-1], dpi=120, bbox_inches="tight", pad_inches=0.12)
             plt.close("all")
