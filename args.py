@@ -34,7 +34,6 @@ DIGITS_DEFAULTS = {
     "img_size": 16,
     "augmentation": "randaugment",
     "num_labels_percent": 3.0,
-    "lambda_u": 1.0,
     "amp": "off",
 }
 FOLDER_DEFAULTS = {
@@ -42,7 +41,6 @@ FOLDER_DEFAULTS = {
     "img_size": 224,
     "augmentation": "transfer",
     "num_labels_percent": 3.0,
-    "lambda_u": 0.27,
     "amp": "auto",
 }
 
@@ -199,13 +197,29 @@ class Config:
         unit="epochs",
         shown="20, at most a fifth of --num_epochs",
     )
+    targets: str | None = option(
+        None,
+        "mpl",
+        "what the consistency loss aims at: the teacher's weak view (as published) or a mixture model of all features",
+        kind=str,
+        choices=("teacher", "mixture"),
+        shown="mixture with a frozen pretrained network, else teacher",
+    )
+    student_views: str | None = option(
+        None,
+        "mpl",
+        "views of unlabelled images that are pseudo-labelled: strong ones (as published), or weak ones as well",
+        kind=str,
+        choices=("strong", "both"),
+        shown="both with --targets mixture, else strong",
+    )
     unsupervised: str = option("CE", "mpl", "consistency loss", choices=("CE", "cos"))
     threshold: float = option(
         0.75, "mpl", "least confidence at which an image counts in the consistency loss", low=0, high=1
     )
     temperature: float = option(1.05, "mpl", "temperature of the consistency loss's soft target", low=0.01, high=100)
     lambda_u: float | None = option(
-        None, "mpl", "weight of the consistency loss", kind=float, low=0, shown="0.27; digits: 1"
+        None, "mpl", "weight of the consistency loss", kind=float, low=0, shown="1; --targets teacher: 0.27, digits 1"
     )
     uda_steps: int = option(80, "mpl", "steps over which that weight grows to its full value", low=1, unit="steps")
     feedback_scale: float = option(1.0, "mpl", "factor of the student's feedback to the teacher", low=0)
@@ -361,7 +375,16 @@ def configure(**given: Any) -> Config:
 # What a run that starts from a checkpoint takes over from it: the data and its split, and the network.
 INHERITED_SPLIT = ("num_labels_percent", "val_percent", "test_percent")
 INHERITED_NETWORK = ("model_name", "weights", "trainable", "img_size")
-INHERITED = ("data_dir", "unlabeled_dir", *INHERITED_SPLIT, *INHERITED_NETWORK, "augmentation", "views", "amp")
+INHERITED = (
+    "data_dir",
+    "unlabeled_dir",
+    *INHERITED_SPLIT,
+    *INHERITED_NETWORK,
+    "augmentation",
+    "views",
+    "amp",
+    "targets",
+)
 
 # What changes no number of a run: a resumed one may have it otherwise.
 HARMLESS = (
@@ -401,7 +424,9 @@ def inherit(config: Config, saved: dict[str, Any]) -> Config:
         listed = ", ".join(f"--{key} {getattr(config, key)} (there {saved[key]})" for key in differ)
         raise ValueError(f"the checkpoint is of another kind: {listed}; leave these options out")
     inherited = {key: saved[key] for key in INHERITED if key not in config.given}
-    return replace(config, **inherited)
+    config = replace(config, **inherited)
+    _check_together(config)
+    return config
 
 
 def _check_range(name: str, value: Any, meta: Any) -> None:
@@ -424,7 +449,11 @@ def _resolve(config: Config) -> Config:
     model_name = config.model_name or defaults["model_name"]
     weights = config.weights or ("none" if model_name.startswith("wrn_") else "default")
     trainable = config.trainable or ("all" if weights == "none" else "head")
+    targets = config.targets or ("mixture" if trainable == "head" and weights != "none" else "teacher")
     defaults |= {
+        "targets": targets,
+        "student_views": "both" if targets == "mixture" else "strong",
+        "lambda_u": 1.0 if targets == "mixture" or config.data_dir == "digits" else 0.27,
         "weights": weights,
         "trainable": trainable,
         "views": 4 if trainable == "head" else 32 if config.data_dir == "digits" else 0,
@@ -465,6 +494,8 @@ def _check_together(config: Config) -> None:
         raise ValueError(
             f"--pseudo_label soft gives --feedback {config.feedback} no gradient: use --feedback exact or none"
         )
+    if config.targets == "mixture" and config.trainable != "head":
+        raise ValueError("--targets mixture needs the features of a frozen network: use --trainable head")
     if config.feedback == "exact" and config.pseudo_label != "soft":
         raise ValueError(f"--feedback exact needs --pseudo_label soft, not {config.pseudo_label}")
     if config.model_name.startswith("wrn_"):

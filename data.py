@@ -291,19 +291,25 @@ class Views:
 
 
 class Batch(NamedTuple):
-    """One step's inputs: labelled images and labels; the same unlabelled images weakly and strongly augmented."""
+    """One step's inputs: labelled images and labels; the same unlabelled images weakly and strongly augmented, and
+    where the teacher's consistency loss does not aim at its own prediction, what it aims at."""
 
     x_l: torch.Tensor  # [B, 3, S, S] uint8, or [B, D] float32 features
     y_l: torch.Tensor  # [B] int64
     x_uw: torch.Tensor  # [U, ...] as x_l
     x_us: torch.Tensor  # [U, ...] as x_l
+    target: torch.Tensor | None = None  # [U, C] float32 probabilities
 
     def to(self, device: torch.device, encode: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """The batch on a device, with ``encode`` applied to all its images at once."""
         images = torch.cat([self.x_l, self.x_uw, self.x_us]).to(device, non_blocking=True)
         sizes = [len(self.x_l), len(self.x_uw), len(self.x_us)]
         x_l, x_uw, x_us = encode(images).split(sizes)
-        return Batch(x_l, self.y_l.to(device, non_blocking=True), x_uw, x_us)
+        return self._replace(x_l=x_l, x_uw=x_uw, x_us=x_us).labels_to(device)
+
+    def labels_to(self, device: torch.device) -> "Batch":
+        target = None if self.target is None else self.target.to(device, non_blocking=True)
+        return self._replace(y_l=self.y_l.to(device, non_blocking=True), target=target)
 
 
 Source = Callable[[str, Sequence[int], Sequence[int]], torch.Tensor]
@@ -323,6 +329,7 @@ class Schedule:
     unlabeled_batch_size: int
     views: int
     seed: int
+    targets: np.ndarray | None = None  # [N, C] float32, of every image of the index
 
     def steps_per_epoch(self) -> int:
         """One pass over the labelled images, and no fewer than 8 steps."""
@@ -338,7 +345,8 @@ class Schedule:
         y_l = torch.from_numpy(labels[rows_l])
         weak = source("weak", np.concatenate([rows_l, rows_u]), np.concatenate([draws_l, draws_uw]))
         strong = source("strong", rows_u, draws_us) if n_u else weak[:0]
-        return Batch(weak[:n_l], y_l, weak[n_l:], strong)
+        target = None if self.targets is None else torch.from_numpy(self.targets[rows_u])
+        return Batch(weak[:n_l], y_l, weak[n_l:], strong, target)
 
 
 def stream(n: int, start: int, count: int, seed: int) -> np.ndarray:

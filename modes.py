@@ -28,8 +28,12 @@ class Plan:
     scored: tuple[str, ...]  # the learners whose ensemble is validated
 
 
-def plan_training(config: Config, split: data.Split) -> Plan:
-    """Train, role playing (also when tuning) or the labelled images alone."""
+def plan_training(config: Config, split: data.Split, targets: np.ndarray | None = None) -> Plan:
+    """Train, role playing (also when tuning) or the labelled images alone.
+
+    Args:
+        targets: what the teacher's consistency loss aims at, [N, C]; None: its own prediction.
+    """
     if config.finetune_mode:
         roles, scored, warmup_epochs = train.fixed_roles("student"), ("student",), 0
     elif config.switch_mode:
@@ -44,6 +48,7 @@ def plan_training(config: Config, split: data.Split) -> Plan:
         unlabeled_batch_size=config.unlabeled_batch_size,
         views=config.views,
         seed=config.seed,
+        targets=targets,
     )
     steps = config.steps_per_epoch or schedule.steps_per_epoch()
     if config.finetune_mode:
@@ -58,6 +63,7 @@ def plan_training(config: Config, split: data.Split) -> Plan:
             lambda_u=config.lambda_u,
             uda_steps=config.uda_steps,
             pseudo_label=config.pseudo_label,
+            student_views=config.student_views,
             feedback=config.feedback,
             feedback_scale=config.feedback_scale,
             label_smoothing=config.label_smoothing,
@@ -80,7 +86,7 @@ def fit(
         on_score: hears each epoch's validation score, in place of a progress bar.
     """
     config, val = session.config, session.split.val
-    plan = plan_training(config, session.split)
+    plan = plan_training(config, session.split, None if config.finetune_mode else session.targets())
     learners = {name: session.network(name, plan.updates[name]) for name in sorted(plan.updates)}
     if session.saved:
         weights = session.saved["learners"]

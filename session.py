@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -11,7 +12,9 @@ import args
 import data
 import features
 import images
+import mixture
 import models
+import terminal
 import utils
 
 
@@ -78,6 +81,7 @@ class Session:
     ) -> None:
         self.config, self.index, self.split, self.saved, self.last = config, index, split, saved, last
         self.device, self.precision = device, precision
+        self.mixtures: dict[bytes, np.ndarray] = {}  # by which images are labelled
         self.frozen = config.trainable == "head"
         keep = not self.frozen and config.views > 0
         self.views = data.Views(images.Images(index, config.img_size), config.augmentation, keep=keep)
@@ -114,6 +118,31 @@ class Session:
         other = copy.copy(self)
         other.config, other.split = config, split or self.split
         return other
+
+    def targets(self) -> np.ndarray | None:
+        """What the teacher's consistency loss aims at, [N, C] by index of the image; None: its own prediction."""
+        if self.config.targets == "teacher":
+            return None
+        key = self.split.labeled.tobytes()
+        if key not in self.mixtures:
+            rows, n_classes = self.split.train, len(self.index.classes)
+            labels = np.where(np.isin(rows, self.split.labeled), self.index.labels[rows], images.UNKNOWN)
+            p = mixture.posterior(self.average_view(rows), labels, n_classes)
+            self.mixtures[key] = np.zeros((len(self.index), n_classes), dtype=np.float32)
+            self.mixtures[key][rows] = p.numpy()
+        return self.mixtures[key]
+
+    def average_view(self, rows: np.ndarray, weak_weight: int = 3, chunk: int = 256) -> torch.Tensor:
+        """The mean of each image's features over its views [n, D], the weak ones more; without views, of the image."""
+        views = self.config.views
+        wanted = [("weak", v, weak_weight) for v in range(views)] + [("strong", v, 1) for v in range(views)]
+        wanted = wanted or [("plain", 0, 1)]
+        chunks = np.array_split(rows, -(-len(rows) // chunk))
+        means = []
+        for part in terminal.progress(chunks, "features"):
+            weighted = [weight * self.source(kind, part, np.full(len(part), v)) for kind, v, weight in wanted]
+            means.append((sum(weighted) / sum(weight for *_, weight in wanted)).cpu())
+        return torch.cat(means)
 
     def network(self, name: str, updates: int = 0) -> models.Learner:
         """A new learner whose initial weights depend on the seed and its name alone."""
@@ -159,8 +188,7 @@ class Session:
         """The batch of each step: features from the cache, or fresh views prepared by the loader's workers."""
         if isinstance(self.source, features.FeatureCache):
             for step in range(start, stop):
-                batch = schedule.batch(step, self.index.labels, self.source)
-                yield batch._replace(y_l=batch.y_l.to(self.device))
+                yield schedule.batch(step, self.index.labels, self.source).labels_to(self.device)
         else:
             fresh = data.fresh_batches(
                 schedule,

@@ -3,7 +3,11 @@
 import contextlib
 import os
 import sys
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
+
+SILENT_SECONDS = 20.0  # how long a long task may go without a line where no bar can be drawn
 
 
 class _Unbreakable:
@@ -53,3 +57,15 @@ def prepare() -> None:
 def interactive() -> bool:
     """Whether a bar can be drawn and redrawn."""
     return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def progress(items: Sequence[Any], what: str) -> Iterator[Any]:
+    """The items, with a bar on a terminal and a line now and then elsewhere."""
+    from tqdm import tqdm
+
+    said = time.monotonic()
+    for done, item in enumerate(tqdm(items, desc=what, file=sys.stdout, leave=False, disable=not interactive())):
+        if not interactive() and time.monotonic() - said > SILENT_SECONDS:
+            print(f"{what} {done / len(items):.0%}", flush=True)
+            said = time.monotonic()
+        yield item

@@ -151,6 +151,7 @@ def mpl_step(
     lambda_u: float = 0.27,
     uda_steps: int = 80,
     pseudo_label: str = "hard",
+    student_views: str = "strong",
     feedback: str = "loss_difference",
     feedback_scale: float = 1.0,
     label_smoothing: float = 0.0,
@@ -162,19 +163,28 @@ def mpl_step(
     score-function identity (the paper's eq. 12). h is positive when the student improved, and then the teacher makes
     the labels it gave more likely. For the first ``warmup_steps`` the teacher learns alone.
 
+    Beyond the paper, ``student_views="both"`` adds the weak views to what the student learns from, and a batch with a
+    ``target`` replaces what the teacher's consistency loss aims at.
+
     Returns:
         Scalars on the device: loss_l, loss_u, mask_rate and, after the warm-up, loss_s, loss_mpl and h.
     """
-    x_l, y_l, x_uw, x_us = batch
+    x_l, y_l, x_uw, x_us, target = batch
+    x_u = x_us if student_views == "strong" else torch.cat([x_us, x_uw])  # what is pseudo-labelled, [P, ...]
 
-    # The teacher sees all three views; the weak one only sets a target and needs no gradient.
-    with torch.no_grad():
-        t_logits_uw = teacher(x_uw)  # [U, C] float32
-    t_logits_l, t_logits_us = teacher(torch.cat([x_l, x_us])).split([len(x_l), len(x_us)])  # [B, C], [U, C]
+    # The teacher sees all views; where the weak one only sets a target it needs no gradient.
+    t_logits_l, t_logits_u = teacher(torch.cat([x_l, x_u])).split([len(x_l), len(x_u)])  # [B, C], [P, C] float32
+    t_logits_us, t_logits_uw = t_logits_u[: len(x_us)], t_logits_u[len(x_us) :]  # [U, C]
 
     # Its labelled loss, and its consistency: the strong view should be predicted as the weak one was.
     loss_l = F.cross_entropy(t_logits_l, y_l, label_smoothing=label_smoothing)
-    p, mask = soft_target(t_logits_uw, temperature, threshold)
+    if target is not None:
+        p, mask = target, torch.ones_like(target[:, 0])
+    else:
+        if student_views == "strong":
+            with torch.no_grad():
+                t_logits_uw = teacher(x_uw)
+        p, mask = soft_target(t_logits_uw, temperature, threshold)
     loss_u = consistency_loss(unsupervised, t_logits_us, p, mask)
     weight = consistency_weight(lambda_u, step, uda_steps)
     measured = {"loss_l": loss_l, "loss_u": loss_u, "mask_rate": mask.mean()}
@@ -182,7 +192,7 @@ def mpl_step(
     loss_mpl = torch.zeros_like(loss_l)
     if step >= warmup_steps:
         # Pseudo labels are bound once: the student learns from them, and the feedback is about them.
-        pseudo = draw_pseudo_labels(pseudo_label, t_logits_us)  # [U, C]
+        pseudo = draw_pseudo_labels(pseudo_label, t_logits_u)  # [P, C]
 
         # The student takes one step on them, between two exams on the labelled images. The first exam comes after its
         # forward pass, so that both see the same batch-norm statistics and differ by the step alone.
@@ -190,8 +200,8 @@ def mpl_step(
             return F.cross_entropy(student.examine(x_l), y_l)
 
         theta = [p.detach().clone().requires_grad_(feedback == "exact") for p in student.parameters]
-        s_logits_us = student.forward_at(theta, x_us) if feedback == "exact" else student(x_us)  # [U, C]
-        loss_s = F.cross_entropy(s_logits_us, pseudo)
+        s_logits_u = student.forward_at(theta, x_u) if feedback == "exact" else student(x_u)  # [P, C]
+        loss_s = F.cross_entropy(s_logits_u, pseudo)
         with torch.no_grad():
             loss_old = exam()
 
@@ -208,7 +218,7 @@ def mpl_step(
         else:
             student.update(loss_s)
             h = estimate_feedback(feedback, student, exam, loss_old, theta)
-            loss_mpl = h * F.cross_entropy(t_logits_us, pseudo)
+            loss_mpl = h * F.cross_entropy(t_logits_u, pseudo)
         measured |= {"loss_s": loss_s, "loss_mpl": loss_mpl, "h": h}
 
     teacher.update(loss_l + weight * loss_u + feedback_scale * loss_mpl)

@@ -28,7 +28,7 @@ def reference_step(
     threshold: float = 0.75,
 ) -> dict[str, torch.Tensor]:
     """One step; ``weight`` is that of the consistency loss. Returns the measurements of ``mpl_step``."""
-    x_l, y_l, x_uw, x_us = batch
+    x_l, y_l, x_uw, x_us, _ = batch
     if joint:
         logits_l, logits_uw, logits_us = teacher(torch.cat([x_l, x_uw, x_us])).split([len(x_l), len(x_uw), len(x_us)])
         p, mask = train.soft_target(logits_uw, temperature, threshold)

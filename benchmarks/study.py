@@ -1,71 +1,243 @@
-"""Run methods over seeds on the same splits, and print the table of RESULTS.md.
+"""Methods by label budgets by seeds on the same splits: the tables and the picture of RESULTS.md.
 
-python benchmarks/study.py --seeds 0-4                                              (digits)
-python benchmarks/study.py --seeds 0-2 --data_dir FOLDER -- --test_percent 20       (further options after --)
+python benchmarks/study.py --seeds 0-4                                                         (digits)
+python benchmarks/study.py --data_dir FOLDER --seeds 200-209 --budgets 1,3,10 -- --test_percent 20
 
-A run that is already in the output folder is not repeated. Each seed is one split, the same for every method, so the
-difference to labels only is taken within each seed.
+Options after -- go to every run. Runs that are already in --out are not repeated; --jobs of them are made at a time.
+Each seed is one split, the same for every method, and differences are taken within it. The share of the gap closed is
+(method - labels only) / (all labels - labels only), of means.
 """
 
 import argparse
+import csv
+import functools
 import json
+import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # two runs of one thread are faster than one of two, one after the other
+
+import numpy as np
+from scipy.stats import t as student_t
+
 ROOT = Path(__file__).resolve().parent.parent
-METHODS = {
-    "labels only": (["--finetune_mode"], ["student"]),
-    "MPL": ([], ["student", "teacher", "ensemble"]),
-    "role playing": (["--switch_mode"], ["model_1", "model_2", "ensemble"]),
+sys.path.insert(0, str(ROOT))
+
+BOTH = ("student", "teacher", "ensemble")
+MODELS = ("model_1", "model_2", "ensemble")
+MPL = "--targets teacher --student_views strong"
+METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "labels only": ("--finetune_mode", ("student",)),
+    "all labels": ("--finetune_mode --num_labels_percent 100", ("student",)),
+    "labels only, two models": (
+        f"--switch_mode --num_epochs 200 --warmup_epoch_num 199 --lambda_u 0 {MPL}",
+        ("ensemble",),
+    ),
+    "logistic regression": ("", ("student",)),
+    "LabelSpreading": ("", ("student",)),
+    "UDA": (f"--feedback none {MPL}", ("teacher", "student")),
+    "MPL": (MPL, BOTH),
+    "MPL, feedback dot": (f"--feedback dot {MPL}", BOTH),
+    "MPL, feedback cosine": (f"--feedback cosine {MPL}", BOTH),
+    "MPL, exact, soft labels": (f"--feedback exact {MPL}", BOTH),
+    "MPL, sampled labels": (f"--pseudo_label sampled {MPL}", BOTH),
+    "MPL, cosine consistency": (f"--unsupervised cos {MPL}", BOTH),
+    "MPL, the other views": (f"--augmentation OTHER {MPL}", BOTH),
+    "MPL, both views": ("--targets teacher --student_views both", BOTH),
+    "MPL, then finetuned": ("--finetune_mode --load_path MPL", ("student",)),
+    "role playing": (f"--switch_mode {MPL}", MODELS),
+    "mixture": ("--targets mixture", BOTH),
+    "mixture, strong views alone": ("--targets mixture --student_views strong", BOTH),
+    "mixture, no feedback": ("--targets mixture --feedback none", BOTH),
+    "mixture, 8 views": ("--targets mixture --views 8", BOTH),
+    "mixture, role playing": ("--targets mixture --switch_mode", MODELS),
 }
+FROZEN_ONLY = [method for method in METHODS if method.startswith(("mixture", "logistic", "LabelSpreading"))]
+FIELDS = "dataset labels_percent method network seed n_labels accuracy seconds".split()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="digits")
     parser.add_argument("--seeds", default="0-4", help="first-last")
-    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
-    parser.add_argument("--out", default="study", help="where the runs are kept")
+    parser.add_argument("--budgets", default="3", help="percents of labels, comma-separated")
+    parser.add_argument("--methods", help="separated by semicolons [all that the dataset allows]")
+    parser.add_argument("--out", default="study", help="where the runs, study.csv and study.png are kept")
+    parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("rest", nargs="*", help="options for every run, after --")
     options = parser.parse_args()
     first, last = map(int, options.seeds.split("-"))
-    seeds = range(first, last + 1)
-    table: dict[tuple[str, str], list[float]] = {}
-    seconds: dict[str, list[float]] = {}
-    for method in options.methods.split(","):
-        extra, networks = METHODS[method]
-        for seed in seeds:
-            metrics = run(options, method, extra, seed)
-            seconds.setdefault(method, []).append(metrics["seconds"]["total"])
-            for network in networks:
-                table.setdefault((method, network), []).append(100 * metrics["test"][network]["accuracy"])
-    counts = metrics["counts"]
-    print(f"\n{metrics['dataset']}, {metrics['model_name']}: {counts['labeled']} labels, {counts['test']} test images")
-    print(f"\n| method | network | test accuracy, mean ± sd (n = {len(seeds)}) | difference to labels only | seconds |")
-    print("|---|---|---|---|---|")
-    baseline = table["labels only", "student"]
-    for (method, network), values in table.items():
-        paired = [value - base for value, base in zip(values, baseline, strict=True)]
-        took = statistics.median(seconds[method])
-        print(f"| {method} | {network.replace('_', ' ')} | {spread(values)} | {spread(paired, '+')} | {took:.0f} |")
+    methods = options.methods.split(";") if options.methods else list(METHODS)
+    if options.data_dir == "digits":
+        methods = [method for method in methods if method not in FROZEN_ONLY]
+    methods.sort(key=lambda method: "then" in method)  # those that start from another's checkpoint
+    tasks = [
+        (method, budget, seed)
+        for method in methods
+        for budget in map(float, options.budgets.split(","))
+        for seed in range(first, last + 1)
+    ]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = list(pool.map(functools.partial(measure, options), *zip(*tasks, strict=True)))
+    rows = [row for each in results for row in each]
+    with (Path(options.out) / "study.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+    for budget in sorted({row["labels_percent"] for row in rows}):
+        print_table([row for row in rows if row["labels_percent"] == budget])
+    draw(rows, Path(options.out) / "study.png")
 
 
-def run(options: argparse.Namespace, method: str, extra: list[str], seed: int) -> dict:
-    """The metrics of one run, made if they are not there."""
-    out, name = Path(options.out), f"{method.replace(' ', '_')}-{seed}"
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def measure(options: argparse.Namespace, method: str, budget: float, seed: int) -> list[dict]:
+    """The rows of one run, made if it is not there."""
+    extra, networks = METHODS[method]
+    metrics = run(options, method, extra.split(), budget, seed)
+    return [
+        {
+            "dataset": metrics["dataset"],
+            "labels_percent": budget,
+            "method": method,
+            "network": network.replace("_", " "),
+            "seed": seed,
+            "n_labels": metrics["counts"]["labeled"],
+            "accuracy": 100 * metrics["test"][network]["accuracy"],
+            "seconds": metrics["seconds"]["total"],
+        }
+        for network in networks
+    ]
+
+
+def run_name(method: str, budget: float, seed: int) -> str:
+    return f"{method.replace(' ', '_').replace(',', '')}-{budget:g}-{seed}"
+
+
+def run(options: argparse.Namespace, method: str, extra: list[str], budget: float, seed: int) -> dict:
+    out, name = Path(options.out), run_name(method, budget, seed)
     file = out / "results" / name / "metrics.json"
-    if not file.exists():
-        command = [sys.executable, ROOT / "MPL.py", "--name", name, "--overwrite", "--output_dir", out, "--seed", seed]
-        command += ["--data_dir", options.data_dir, *extra, *options.rest]
-        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    if file.exists():
+        return json.loads(file.read_text())
+    given = ["--data_dir", options.data_dir, "--seed", str(seed)]
+    if "--num_labels_percent" not in extra:
+        given += ["--num_labels_percent", str(budget)]
+    if "--load_path" in extra:
+        start = extra.index("--load_path") + 1
+        dataset = Path(options.data_dir).name
+        extra = [*extra[:start], str(out / "checkpoints" / dataset / run_name(extra[start], budget, seed))]
+        given = given[:4]
+    other = "transfer" if options.data_dir == "digits" else "randaugment"
+    given += [other if option == "OTHER" else option for option in extra]
+    if method in SHALLOW:
+        metrics = shallow(method, [*given, *options.rest])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(metrics))
+        return metrics
+    command = [sys.executable, ROOT / "MPL.py", "--name", name, "--overwrite", "--output_dir", out, *given]
+    subprocess.run(list(map(str, [*command, *options.rest])), check=True, stdout=subprocess.DEVNULL)
     return json.loads(file.read_text())
 
 
-def spread(values: list[float], sign: str = "") -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):{sign}.2f} ± {deviation:.2f}"
+SHALLOW = ("logistic regression", "LabelSpreading")
+
+
+def shallow(method: str, given: list[str]) -> dict:
+    """What one would try first: scikit-learn on the same features, averaged over the same views for training."""
+    import time
+
+    import torch
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import normalize
+    from sklearn.semi_supervised import LabelSpreading
+
+    import args
+    from session import Session, find_data
+
+    config = args.parse(given)
+    index, split, notes = find_data(config)
+    session = Session(config, index, split, notes, torch.device("cpu"), None)
+    began = time.perf_counter()
+    labels = np.where(np.isin(split.train, split.labeled), index.labels[split.train], -1)
+    x = normalize(session.average_view(split.train).numpy())
+    x_test = normalize(session.source("plain", split.test, np.zeros(len(split.test), dtype=np.int64)).numpy())
+    if method == "LabelSpreading":
+        predicted = LabelSpreading("knn", n_neighbors=10).fit(x, labels).predict(x_test)
+    else:
+        predicted = LogisticRegression(C=100.0, max_iter=1000).fit(x[labels >= 0], labels[labels >= 0]).predict(x_test)
+    return {
+        "dataset": index.name,
+        "counts": split.counts(),
+        "test": {"student": {"accuracy": float((predicted == index.labels[split.test]).mean())}},
+        "seconds": {"total": time.perf_counter() - began},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and picture
+
+
+def print_table(rows: list[dict]) -> None:
+    """One budget's table, as Markdown."""
+    values: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        values.setdefault((row["method"], row["network"]), []).append(row["accuracy"])
+    baseline, ceiling = values["labels only", "student"], values.get(("all labels", "student"))
+    n, labels = len(baseline), next(row["n_labels"] for row in rows if row["method"] == "labels only")
+    print(f"\n{rows[0]['dataset']}, {labels} labels ({rows[0]['labels_percent']:g} %), n = {n}\n")
+    print("| method | network | test accuracy | − labels only [95 % interval] | worst | gap closed | seconds |")
+    print("|---|---|---|---|---|---|---|")
+    for (method, network), own in values.items():
+        paired = [value - base for value, base in zip(own, baseline, strict=True)]
+        gap = statistics.mean(ceiling) - statistics.mean(baseline) if ceiling else float("nan")
+        took = statistics.median(row["seconds"] for row in rows if row["method"] == method)
+        cells = [method, network, f"{statistics.mean(own):.2f} ± {statistics.stdev(own):.2f}"]
+        if method == "labels only":
+            cells += ["", "", ""]
+        else:
+            cells += [interval(paired), f"{min(paired):+.1f}", f"{statistics.mean(paired) / gap:.0%}"]
+        print("| " + " | ".join([*cells, f"{took:.0f}"]) + " |")
+
+
+def interval(differences: list[float]) -> str:
+    """Mean and 95 % confidence interval (Student's t)."""
+    n, mean = len(differences), statistics.mean(differences)
+    half = student_t.ppf(0.975, n - 1) * statistics.stdev(differences) / n**0.5
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Each method's accuracies, a dot a seed, a panel a budget."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    budgets = sorted({row["labels_percent"] for row in rows})
+    names = list(dict.fromkeys((row["method"], row["network"]) for row in rows))
+    figure, axes = plt.subplots(1, len(budgets), figsize=(4.2 + 3.2 * len(budgets), 1 + 0.24 * len(names)), sharey=True)
+    for axis, budget in zip(np.atleast_1d(axes), budgets, strict=True):
+        for place, name in enumerate(names):
+            own = [
+                row["accuracy"]
+                for row in rows
+                if (row["method"], row["network"]) == name and row["labels_percent"] == budget
+            ]
+            axis.plot(own, [place] * len(own), ".", color="0.65")
+            if own:
+                axis.plot(statistics.mean(own), place, "D", color="#0072b2", markersize=5)
+        axis.set_title(f"{budget:g} % labelled")
+        axis.set_xlabel("test accuracy, %")
+        axis.grid(axis="x", alpha=0.4)
+    np.atleast_1d(axes)[0].set_yticks(range(len(names)), [f"{method}: {network}" for method, network in names])
+    np.atleast_1d(axes)[0].invert_yaxis()
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 if __name__ == "__main__":

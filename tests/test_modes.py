@@ -8,6 +8,8 @@ import subprocess
 import pytest
 from conftest import TINY, make_folder
 
+import mixture
+
 EPOCHS = ["--num_epochs", "3"]
 
 
@@ -180,6 +182,9 @@ def test_a_frozen_backbone_trains_on_kept_features(cli, colours):
         ["--feedback", "cosine", "--pseudo_label", "sampled"],
         ["--feedback", "exact"],
         ["--feedback", "none", "--pseudo_label", "soft"],
+        ["--student_views", "both"],
+        ["--targets", "mixture", "--trainable", "head", "--views", "2"],
+        ["--targets", "mixture", "--trainable", "head", "--switch_mode", "--views", "0"],
         ["--unsupervised", "cos", "--ema", "0.9", "--label_smoothing", "0.1", "--augmentation", "randaugment"],
     ],
 )
@@ -187,6 +192,25 @@ def test_every_variant_trains_and_tests_the_same(cli, colours, options):
     cli.inside("--name", "a", "--data_dir", colours, *TINY, *EPOCHS, *options)
     cli.inside("--name", "b", "--test_mode", "--load_path", "a")
     assert cli.metrics("a")["test"] == cli.metrics("b")["test"]
+
+
+def test_the_mixture_is_of_the_training_images_and_knows_their_given_labels_only(cli, colours, monkeypatch):
+    known = {}
+    estimate = mixture.posterior
+
+    def posterior(features, labels, n_classes):
+        known.update(n=len(features), labels=labels)
+        return estimate(features, labels, n_classes)
+
+    monkeypatch.setattr(mixture, "posterior", posterior)
+    frozen = [*TINY, "--num_epochs", "40", "--lr", "0.1", "--trainable", "head", "--views", "2", "--targets", "mixture"]
+    cli.inside("--name", "a", "--data_dir", colours, *frozen, "--num_labels_percent", "20")
+    counts = cli.metrics("a")["counts"]
+    assert known["n"] == counts["labeled"] + counts["unlabeled"]
+    assert (known["labels"] >= 0).sum() == counts["labeled"]
+    assert cli.metrics("a")["test"]["student"]["accuracy"] == 1.0  # colours are told apart by any network
+    cli.inside("--name", "b", "--finetune_mode", "--load_path", "a")
+    assert "--trainable head" in cli.one_line_error(2, "--data_dir", colours, *TINY, "--targets", "mixture")
 
 
 def test_a_resumed_run_equals_one_never_interrupted(cli, colours):

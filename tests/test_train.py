@@ -389,3 +389,31 @@ def test_metrics_by_number():
     assert metrics["macro_f1"] == pytest.approx((0.8 + 2 / 3) / 2)
     assert metrics["ece"] == pytest.approx((0.2 + 0.6 + 0.3 + 0.1) / 4)
     assert metrics["loss"] == pytest.approx(-(math.log(0.8) + math.log(0.4) + math.log(0.7) + math.log(0.9)) / 4)
+
+
+def test_a_target_replaces_the_teachers_own_prediction_of_the_weak_view():
+    batch = make_batch(n_u=5)
+    target = torch.tensor([[0.7, 0.2, 0.1]] * 5, dtype=torch.float64)
+    teacher, student = learner("teacher"), learner("student", seed=1)
+    expected = F.cross_entropy(teacher.model(batch.x_us), target)
+    measured = train.mpl_step(teacher, student, batch._replace(target=target), 0, warmup_steps=1)
+    assert float(measured["loss_u"]) == pytest.approx(float(expected.detach()))
+    assert float(measured["mask_rate"]) == 1.0
+    assert float(train.mpl_step(teacher, student, batch, 0, warmup_steps=1)["loss_u"]) != pytest.approx(
+        float(expected.detach())
+    )
+
+
+def test_a_student_of_both_views_learns_from_the_weak_ones_as_well():
+    batch = make_batch(n_u=5)
+    teacher, student = learner("teacher"), learner("student", seed=1)
+    x_u = torch.cat([batch.x_us, batch.x_uw])
+    loss_s = F.cross_entropy(student.model(x_u), teacher.model(x_u).argmax(-1))
+    p, mask = train.soft_target(teacher.model(batch.x_uw), 1.05, 0.4)
+    loss_u = train.consistency_loss("CE", teacher.model(batch.x_us), p, mask)
+    theta = train.flatten(student.parameters)
+    expected = theta - 0.1 * gradient(loss_s, student)
+    measured = train.mpl_step(teacher, student, batch, 0, threshold=0.4, student_views="both")
+    assert float(measured["loss_s"]) == pytest.approx(float(loss_s))
+    assert float(measured["loss_u"]) == pytest.approx(float(loss_u))
+    assert torch.allclose(train.flatten(student.parameters), expected)

@@ -1,0 +1,84 @@
+"""The mixture model: its formulas against others', and that it finds groups from one label each."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import multivariate_normal
+
+import mixture
+
+SHARES = (0.5, 0.3, 0.2)
+
+
+def groups(n: int = 300, dim: int = 12, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:
+    """Activations of three classes that differ less than some directions vary in each, and the classes."""
+    rng = np.random.default_rng(seed)
+    truth = np.repeat([0, 1, 2], [round(share * n) for share in SHARES])
+    noise = rng.normal(size=(n, dim)) * np.where(np.arange(dim) >= dim - 4, 2.5, 1.0)
+    return torch.from_numpy(np.exp(0.2 * (3.0 * np.eye(3, dim)[truth] + noise))).float(), truth
+
+
+def some_labels(truth: np.ndarray, per_class: tuple[int, ...]) -> np.ndarray:
+    labels = np.full(len(truth), -1)
+    for c, count in enumerate(per_class):
+        labels[np.flatnonzero(truth == c)[:count]] = c
+    return labels
+
+
+@pytest.mark.parametrize("most", [mixture.MOST_IMAGES, 100])
+def test_a_few_labels_name_the_groups(monkeypatch, most):
+    monkeypatch.setattr(mixture, "MOST_IMAGES", most)
+    features, truth = groups()
+    labels = some_labels(truth, (5, 3, 2))
+    known, unknown = labels >= 0, labels < 0
+    means = np.stack([features[labels == c].mean(0) for c in range(3)])
+    nearest = np.linalg.norm(features.numpy()[:, None] - means, axis=-1).argmin(-1)
+    p = mixture.posterior(features, labels, 3).numpy()
+    accuracy = (p.argmax(-1) == truth)[unknown].mean()
+    assert accuracy > 0.9
+    assert accuracy > (nearest == truth)[unknown].mean() + 0.05
+    assert p.sum(-1) == pytest.approx(np.ones(300), abs=1e-5)
+    assert p[unknown].mean(0) == pytest.approx(SHARES, abs=0.02)
+    assert np.array_equal(p[known], np.eye(3)[labels[known]])
+
+
+def test_labels_alone_are_returned_as_they_are():
+    features, truth = groups(20)
+    assert np.array_equal(mixture.posterior(features, truth, 3).numpy(), np.eye(3)[truth])
+
+
+def test_images_are_assigned_by_their_gaussian_densities():
+    torch.manual_seed(0)
+    z, means = torch.randn(40, 4), torch.randn(3, 4)
+    root = torch.randn(4, 4)
+    covariance = root @ root.T + torch.eye(4)
+    densities = np.stack([multivariate_normal(m.numpy(), covariance.numpy()).pdf(z.numpy()) for m in means], -1)
+    prior = torch.tensor(SHARES)
+    expected = mixture.balanced(torch.from_numpy(densities / densities.sum(-1, keepdims=True)).float(), prior)
+    assert torch.allclose(mixture.assign(z, means, covariance, prior), expected, atol=1e-4)
+    assert torch.allclose(mixture.balanced(expected, prior, 200).mean(0), prior, atol=1e-4)
+
+
+def test_with_every_label_known_the_fit_is_discriminant_analysis(monkeypatch):
+    monkeypatch.setattr(mixture, "SHRINKAGE", 0.0)
+    features, truth = groups()
+    z = mixture.normalised(features)
+    y = torch.nn.functional.one_hot(torch.from_numpy(truth)).float()
+    means, covariance = mixture.fit_mixture(z, y, y.mean(0))
+    within = sum(np.cov(z[truth == c].numpy().T, bias=True) * (truth == c).sum() for c in range(3)) / len(z)
+    assert torch.allclose(means, torch.stack([z[truth == c].mean(0) for c in range(3)]), atol=1e-5)
+    assert np.allclose(covariance.numpy(), within, atol=1e-5)
+
+
+def test_neighbours_lend_each_other_their_labels(monkeypatch):
+    monkeypatch.setattr(mixture, "NEIGHBOURS", 1)
+    monkeypatch.setattr(mixture, "CHUNK", 2)
+    angle = torch.tensor([0.0, 0.1, 3.0])
+    z = torch.stack([angle.cos(), angle.sin()], -1)
+    p = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+    known = torch.tensor([True, False, False])
+    mixed = mixture.lend(z, p, torch.arange(3), known)
+    # The second's neighbour is the first, which stays; the third's is the second.
+    second = 0.8
+    third = torch.tensor([0.2 * 0.5 + 0.8 * second])
+    assert torch.allclose(mixed[:, 0], torch.cat([torch.tensor([1.0, second]), third]), atol=1e-6)
