@@ -80,7 +80,9 @@ def suggest(trial: optuna.trial.BaseTrial, config: Config, steps: int) -> Config
 
 
 def searched(config: Config) -> dict[str, Dimension]:
-    return {name: each for name, each in SPACE.items() if name not in config.given}
+    """The part of the space that the user left open and that matters."""
+    idle = ("temperature", "threshold") if config.targets == "mixture" else ()
+    return {name: each for name, each in SPACE.items() if name not in config.given and name not in idle}
 
 
 def as_given(config: Config, steps: int) -> dict[str, float]:

@@ -21,6 +21,13 @@ HISTORY = "epoch network role lr loss_l loss_u loss_mpl mask_rate h loss_s val_a
 OF_TEACHER = ("loss_l", "loss_u", "loss_mpl", "mask_rate", "h")
 
 
+def luck(accuracy: float, n: int) -> float:
+    """How much less an accuracy on n images may be without meaning anything: two standard errors. One image is added to
+    either side, so that 100 % of a few is no certainty (Agresti & Coull, The American Statistician 52, 1998)."""
+    p = (accuracy * n + 1) / (n + 2)
+    return 2 * (p * (1 - p) / n) ** 0.5
+
+
 class Keeper:
     """Keeps what training must not lose: the history, the best weights, the state to go on from."""
 
@@ -45,7 +52,7 @@ class Keeper:
         self.folder, self.learners, self.scored = folder, learners, scored
         self.validate, self.labels, self.identity = validate, labels, identity
         self.history: list[dict[str, Any]] = []
-        self.best: dict[str, Any] = {"score": -1.0}
+        self.best: dict[str, Any] = {"score": -1.0, "highest": -1.0}
         self.meter = train.Meter()
         self.saved_at, self.pause = time.perf_counter(), SAVE_SECONDS
         self.best_written = -1  # the epoch whose weights are in the file
@@ -53,8 +60,8 @@ class Keeper:
     def close_epoch(self, epoch: int, players: tuple[str, ...], means: dict[str, float]) -> float:
         """Validate, note the epoch and keep the weights if none were better. Returns the validation score.
 
-        The score is the accuracy of what the run is for: the student's, or the ensemble's in role playing. The later of
-        two equal epochs is kept: its learning rate had come down further.
+        The score is the accuracy of what the run is for: the student's, or the ensemble's in role playing. Kept is the
+        last epoch that is not worse than the highest by more than luck: its learning rate had come down furthest.
         """
         logits = dict(zip(self.learners, self.validate([*self.learners.values()]), strict=True))
         together = train.ensemble([logits[name] for name in self.scored])
@@ -66,9 +73,10 @@ class Keeper:
             row = {"epoch": epoch, "network": name, "role": role, "lr": self.learners[name].lr}
             row |= {"val_accuracy": val["accuracy"], "val_loss": val["loss"]} | {key: means[key] for key in own}
             self.history.append({key: row.get(key, "") for key in HISTORY})
-        if score >= self.best["score"]:
+        highest = max(score, self.best["highest"])
+        if score >= highest - luck(highest, len(self.labels)):
             weights = {name: learner.weights() for name, learner in self.learners.items()}
-            self.best = {"score": score, "epoch": epoch, "learners": weights}
+            self.best = {"score": score, "highest": highest, "epoch": epoch, "learners": weights}
         return score
 
     def close_step(self, done: int, stop: bool) -> None:

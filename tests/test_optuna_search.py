@@ -23,7 +23,14 @@ TUNE = [*TINY, "--num_epochs", "3", "--optuna_mode", "--trial_seeds", "2", "--nu
 
 
 def config(**given):
-    return args.configure(data_dir="d", name="s", optuna_mode=True, num_epochs=10, **given)
+    return args.configure(data_dir="d", name="s", optuna_mode=True, num_epochs=10, **({"targets": "teacher"} | given))
+
+
+def test_what_changes_nothing_is_not_searched():
+    assert optuna_search.SPACE.keys() - optuna_search.searched(config(targets="mixture")) == {
+        "temperature",
+        "threshold",
+    }
 
 
 def test_a_trial_keeps_what_was_given_and_draws_the_rest_within_the_space():

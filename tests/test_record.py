@@ -1,0 +1,57 @@
+"""Which epoch's weights a run keeps."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import models
+import record
+
+
+def kept_epoch(accuracies: list[float], n: int) -> int:
+    """The epoch kept of those in which so many of ``n`` validation images are predicted rightly."""
+    right = iter(accuracies)
+
+    def validate(learners):
+        logits = torch.zeros(n, 2)
+        logits[: round(next(right) * n), 0] = 1.0
+        logits[:, 1] += 0.5
+        return [logits]
+
+    learner = models.Learner("student", nn.Linear(2, 2), updates=0, lr=0.1)
+    keeper = record.Keeper(
+        None, {"student": learner}, ["student"], validate=validate, labels=np.zeros(n, dtype=np.int64), identity={}
+    )
+    for epoch in range(len(accuracies)):
+        with torch.no_grad():
+            learner.model.weight.fill_(epoch)
+        keeper.close_epoch(epoch, ("student",), {})
+    weights = keeper.best["learners"]["student"]
+    assert any(torch.equal(value, torch.full((2, 2), float(keeper.best["epoch"]))) for value in flat(weights))
+    return keeper.best["epoch"]
+
+
+def flat(weights):
+    for value in weights.values():
+        yield from flat(value) if isinstance(value, dict) else [value]
+
+
+def test_two_standard_errors_by_hand():
+    # 29 of 32 count as 30 of 34: p = 0.88235, and 2 sqrt(p (1 - p) / 32) = 0.11391
+    assert record.luck(29 / 32, 32) == pytest.approx(0.11391, abs=1e-5)
+    assert record.luck(1.0, 32) > 1 / 32
+
+
+def test_a_lucky_early_epoch_is_not_preferred_to_the_last():
+    assert kept_epoch([0.5, 29 / 32, 0.75, 27 / 32], 32) == 3
+
+
+def test_an_epoch_that_is_really_better_is_kept():
+    assert kept_epoch([0.5, 29 / 32, 0.5, 0.75], 32) == 1
+    assert kept_epoch([0.5, 0.9, 0.85, 0.85], 1000) == 1
+
+
+def test_what_is_compared_with_is_the_highest_and_not_the_kept():
+    # Each of these is just within the luck of the one before; the last is far below the highest.
+    assert kept_epoch([29 / 32, 26 / 32, 23 / 32, 20 / 32], 32) == 1
