@@ -136,22 +136,24 @@ def write_config(config: args.Config, folder: utils.RunFolder) -> None:
 # Results
 
 
-Probabilities = dict[str, dict[str, torch.Tensor]]  # of the validation and test images, by network: [N, C]
-Scores = dict[str, dict[str, dict[str, float]]]
+Probabilities = dict[str, torch.Tensor]  # of some images, by network: [N, C]
+Scores = dict[str, dict[str, dict[str, float]]]  # by part, network and metric
+
+
+def predict(session: Session, learners: dict[str, models.Learner], rows: np.ndarray) -> Probabilities:
+    """What the learners and, if they are several, their ensemble predict of the images."""
+    logits = train.infer([*learners.values()], session.source, rows)
+    each = {name: own.softmax(-1) for name, own in zip(learners, logits, strict=True)}
+    return each | ({"ensemble": train.ensemble(logits)} if len(learners) > 1 else {})
 
 
 def score(session: Session, learners: dict[str, models.Learner]) -> tuple[Probabilities, Scores]:
-    """What the learners and, if they are several, their ensemble predict of the validation and test images."""
-    probabilities, scores = {}, {}
+    """What is predicted of the test images, and how good that is, on validation and test images."""
+    scores = {}
     for part in ("val", "test"):
         rows = getattr(session.split, part)
-        logits = train.infer([*learners.values()], session.source, rows)
-        each = {name: own.softmax(-1) for name, own in zip(learners, logits, strict=True)}
-        if len(learners) > 1:
-            each["ensemble"] = train.ensemble(logits)
-        truth = session.index.labels[rows]
-        probabilities[part] = each
-        scores[part] = {name: utils.classification_metrics(own.numpy(), truth) for name, own in each.items()}
+        probabilities, truth = predict(session, learners, rows), session.index.labels[rows]
+        scores[part] = {name: utils.classification_metrics(p.numpy(), truth) for name, p in probabilities.items()}
     return probabilities, scores
 
 
@@ -185,9 +187,10 @@ def report(
         },
     }
     utils.write_json(folder.results / "metrics.json", metrics)
-    utils.write_atomically(
-        folder.results / "predictions.csv", record.predictions_csv(session.index, split.test, probabilities["test"])
-    )
+    predicted = {"test": probabilities}
+    if len(split.unlabeled):
+        predicted["unlabeled"] = predict(session, learners, split.unlabeled)
+    utils.write_atomically(folder.results / "predictions.csv", record.predictions_csv(session.index, split, predicted))
     import visualization
 
     pair = None

@@ -12,7 +12,8 @@ import torch
 import terminal
 import train
 import utils
-from images import Index
+from data import Split
+from images import UNKNOWN, Index
 from models import Learner
 
 SAVE_SECONDS = 20.0  # how long a crash may throw a run back ...
@@ -181,28 +182,30 @@ class Progress:
             self.bar.set_description_str(text)
 
 
-def predictions_csv(index: Index, rows: np.ndarray, probabilities: dict[str, torch.Tensor]) -> bytes:
-    """For each test image: what the ensemble (or the only model) predicts, how surely, and every vote."""
-    final = probabilities.get("ensemble", next(iter(probabilities.values())))
-    votes = {name: each.argmax(-1) for name, each in probabilities.items() if name != "ensemble"}
-    top = final.topk(2, dim=-1)
+def predictions_csv(index: Index, split: Split, probabilities: dict[str, dict[str, torch.Tensor]]) -> bytes:
+    """For each image of some parts of the split: what the ensemble (or the only model) predicts, how surely, and every
+    vote; the true label where it is known."""
+    lines = []
+    for part, of_part in probabilities.items():
+        final = of_part.get("ensemble", next(iter(of_part.values())))
+        votes = {name: each.argmax(-1) for name, each in of_part.items() if name != "ensemble"}
+        values, classes = final.topk(2, dim=-1)
+        for k, i in enumerate(getattr(split, part)):
+            cast = [int(vote[k]) for vote in votes.values()]
+            lines.append(
+                [
+                    index.paths[i],
+                    part,
+                    "" if index.labels[i] == UNKNOWN else index.classes[index.labels[i]],
+                    index.classes[int(classes[k, 0])],
+                    f"{values[k, 0]:.6f}",
+                    f"{values[k, 0] - values[k, 1]:.6f}",
+                    int(len(set(cast)) == 1),
+                    *(index.classes[vote] for vote in cast),
+                ]
+            )
     header = ["path", "split", "true_label", "predicted_label", "probability", "margin", "agree"]
-    lines = [header + [f"{name}_vote" for name in votes]]
-    for k, i in enumerate(rows):
-        cast = [int(vote[k]) for vote in votes.values()]
-        lines.append(
-            [
-                index.paths[i],
-                "test",
-                index.classes[index.labels[i]],
-                index.classes[int(top.indices[k, 0])],
-                f"{top.values[k, 0]:.6f}",
-                f"{top.values[k, 0] - top.values[k, 1]:.6f}",
-                int(len(set(cast)) == 1),
-                *(index.classes[vote] for vote in cast),
-            ]
-        )
-    return utils.csv_bytes(lines)
+    return utils.csv_bytes([header + [f"{name}_vote" for name in votes], *lines])
 
 
 def result_table(metrics: dict[str, Any]) -> str:

@@ -178,14 +178,16 @@ def mpl_step(
 
     # Its labelled loss, and its consistency: the strong view should be predicted as the weak one was.
     loss_l = F.cross_entropy(t_logits_l, y_l, label_smoothing=label_smoothing)
-    if target is not None:
-        p, mask = target, torch.ones_like(target[:, 0])
+    if target is not None:  # for every view
+        p = target.repeat(len(x_u) // len(x_us), 1)
+        mask = torch.ones_like(p[:, 0])
+        loss_u = consistency_loss(unsupervised, t_logits_u, p, mask)
     else:
         if student_views == "strong":
             with torch.no_grad():
                 t_logits_uw = teacher(x_uw)
         p, mask = soft_target(t_logits_uw, temperature, threshold)
-    loss_u = consistency_loss(unsupervised, t_logits_us, p, mask)
+        loss_u = consistency_loss(unsupervised, t_logits_us, p, mask)
     weight = consistency_weight(lambda_u, step, uda_steps)
     measured = {"loss_l": loss_l, "loss_u": loss_u, "mask_rate": mask.mean()}
 

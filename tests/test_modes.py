@@ -235,6 +235,11 @@ def test_images_nobody_labelled_join_the_training(cli, tmp_path, colours):
     counts = cli.metrics("a")["counts"]
     assert counts["unlabeled"] == 21
     assert counts["labeled"] + counts["val"] + counts["test"] == 60
+    predicted = [row for row in rows(cli.cwd / "results/a/predictions.csv") if row["split"] == "unlabeled"]
+    assert len(predicted) == 21
+    assert {row["true_label"] for row in predicted} == {""}
+    assert {row["predicted_label"] for row in predicted} <= {"class 0", "class 1", "class 2"}
+    assert all(0 <= float(row["margin"]) <= float(row["probability"]) <= 1 for row in predicted)
 
 
 def test_the_search_keeps_given_options_and_its_result_is_trained_and_tested(cli, colours):
