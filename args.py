@@ -219,7 +219,7 @@ class Config:
     )
     temperature: float = option(1.05, "mpl", "temperature of the consistency loss's soft target", low=0.01, high=100)
     lambda_u: float | None = option(
-        None, "mpl", "weight of the consistency loss", kind=float, low=0, shown="1; --targets teacher: 0.27, digits 1"
+        None, "mpl", "weight of the consistency loss", kind=float, low=0, shown="3; --targets teacher: 0.27, digits 1"
     )
     uda_steps: int = option(80, "mpl", "steps over which that weight grows to its full value", low=1, unit="steps")
     feedback_scale: float = option(1.0, "mpl", "factor of the student's feedback to the teacher", low=0)
@@ -453,7 +453,7 @@ def _resolve(config: Config) -> Config:
     defaults |= {
         "targets": targets,
         "student_views": "both" if targets == "mixture" else "strong",
-        "lambda_u": 1.0 if targets == "mixture" or config.data_dir == "digits" else 0.27,
+        "lambda_u": 3.0 if targets == "mixture" else 1.0 if config.data_dir == "digits" else 0.27,
         "weights": weights,
         "trainable": trainable,
         "views": 4 if trainable == "head" else 32 if config.data_dir == "digits" else 0,

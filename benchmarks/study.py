@@ -54,6 +54,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mixture, strong views alone": ("--targets mixture --student_views strong", BOTH),
     "mixture, no feedback": ("--targets mixture --feedback none", BOTH),
     "mixture, 8 views": ("--targets mixture --views 8", BOTH),
+    "mixture, 8 views, 256 images a step": ("--targets mixture --views 8 --unlabeled_batch_size 256", BOTH),
     "mixture, role playing": ("--targets mixture --switch_mode", MODELS),
 }
 FROZEN_ONLY = [method for method in METHODS if method.startswith(("mixture", "logistic", "LabelSpreading"))]
