@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
+import sqlalchemy
 import torch
 from optuna.trial import TrialState
 
@@ -164,6 +165,17 @@ def score_trial(trial: optuna.Trial, sessions: list[Session], signals: utils.Sig
 # The study
 
 
+def lock_from_the_start(engine: sqlalchemy.Engine) -> None:
+    """Let every transaction of an SQLite database lock it when it begins, not when it first writes.
+
+    Optuna takes a waiting trial by reading its state and then writing it; SQLite has no ``SELECT … FOR UPDATE``, so
+    that two workers could read at once and both take it (or both repeat a dead worker's).
+    """
+    sqlalchemy.event.listen(engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None))
+    sqlalchemy.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    engine.dispose()  # the connections made before
+
+
 class Budget:
     """The slots of a study in a database, one a trial, and how they are taken and given back."""
 
@@ -175,6 +187,7 @@ class Budget:
             CheckpointError: the study is one of other options.
         """
         self.config, self.url = config, url
+        self.unborn: dict[int, float] = {}  # trials without a sign of life, and when they were first seen
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sqlite = url.startswith("sqlite")
@@ -189,6 +202,8 @@ class Budget:
         except Exception as error:  # of the database, its driver or the network
             reason = " ".join(str(error).split("\n")[0].split())
             raise utils.UsageError(f"--storage {args.without_password(url)}: cannot be used ({reason})") from error
+        if sqlite:
+            lock_from_the_start(self.storage.engine)
         parallel = config.workers > 1 or config.storage is not None
         options = {key: value for key, value in config.options().items() if key not in args.HARMLESS_TO_A_STUDY}
         self.study = optuna.create_study(
@@ -219,10 +234,20 @@ class Budget:
             if slot not in taken:
                 self.study.enqueue_trial({} if slot else first, user_attrs={"slot": slot})
 
-    def give_back(self, trial: optuna.Trial) -> None:
-        """Free the slot of a trial that this process leaves unfinished."""
+    def give_back(self, trial: optuna.Trial | optuna.trial.FrozenTrial) -> None:
+        """Free the slot of a trial that is left unfinished."""
         self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         self.study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
+
+    def bury(self) -> None:
+        """Free the slots of workers that died: of those whose heart stopped, and of those in whom it never beat."""
+        optuna.storages.fail_stale_trials(self.study)
+        for trial in self.trials(TrialState.RUNNING):
+            if trial.user_attrs.get("born") != trial.number:  # a repeated trial inherits the attribute of the first
+                seen = self.unborn.setdefault(trial.number, time.monotonic())
+                if time.monotonic() - seen > GRACE_SECONDS:
+                    with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # another buried it
+                        self.give_back(trial)
 
     def work(self, objective: Callable[[optuna.Trial], float], until: float) -> None:
         """Take slots until none is left, ``until`` (``time.monotonic``) at most; wait for those that others hold."""
@@ -230,6 +255,8 @@ class Budget:
         def guarded(trial: optuna.Trial) -> float:
             if "slot" not in trial.user_attrs:  # another worker took the last slot just before
                 raise optuna.exceptions.OptunaError("beyond the budget")
+            self.storage.record_heartbeat(trial._trial_id)  # Optuna's thread may come too late for a worker killed now
+            trial.set_user_attr("born", trial.number)
             try:
                 return objective(trial)
             except utils.Interrupted:
@@ -245,7 +272,7 @@ class Budget:
                 self.study.optimize(guarded, n_trials=1, callbacks=[self._show], catch=failures)
             elif self.trials(TrialState.RUNNING):
                 time.sleep(1)
-                optuna.storages.fail_stale_trials(self.study)
+                self.bury()
             else:
                 return
 

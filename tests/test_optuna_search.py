@@ -78,13 +78,13 @@ import sys, time
 sys.path.insert(0, sys.argv[1])
 import args, optuna_search
 optuna_search.HEARTBEAT_SECONDS, optuna_search.GRACE_SECONDS = 1, 3
-config = args.configure(data_dir="d", name="s", optuna_mode=True, n_trials=12, storage=sys.argv[2])
+config = args.configure(data_dir="d", name="s", optuna_mode=True, n_trials=int(sys.argv[4]), storage=sys.argv[2])
 budget = optuna_search.Budget(config, config.storage)
 budget.fill({})
 def objective(trial):
     x = trial.suggest_float("x", 0, 1)
     print("holds a trial", flush=True)
-    time.sleep(1000 if sys.argv[3] == "doomed" else 0.1)
+    time.sleep({"doomed": 1000, "living": 0.1, "hurried": 0}[sys.argv[3]])
     return x
 budget.work(objective, time.monotonic() + 100)
 """
@@ -94,7 +94,7 @@ def test_the_budget_is_exact_over_four_workers_of_which_two_are_killed(tmp_path)
     url = f"sqlite:///{tmp_path / 'study.db'}"
     workers = []
     for place in ("doomed", "doomed", "living", "living"):
-        command = [sys.executable, "-c", WORKER, ROOT, url, place]
+        command = [sys.executable, "-c", WORKER, ROOT, url, place, "12"]
         workers.append(subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
         if place == "doomed":
             assert workers[-1].stdout.readline() == "holds a trial\n", workers[-1].stderr.read()
@@ -109,6 +109,33 @@ def test_the_budget_is_exact_over_four_workers_of_which_two_are_killed(tmp_path)
     assert sorted(ended["COMPLETE"]) == list(range(12))
     assert len(ended["FAIL"]) == 2  # those of the killed, repeated by the others
     assert not ended["RUNNING"] + ended["WAITING"]
+
+
+def test_workers_that_reach_for_the_same_slot_at_once_do_not_share_it(tmp_path):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    command = [sys.executable, "-c", WORKER, ROOT, url, "hurried", "40"]
+    same = args.configure(data_dir="d", name="s", optuna_mode=True, n_trials=40, storage=url)
+    optuna_search.Budget(same, url).fill({})
+    workers = [subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
+    taken = []
+    for worker in workers:
+        out, errors = worker.communicate(timeout=90)
+        assert worker.returncode == 0, errors
+        taken += [line.split("/")[0] for line in out.splitlines() if line.startswith("trial ")]
+    assert len(taken) == len(set(taken)) == 40
+
+
+def test_a_worker_killed_before_its_first_heartbeat_loses_no_trial(tmp_path, monkeypatch):
+    monkeypatch.setattr(optuna_search, "GRACE_SECONDS", 1)
+    budget = optuna_search.Budget(config(n_trials=3), f"sqlite:///{tmp_path / 'study.db'}")
+    budget.fill({})
+    with pytest.warns(UserWarning, match="Heartbeat"):
+        budget.study.ask()  # what a worker does first; then it dies
+    budget.work(lambda trial: trial.suggest_float("x", 0, 1), time.monotonic() + 60)
+    slots = {state: [t.user_attrs["slot"] for t in budget.trials(optuna.trial.TrialState[state])] for state in STATES}
+    assert sorted(slots["COMPLETE"]) == [0, 1, 2]
+    assert slots["FAIL"] == [0]
+    assert not slots["RUNNING"] + slots["WAITING"]
 
 
 def test_a_trial_that_fails_fails_alone(tmp_path, capsys):
