@@ -142,7 +142,7 @@ Scores = dict[str, dict[str, dict[str, float]]]  # by part, network and metric
 
 def predict(session: Session, learners: dict[str, models.Learner], rows: np.ndarray) -> Probabilities:
     """What the learners and, if they are several, their ensemble predict of the images."""
-    logits = train.infer([*learners.values()], session.source, rows)
+    logits = train.infer([*learners.values()], session.source, rows, test_views=session.config.test_views)
     each = {name: own.softmax(-1) for name, own in zip(learners, logits, strict=True)}
     return each | ({"ensemble": train.ensemble(logits)} if len(learners) > 1 else {})
 

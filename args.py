@@ -133,6 +133,9 @@ class Config:
         high=1024,
         shown="4 with a frozen backbone, else 0; digits: 32",
     )
+    test_views: int = option(
+        0, "data", "weak and as many strong views an image, averaged with it when it is predicted", low=0, high=64
+    )
     cache_dir: str = option("~/.cache/transfermpl", "data", "where features of frozen backbones are kept between runs")
     cache_gb: float = option(10.0, "data", "bound of --cache_dir (0: keep nothing)", low=0, unit="GiB")
     num_workers: int = option(0, "data", "processes that prepare fresh views", low=0, high=256)

@@ -346,14 +346,21 @@ def fit(
 # Inference
 
 
-def infer(models: Sequence[Learner], source: Source, indices: np.ndarray, batch_size: int = 256) -> list[torch.Tensor]:
-    """Each model's logits on plain views of the images, [N, C] float32 on the CPU; each image is prepared once."""
+def infer(
+    models: Sequence[Learner], source: Source, indices: np.ndarray, *, test_views: int = 0, batch_size: int = 256
+) -> list[torch.Tensor]:
+    """Each model's logits on plain views of the images, [N, C] float32 on the CPU; each image is prepared once.
+
+    With ``test_views``, the logarithm of the mean probabilities of the plain and so many weak and strong views.
+    """
+    wanted = [("plain", 0)] + [(kind, draw) for draw in range(test_views) for kind in ("weak", "strong")]
     parts: list[list[torch.Tensor]] = [[] for _ in models]
     for start in range(0, len(indices), batch_size):
         rows = indices[start : start + batch_size]
-        x = source("plain", rows, np.zeros(len(rows), dtype=np.int64))
+        inputs = [source(kind, rows, np.full(len(rows), draw)) for kind, draw in wanted]
         for model, logits in zip(models, parts, strict=True):
-            logits.append(model.infer(x).cpu())
+            each = [model.infer(x).cpu() for x in inputs]
+            logits.append(each[0] if len(each) == 1 else ensemble(each).clamp_min(1e-12).log())
     return [torch.cat(logits) for logits in parts]
 
 

@@ -417,3 +417,24 @@ def test_a_student_of_both_views_learns_from_the_weak_ones_as_well():
     assert float(measured["loss_s"]) == pytest.approx(float(loss_s.detach()))
     assert float(measured["loss_u"]) == pytest.approx(float(loss_u.detach()))
     assert torch.allclose(train.flatten(student.parameters), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inference
+
+
+def test_test_views_average_the_probabilities_of_the_plain_image_and_its_views():
+    model = learner("student")
+    draws = {("plain", 0): 0.0, ("weak", 0): 1.0, ("strong", 0): -1.0, ("weak", 1): 2.0, ("strong", 1): 0.5}
+
+    def source(kind, indices, chosen):
+        return torch.tensor(
+            [[i + draws[kind, int(v)]] * 4 for i, v in zip(indices, chosen, strict=True)], dtype=torch.float64
+        )
+
+    rows = np.arange(5)
+    (plain,) = train.infer([model], source, rows, batch_size=2)
+    assert torch.allclose(plain, model.infer(source("plain", rows, np.zeros(5))))
+    (averaged,) = train.infer([model], source, rows, test_views=2, batch_size=2)
+    each = [model.infer(source(kind, rows, np.full(5, v))).softmax(-1) for kind, v in draws]
+    assert torch.allclose(averaged.softmax(-1), sum(each) / len(each))
