@@ -1,3 +1,5 @@
+#!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """TransferMPL: Meta Pseudo Labels on pretrained backbones, from the command line.
 
 ``python MPL.py`` trains on the embedded digits; ``python MPL.py --name exp --data_dir /datasets/flowers`` on a folder
@@ -23,14 +25,16 @@ import signal
 import time
 import traceback
 import warnings
+from pathlib import Path
 
 import numpy as np
-import torch
 
 import data
 import images
+import metrics
 import models
 import modes
+import predict
 import record
 import train
 import utils
@@ -84,6 +88,11 @@ def run(config: args.Config, signals: utils.Signals) -> None:
 
     device = utils.pick_device(config.device)
     precision = utils.pick_precision(config.amp, device)
+    if config.predict_dir is not None:
+        with folder.claim(keep=False, overwrite=config.overwrite):
+            write_config(config, folder)
+            predict.label_folder(config, saved, folder, device, precision)
+        return
     index, split, notes = find_data(config, saved, last)
     session = Session(config, index, split, notes, device, precision, saved, last)
     try:
@@ -100,6 +109,10 @@ def run(config: args.Config, signals: utils.Signals) -> None:
 def carry_out(session: Session, folder: utils.RunFolder, signals: utils.Signals, began: float) -> None:
     """Show, search, train, test, report: what a run does in its folder."""
     config = session.config
+    if config.export is not None:
+        import export
+
+        export.require_packages(config.export)
     print(config.describe())
     for line in session.notes:
         print(line)
@@ -119,12 +132,12 @@ def carry_out(session: Session, folder: utils.RunFolder, signals: utils.Signals,
 
         tuned = optuna_search.search(session, folder.results, signals)
         print("training once with the options as given, and once with the best:")
-        defaults = score(session, modes.fit(session, None, signals))[1]
+        _, defaults = score(session, modes.fit(session, None, signals))
         session = session.configured(tuned)
         write_config(tuned, folder)
     trained = None if config.mode == "test" else modes.fit(session, folder, signals)
     seconds_train = time.perf_counter() - began
-    report(session, folder, trained, defaults, began, seconds_train)
+    conclude(session, folder, trained, defaults, began, seconds_train)
 
 
 def write_config(config: args.Config, folder: utils.RunFolder) -> None:
@@ -136,28 +149,20 @@ def write_config(config: args.Config, folder: utils.RunFolder) -> None:
 # Results
 
 
-Probabilities = dict[str, torch.Tensor]  # of some images, by network: [N, C]
 Scores = dict[str, dict[str, dict[str, float]]]  # by part, network and metric
 
 
-def predict(session: Session, learners: dict[str, models.Learner], rows: np.ndarray) -> Probabilities:
-    """What the learners and, if they are several, their ensemble predict of the images."""
-    logits = train.infer([*learners.values()], session.source, rows, test_views=session.config.test_views)
-    each = {name: own.softmax(-1) for name, own in zip(learners, logits, strict=True)}
-    return each | ({"ensemble": train.ensemble(logits)} if len(learners) > 1 else {})
-
-
-def score(session: Session, learners: dict[str, models.Learner]) -> tuple[Probabilities, Scores]:
-    """What is predicted of the test images, and how good that is, on validation and test images."""
-    scores = {}
+def score(session: Session, learners: dict[str, models.Learner]) -> tuple[dict[str, predict.Probabilities], Scores]:
+    """What is predicted of the validation and test images, and how good that is."""
+    predicted, scores = {}, {}
     for part in ("val", "test"):
         rows = getattr(session.split, part)
-        probabilities, truth = predict(session, learners, rows), session.index.labels[rows]
-        scores[part] = {name: utils.classification_metrics(p.numpy(), truth) for name, p in probabilities.items()}
-    return probabilities, scores
+        predicted[part], truth = predict.predict(session, learners, rows), session.index.labels[rows]
+        scores[part] = {name: metrics.classification_metrics(p.numpy(), truth) for name, p in predicted[part].items()}
+    return predicted, scores
 
 
-def report(
+def conclude(
     session: Session,
     folder: utils.RunFolder,
     trained: dict[str, models.Learner] | None,
@@ -165,14 +170,16 @@ def report(
     began: float,
     seconds_train: float,
 ) -> None:
-    """Test the learners, write metrics, predictions and pictures, and print the table."""
-    config, split = session.config, session.split
+    """Test the learners, write metrics, predictions, pictures and the report, and print the table."""
+    config, split, labels = session.config, session.split, session.index.labels
     learners = session.loaded() if trained is None else trained
     if config.mode == "finetune" and session.saved:
         partner = list(session.loaded().values())[1:]  # unchanged, beside the finetuned student
         learners = learners | dict(zip(["teacher"], partner, strict=False))
-    probabilities, scores = score(session, learners)
-    metrics = {
+    predicted, scores = score(session, learners)
+    final = {part: train.final(p).numpy() for part, p in predicted.items()}
+    seconds_test = time.perf_counter() - began - seconds_train
+    figures = {
         "mode": config.mode,
         "dataset": session.index.name,
         "model_name": config.model_name,
@@ -180,28 +187,99 @@ def report(
         "test": scores["test"],
         "val": scores["val"],
         **({} if defaults is None else {"defaults": defaults}),
+        "classes": list(session.index.classes),
+        "per_class": metrics.per_class(final["test"], labels[split.test]),
+        "temperature": metrics.fit_temperature(final["val"], labels[split.val]),
         "seconds": {
             "total": time.perf_counter() - began,
             "train": seconds_train if trained is not None else 0.0,
-            "test": time.perf_counter() - began - seconds_train,
+            "test": seconds_test,
         },
+        "notes": session.notes,
+        "commands": commands(config, session),
+        "versions": utils.versions(session.device),
     }
-    utils.write_json(folder.results / "metrics.json", metrics)
-    predicted = {"test": probabilities}
+    utils.write_json(folder.results / "metrics.json", figures)
+    del predicted["val"]
     if len(split.unlabeled):
-        predicted["unlabeled"] = predict(session, learners, split.unlabeled)
+        predicted["unlabeled"] = predict.predict(session, learners, split.unlabeled)
     utils.write_atomically(folder.results / "predictions.csv", record.predictions_csv(session.index, split, predicted))
+    import report
     import visualization
 
-    pair = None
-    if len(learners) > 1:
-        pair = "switch" if "model_1" in learners else "train"
-    title = f"{session.index.name}, {config.model_name}, {len(split.labeled)} labels"
-    written = visualization.draw_run(folder.results, title, pair, session.index.classes)
-    print(record.result_table(metrics))
+    written = visualization.draw_run(folder.results)
+    written += draw_failures(session, folder, predicted)
+    written.append(report.write(folder.results))
+    if config.export is not None:
+        import export
+
+        written += export.write(session, learners, folder.results)
+        written.append(export.write_card(session, figures, folder.results))
+    print(record.result_table(figures))
     print(f"pictures and tables: {folder.results}/ ({', '.join(path.name for path in written)})")
     if trained is not None:
         print(f"checkpoint: {folder.checkpoints / utils.BEST}")
+
+
+def commands(config: args.Config, session: Session) -> dict[str, str]:
+    """How to make this run again, and what to do with it."""
+    run = {key: getattr(config, key) for key in ("data_dir", "output_dir", "cache_dir") if key in config.given}
+    trained = config.load_path if config.mode == "test" else f"{session.index.name}/{config.name}"
+    load = {"load_best": True} if trained is None else {"load_path": trained}
+
+    def follow(suffix: str, mode: str, **more: str) -> str:
+        return args.written({"name": f"{config.name}-{suffix}", mode: True} | load | run | more)
+
+    lines = {"repeat this run": args.command_line(config)}
+    if config.mode != "test":
+        lines["finetune on the labelled images"] = follow("finetuned", "finetune_mode")
+        lines["test"] = follow("test", "test_mode")
+    return lines | {"label a folder of images": follow("labels", "test_mode", predict_dir="FOLDER")}
+
+
+def draw_failures(
+    session: Session, folder: utils.RunFolder, predicted: dict[str, predict.Probabilities], most: int = 24
+) -> list[Path]:
+    """Write mistakes.png, the test images that are wrong most confidently, and disagreements.png, those of any part on
+    which the networks are of different opinions most confidently. Returns the files written."""
+    import visualization
+
+    index, split = session.index, session.split
+    names = [visualization.shortened(name, 18) for name in index.classes]
+    confidence, choice = (each.numpy() for each in train.final(predicted["test"]).max(-1))
+    wrong = np.flatnonzero(choice != index.labels[split.test])
+    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:most]
+    grids = {
+        "mistakes": (
+            "Test images that are wrong most confidently",
+            split.test[wrong],
+            [f"is {names[index.labels[split.test[i]]]}\nnot {names[choice[i]]} ({confidence[i]:.0%})" for i in wrong],
+        )
+    }
+    voters = [name for name in predicted["test"] if name != "ensemble"]
+    if len(voters) > 1:
+        rows = np.concatenate([getattr(split, part) for part in predicted])
+        each = [np.concatenate([predicted[part][name].numpy() for part in predicted]) for name in voters]
+        votes = np.stack([p.argmax(1) for p in each])
+        surety = np.min([p.max(1) for p in each], axis=0)
+        split_votes = np.flatnonzero((votes != votes[0]).any(0))
+        split_votes = split_votes[np.argsort(-surety[split_votes], kind="stable")][:most]
+        grids["disagreements"] = (
+            "Images on which the networks disagree most confidently",
+            rows[split_votes],
+            [
+                "\n".join(
+                    f"{voter.replace('_', ' ')}: {names[v]}" for voter, v in zip(voters, votes[:, i], strict=True)
+                )
+                for i in split_votes
+            ],
+        )
+    written = []
+    for name, (title, chosen, captions) in grids.items():
+        if len(chosen):
+            pictures = session.views("plain", chosen, [0] * len(chosen)).permute(0, 2, 3, 1).numpy()
+            written.append(visualization.draw_images(pictures, captions, title, folder.results / f"{name}.png"))
+    return written
 
 
 def draw_samples(session: Session, folder: utils.RunFolder, columns: int = 8, views: int = 2) -> None:

@@ -6,16 +6,19 @@ read or written.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import re
+import shlex
 import textwrap
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NoReturn
 
 FEEDBACKS = ("loss_difference", "dot", "cosine", "exact", "none")
 PSEUDO_LABELS = ("hard", "sampled", "soft")
+NETWORKS = ("ensemble", "student", "teacher", "model_1", "model_2")
 GROUPS = {
     "run": "Run",
     "mode": "Mode (without one: train)",
@@ -64,12 +67,26 @@ class Config:
     resume: bool = option(False, "run", "go on with the run of this name from its last checkpoint")
     overwrite: bool = option(False, "run", "replace an earlier run of this name")
     show_images: bool = option(False, "run", "write samples.png: images with their weak and strong views")
+    tensorboard: bool = option(False, "run", "log every epoch to results/<name>/tensorboard too")
+    export: str | None = option(
+        None,
+        "run",
+        "write the networks with their preprocessing for use without this program, and model_card.md",
+        kind=str,
+        choices=("onnx", "torch"),
+    )
+    export_network: str = option(
+        "ensemble", "run", "which of them: the ensemble of all, or one by name", choices=NETWORKS
+    )
     print_model: bool = option(False, "run", "print the network and its parameter counts")
     debug: bool = option(False, "run", "show the traceback of an error")
 
     switch_mode: bool = option(False, "mode", "role playing: two models swap teacher and student every epoch")
     finetune_mode: bool = option(False, "mode", "train on the labelled images alone; fresh, or from --load_path")
     test_mode: bool = option(False, "mode", "only test what --load_path names")
+    predict_dir: str | None = option(
+        None, "mode", "with --test_mode: a folder of images at any depth to label, in place of testing", kind=str
+    )
     optuna_mode: bool = option(False, "mode", "search hyper-parameters (may be joined with --switch_mode)")
     load_path: str | None = option(
         None, "mode", "a run's checkpoint: /checkpoints/flowers/exp, flowers/exp, exp or a file", kind=str
@@ -296,6 +313,23 @@ def without_password(url: str) -> str:
     return re.sub(r"(//[^/@:]*):.*@", r"\1:***@", url)
 
 
+def written(options: dict[str, Any]) -> str:
+    """The command with these options, as it is typed."""
+    words = []
+    for name, value in options.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return shlex.join(["python", "MPL.py", *words])
+
+
+def command_line(config: Config) -> str:
+    """The command that makes this run anew."""
+    passed_over = ("name", "resume", "overwrite", "params", "debug")
+    given = {key: getattr(config, key) for key in config.given if key not in passed_over}
+    if given.get("storage"):
+        given["storage"] = without_password(given["storage"])
+    return written({"name": config.name} | given)
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose error is one line."""
 
@@ -334,6 +368,10 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(argv: list[str] | None = None) -> Config:
     """The configuration of a command line (``sys.argv`` if None). Exits with code 2 on a bad one."""
     parser = build_parser()
+    with contextlib.suppress(ImportError):
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
     try:
         return configure(**(load_params(given["params"]) if "params" in given else {}) | given)
@@ -392,7 +430,7 @@ INHERITED = (
 # What changes no number of a run: a resumed one may have it otherwise.
 HARMLESS = (
     *("resume", "overwrite", "show_images", "print_model", "debug", "output_dir", "num_workers", "cache_dir"),
-    *("max_bad_percent", "params"),
+    *("max_bad_percent", "params", "tensorboard", "export", "export_network", "test_views"),
 )
 
 
@@ -476,6 +514,8 @@ def _check_together(config: Config) -> None:
         raise ValueError(f"{' and '.join(modes)} exclude each other: give one of them")
     if config.test_mode and not config.loads:
         raise ValueError("--test_mode needs --load_path (which run to test) or --load_best (the best on this dataset)")
+    if config.predict_dir is not None and not config.test_mode:
+        raise ValueError("--predict_dir goes with --test_mode and --load_path (the run whose networks are to label)")
     if config.resume and config.overwrite:
         raise ValueError("--resume and --overwrite exclude each other: go on with the old run, or replace it")
     if config.resume and config.name is None:

@@ -115,14 +115,9 @@ def find_images(data_dir: str, unlabeled_dir: str | None = None) -> Index:
     if len(classes) == 1:
         raise DataError(f"--data_dir {data_dir}: one class only ({classes[0]}); at least two class folders are needed")
     if unlabeled_dir is not None:
-        unlabeled_root = resolve_path(unlabeled_dir)
-        if not unlabeled_root.is_dir():
-            raise DataError(f"--unlabeled_dir {unlabeled_dir}: no such folder")
-        images, others = _walk(unlabeled_root, "")
-        if not images:
-            raise DataError(f"--unlabeled_dir {unlabeled_dir}: no images in it")
+        images, others = find_unlabeled("--unlabeled_dir", unlabeled_dir)
         ignored += others
-        paths += [os.path.join(os.path.abspath(unlabeled_root), image) for image in images]
+        paths += images
         labels += [UNKNOWN] * len(images)
     return Index(
         name=dataset_name(data_dir),
@@ -132,6 +127,21 @@ def find_images(data_dir: str, unlabeled_dir: str | None = None) -> Index:
         classes=tuple(classes),
         ignored=tuple(ignored),
     )
+
+
+def find_unlabeled(option: str, folder: str) -> tuple[list[str], list[str]]:
+    """The images that a folder holds at any depth, and its other files, as sorted absolute and relative paths.
+
+    Raises:
+        DataError: it is missing or holds none; names the ``option`` that gave it.
+    """
+    root = resolve_path(folder)
+    if not root.is_dir():
+        raise DataError(f"{option} {folder}: no such folder")
+    images, others = _walk(root, "")
+    if not images:
+        raise DataError(f"{option} {folder}: no images in it")
+    return [os.path.join(os.path.abspath(root), image) for image in images], others
 
 
 def _walk(root: Path, folder: str) -> tuple[list[str], list[str]]:
@@ -358,15 +368,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode(path: Path, size: int) -> torch.Tensor:
-    """Read a file: the short side resized, the centre cropped. Returns [3, size, size] uint8.
+def short_side(dataset: str, size: int) -> int:
+    """To what the short side of an image is resized before the centre of ``size`` pixels is cut out."""
+    return size if dataset == "digits" else round(size * EVALUATION_RESIZE)
+
+
+def decode(path: Path, size: int, side: int) -> torch.Tensor:
+    """Read a file: the short side resized to ``side``, the centre cropped. Returns [3, size, size] uint8.
 
     Raises:
         DataError: it cannot be read as an image.
     """
     try:
         with path.open("rb") as file, _opened(file) as image:
-            side = round(size * EVALUATION_RESIZE)
             image.draft("RGB", (side, side))  # a large JPEG is decoded at a fraction of its size
             return _fit(to_rgb(image), side, size)
     except (OSError, Unreadable) as error:
@@ -388,7 +402,7 @@ class Images(Dataset):
 
     def __init__(self, index: Index, size: int) -> None:
         self.index = index
-        self.size = size
+        self.size, self.side = size, short_side(index.name, size)
         self._pixels: np.ndarray | None = None
         self._present: np.ndarray | None = None
         n_bytes = len(index) * 3 * size * size
@@ -412,5 +426,5 @@ class Images(Dataset):
 
     def _decode(self, i: int) -> torch.Tensor:
         if self.index.pixels is not None:
-            return _fit(Image.fromarray(self.index.pixels[i]).convert("RGB"), self.size, self.size)
-        return decode(self.index.file(i), self.size)
+            return _fit(Image.fromarray(self.index.pixels[i]).convert("RGB"), self.side, self.size)
+        return decode(self.index.file(i), self.size, self.side)

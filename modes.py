@@ -101,11 +101,14 @@ def fit(
         identity=session.identity(),
     )
     first = keeper.go_on(session.last) if session.last else 0
+    log = record.open_tensorboard(folder.results / "tensorboard") if config.tensorboard and folder else None
     with record.Progress(plan.total_steps, first, config.num_epochs, quiet=on_score is not None) as progress:
 
         def on_epoch(epoch: int, players: tuple[str, ...], means: dict[str, float]) -> None:
             score = keeper.close_epoch(epoch, players, means)
             progress.show(epoch, score, means)
+            if log is not None:
+                record.log_epoch(log, keeper.history[-len(players) :])
             if on_score is not None:
                 on_score(epoch, score)
 

@@ -3,7 +3,8 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,26 @@ class Keeper:
         return last["steps_done"]
 
 
+def open_tensorboard(folder: Path) -> Any:
+    """A writer of TensorBoard's logs; None, and a line that says how to get it, without the package."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("--tensorboard: not installed, so nothing is logged for it: pip install tensorboard")
+        return None
+    print(f"TensorBoard: tensorboard --logdir {folder.parent}")
+    return SummaryWriter(str(folder))
+
+
+def log_epoch(log: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Log an epoch's rows of the history."""
+    for row in rows:
+        for key in HISTORY[HISTORY.index("lr") :]:
+            if row[key] != "":
+                log.add_scalar(f"{key}/{row['network']}", row[key], row["epoch"])
+    log.flush()
+
+
 class Progress:
     """A bar on a terminal; without one a plain line every tenth of the way."""
 
@@ -182,30 +203,49 @@ class Progress:
             self.bar.set_description_str(text)
 
 
-def predictions_csv(index: Index, split: Split, probabilities: dict[str, dict[str, torch.Tensor]]) -> bytes:
-    """For each image of some parts of the split: what the ensemble (or the only model) predicts, how surely, and every
-    vote; the true label where it is known."""
+def prediction_header(classes: Sequence[str], networks: Iterable[str]) -> list[str]:
+    """The columns of predictions.csv: ``p_CLASS`` are the probabilities that the prediction was made from."""
+    fixed = ["path", "split", "true_label", "predicted_label", "probability", "margin", "agree"]
+    votes = [f"{name}_vote" for name in networks if name != "ensemble"]
+    return fixed + votes + [f"p_{name}" for name in classes]
+
+
+def prediction_rows(
+    classes: Sequence[str], paths: Iterable[str], labels: Iterable[int], part: str, predicted: dict[str, torch.Tensor]
+) -> Iterator[list[object]]:
+    """A row for each image: what the ensemble (or the only model) predicts and how surely, every network's vote.
+
+    Args:
+        labels: the true ones, ``UNKNOWN`` where they are.
+        predicted: each network's and the ensemble's probabilities, [n, C].
+    """
+    final = train.final(predicted)
+    votes = torch.stack([each.argmax(-1) for name, each in predicted.items() if name != "ensemble"], -1).tolist()
+    values, places = (each.tolist() for each in final.topk(2, dim=-1))
+    for path, label, (first, second), (place, _), cast, p in zip(
+        paths, labels, values, places, votes, final.tolist(), strict=True
+    ):
+        yield [
+            path,
+            part,
+            "" if label == UNKNOWN else classes[label],
+            classes[place],
+            f"{first:.6f}",
+            f"{first - second:.6f}",
+            int(len(set(cast)) == 1),
+            *(classes[vote] for vote in cast),
+            *(f"{value:.6f}" for value in p),
+        ]
+
+
+def predictions_csv(index: Index, split: Split, predicted: dict[str, dict[str, torch.Tensor]]) -> bytes:
+    """The predictions of some parts of the split."""
     lines = []
-    for part, of_part in probabilities.items():
-        final = of_part.get("ensemble", next(iter(of_part.values())))
-        votes = {name: each.argmax(-1) for name, each in of_part.items() if name != "ensemble"}
-        values, classes = final.topk(2, dim=-1)
-        for k, i in enumerate(getattr(split, part)):
-            cast = [int(vote[k]) for vote in votes.values()]
-            lines.append(
-                [
-                    index.paths[i],
-                    part,
-                    "" if index.labels[i] == UNKNOWN else index.classes[index.labels[i]],
-                    index.classes[int(classes[k, 0])],
-                    f"{values[k, 0]:.6f}",
-                    f"{values[k, 0] - values[k, 1]:.6f}",
-                    int(len(set(cast)) == 1),
-                    *(index.classes[vote] for vote in cast),
-                ]
-            )
-    header = ["path", "split", "true_label", "predicted_label", "probability", "margin", "agree"]
-    return utils.csv_bytes([header + [f"{name}_vote" for name in votes], *lines])
+    for part, of_part in predicted.items():
+        rows = getattr(split, part)
+        paths = [index.paths[i] for i in rows]
+        lines += prediction_rows(index.classes, paths, index.labels[rows], part, of_part)
+    return utils.csv_bytes([prediction_header(index.classes, next(iter(predicted.values()))), *lines])
 
 
 def result_table(metrics: dict[str, Any]) -> str:

@@ -139,7 +139,7 @@ class Session:
         wanted = wanted or [("plain", 0, 1)]
         chunks = np.array_split(rows, -(-len(rows) // chunk))
         means = []
-        for part in terminal.progress(chunks, "features"):
+        for part in terminal.progress(chunks, "features", len(chunks)):
             weighted = [weight * self.source(kind, part, np.full(len(part), v)) for kind, v, weight in wanted]
             means.append((sum(weighted) / sum(weight for *_, weight in wanted)).cpu())
         return torch.cat(means)

@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
 SILENT_SECONDS = 20.0  # how long a long task may go without a line where no bar can be drawn
@@ -59,13 +59,13 @@ def interactive() -> bool:
     return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
-def progress(items: Sequence[Any], what: str) -> Iterator[Any]:
-    """The items, with a bar on a terminal and a line now and then elsewhere."""
+def progress(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
+    """The items, ``total`` of them, with a bar on a terminal and a line now and then elsewhere."""
     from tqdm import tqdm
 
     said = time.monotonic()
-    for done, item in enumerate(tqdm(items, desc=what, file=sys.stdout, leave=False, disable=not interactive())):
+    for done, item in enumerate(tqdm(items, what, total, file=sys.stdout, leave=False, disable=not interactive())):
         if not interactive() and time.monotonic() - said > SILENT_SECONDS:
-            print(f"{what} {done / len(items):.0%}", flush=True)
+            print(f"{what} {done / total:.0%}", flush=True)
             said = time.monotonic()
         yield item

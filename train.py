@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from data import Batch, Source
+from metrics import classification_metrics
 from models import Learner
-from utils import DivergedError, classification_metrics, seed_torch
+from utils import DivergedError, seed_torch
 
 Measurements = dict[str, torch.Tensor]
 Step = Callable[..., Measurements]
@@ -367,6 +368,11 @@ def infer(
 def ensemble(logits: Sequence[torch.Tensor]) -> torch.Tensor:
     """The mean of the models' probabilities, [N, C]."""
     return torch.stack([each.softmax(-1) for each in logits]).mean(0)
+
+
+def final(predicted: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Of what several networks predict, by name, that which counts: the ensemble's, or the only one's."""
+    return predicted.get("ensemble", next(iter(predicted.values())))
 
 
 def evaluate(probabilities: torch.Tensor, labels: np.ndarray) -> dict[str, float]:

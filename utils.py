@@ -1,4 +1,4 @@
-"""What every part leans on: errors, seeds, the device, the run folder, checkpoints, metrics."""
+"""What every part leans on: errors, seeds, the device, the run folder, checkpoints, signals."""
 
 import contextlib
 import csv
@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 
 BEST = "best_student.pth"
@@ -133,6 +132,17 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
     if device.type == "cpu":
         return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else None
     return None
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What a run's figures may depend on beside its options."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
+    return {
+        "Python": platform.python_version(),
+        "PyTorch": str(torch.__version__),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": f"{device} ({name})",
+    }
 
 
 def keep_freed_memory() -> None:
@@ -407,42 +417,6 @@ def find_checkpoint(load_path: str | None, output_dir: str, dataset: str) -> Pat
         if file.is_file():
             return file
     raise CheckpointError(f"--load_path {load_path}: no {BEST} there or under {root}; `ls {root}/*` shows the runs")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics
-
-
-def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
-    """Mean gap between confidence and accuracy over equal-width bins (Guo et al., arXiv 1706.04599, eq. 3).
-
-    Args:
-        probabilities: [N, C].
-        labels: [N] int.
-    """
-    confidence = probabilities.max(1)
-    correct = probabilities.argmax(1) == labels
-    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gap = np.bincount(index, weights=correct - confidence, minlength=bins)
-    return float(np.abs(gap).sum() / len(labels))
-
-
-def classification_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, balanced accuracy, macro F1 and expected calibration error, all as fractions.
-
-    Args:
-        probabilities: [N, C].
-        labels: [N] int.
-    """
-    from sklearn.metrics import balanced_accuracy_score, f1_score
-
-    predicted = probabilities.argmax(1)
-    return {
-        "accuracy": float((predicted == labels).mean()),
-        "balanced_accuracy": float(balanced_accuracy_score(labels, predicted)),
-        "macro_f1": float(f1_score(labels, predicted, average="macro")),
-        "ece": expected_calibration_error(probabilities, labels),
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

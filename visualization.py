@@ -1,8 +1,16 @@
-"""Pictures of a run, drawn from the files in its folder: curves, confusion matrices, image grids.
+"""Pictures of a run, drawn from the files in its folder: curves, confusion matrices, calibration, image grids.
 
 Nothing here trains or knows a network. matplotlib draws to files; no display is needed.
+
+``python visualization.py results/a results/b ...`` compares runs: those that differ in their seed alone are one row of
+the table and one colour of compare.png.
 """
 
+import argparse
+import itertools
+import json
+import statistics
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +24,8 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
+import args
+import metrics
 import utils
 
 # Okabe & Ito's colours, told apart by colour-blind readers too.
@@ -46,26 +56,28 @@ LOSSES = {
 }
 
 
-def draw_run(results: Path, title: str, ensemble: str | None, classes: Sequence[str]) -> list[Path]:
-    """Draw every picture of a run folder. Returns the files written.
-
-    Args:
-        ensemble: the key in ``TITLES`` of the two models together; None for a single one.
-        classes: names in the order of the matrices.
-    """
+def draw_run(results: Path) -> list[Path]:
+    """Draw the curves, confusion matrices and calibration of a run folder. Returns the files written."""
+    figures = json.loads((results / "metrics.json").read_text())
+    classes = figures["classes"]
+    title = f"{figures['dataset']}, {figures['model_name']}, {figures['counts']['labeled']} labels"
     written = []
     with plt.rc_context(STYLE):
         if (results / "history.csv").exists():
             written.append(draw_curves(utils.read_csv(results / "history.csv"), title, results / "graphs.png"))
         rows = [row for row in utils.read_csv(results / "predictions.csv") if row["split"] == "test"]
         truth = [row["true_label"] for row in rows]
-        votes = {key.removesuffix("_vote"): key for key in rows[0] if key.endswith("_vote")}
+        votes = {name: f"{name}_vote" for name in figures["test"] if name != "ensemble"}
         pictures = {TITLES[name]: column for name, column in votes.items()}
-        if ensemble is not None:
-            pictures[TITLES[ensemble]] = "predicted_label"
+        if len(votes) > 1:
+            pictures[TITLES["switch" if "model_1" in votes else "train"]] = "predicted_label"
         for heading, column in pictures.items():
             path = results / f"{heading}_CM.png"
             written.append(draw_confusion(truth, [row[column] for row in rows], classes, f"{heading}, {title}", path))
+        probabilities = np.array([[float(row[f"p_{name}"]) for name in classes] for row in rows])
+        labels = np.array([classes.index(name) for name in truth])
+        path = results / "calibration.png"
+        written.append(draw_calibration(probabilities, labels, figures["temperature"], title, path))
     return written
 
 
@@ -125,7 +137,7 @@ def _save(figure: plt.Figure, path: Path) -> Path:
     return path
 
 
-def _short(name: str, length: int) -> str:
+def shortened(name: str, length: int) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
@@ -141,7 +153,7 @@ def draw_confusion(
     n = len(classes)
     counts = confusion_matrix(truth, predicted, labels=list(classes))
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    names = [_short(name, 28) for name in classes]
+    names = [shortened(name, 28) for name in classes]
     longest = max(map(len, names))
     cell = 0.62 if n <= 20 else 0.24
     side = max(3.2, cell * n)
@@ -166,6 +178,56 @@ def draw_confusion(
     ax.grid(False)
     figure.colorbar(display.im_, ax=ax, label="share of the true class", shrink=min(1.0, 5 / side), aspect=30)
     return _save(figure, path)
+
+
+def draw_calibration(
+    probabilities: np.ndarray, labels: np.ndarray, temperature: float, title: str, path: Path, bins: int = 10
+) -> Path:
+    """Reliability diagrams (accuracy against confidence) as predicted and with the temperature that validation gave.
+
+    Args:
+        probabilities: [N, C].
+        labels: [N] int.
+    """
+    versions = {
+        "As predicted": probabilities,
+        f"Divided by temperature {temperature:.2f}": metrics.sharpened(probabilities, temperature),
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(8.6, 4.2), layout="constrained", sharey=True)
+    edges = np.linspace(0, 1, bins + 1)
+    for ax, (name, p) in zip(axes, versions.items(), strict=True):
+        confidence, correct = p.max(1), p.argmax(1) == labels
+        place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+        n = np.bincount(place, minlength=bins)
+        mean = np.bincount(place, confidence, bins) / np.maximum(n, 1)
+        accuracy = np.bincount(place, correct, bins) / np.maximum(n, 1)
+        ax.plot([0, 1], [0, 1], color="gray", linewidth=0.8, linestyle="--", label="confidence is accuracy")
+        ax.bar(
+            edges[:-1], n / n.sum(), width=1 / bins, align="edge", color=COLORS[5], alpha=0.35, label="of all images"
+        )
+        ax.plot(mean[n > 0], accuracy[n > 0], "o-", color=COLORS[0], markersize=4, label="accuracy")
+        error = metrics.expected_calibration_error(p, labels)
+        ax.set(title=f"{name}: ECE {error:.3f}", xlabel="confidence", xlim=(0, 1), ylim=(0, 1.02))
+    axes[0].set_ylabel("share")
+    axes[0].legend(loc="upper left", fontsize=8)
+    figure.suptitle(f"Calibration on test images, {title}")
+    return _save(figure, path)
+
+
+def draw_images(images: np.ndarray, captions: Sequence[str], title: str, path: Path, columns: int = 6) -> Path:
+    """A grid of captioned images, [N, S, S, 3] uint8."""
+    rows = -(-len(images) // columns)
+    with plt.rc_context(STYLE | {"axes.grid": False}):
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(1.6 * columns, 2.0 * rows + 0.4), layout="constrained", squeeze=False
+        )
+        for ax in axes.flat:
+            ax.axis("off")
+        for ax, image, caption in zip(axes.flat, images, captions, strict=False):
+            ax.imshow(image, interpolation="nearest" if image.shape[0] < 64 else None)
+            ax.set_title(caption, fontsize=7.5)
+        figure.suptitle(title)
+        return _save(figure, path)
 
 
 def draw_samples(images: np.ndarray, weak: np.ndarray, strong: np.ndarray, labels: Sequence[str], path: Path) -> Path:
@@ -194,5 +256,97 @@ def draw_samples(images: np.ndarray, weak: np.ndarray, strong: np.ndarray, label
                     spine.set_visible(False)
             axes[i, 0].set_ylabel(name)
         for j, label in enumerate(labels):
-            axes[0, j].set_title(_short(label, 16), fontsize=9)
+            axes[0, j].set_title(shortened(label, 16), fontsize=9)
         return _save(figure, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing runs
+
+OF_NO_INTEREST = ("name", "seed", "load_path", "load_best", "n_trials", "timeout", *args.MODES, *args.HARMLESS)
+
+
+def compare(folders: Sequence[Path], path: Path) -> str:
+    """Draw the runs over each other. Returns a table of their test accuracies, mean and standard deviation over seeds.
+
+    Raises:
+        DataError: a folder is no finished run.
+    """
+    runs = []
+    for folder in folders:
+        try:
+            options, figures = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "metrics"))
+        except (OSError, ValueError) as error:
+            raise utils.DataError(f"{folder}: not the folder of a finished run ({error})") from error
+        history = utils.read_csv(folder / "history.csv") if (folder / "history.csv").exists() else []
+        kind = {key: value for key, value in options.items() if key not in OF_NO_INTEREST}
+        runs.append((kind | {key: figures[key] for key in ("mode", "dataset")}, folder.name, figures, history))
+    groups: dict[str, list[tuple[str, dict, list]]] = {}
+    differing = [key for key in runs[0][0] if len({repr(kind.get(key)) for kind, *_ in runs}) > 1]
+    for kind, name, figures, history in runs:
+        chosen = ", ".join(f"{key} {kind.get(key)}" for key in reversed(differing))
+        groups.setdefault(chosen, []).append((name, figures, history))
+    for chosen, group in list(groups.items()):
+        if len(group) == 1 or not chosen:  # a run's own name says more
+            groups[group[0][0] if len(group) == 1 else "all runs"] = groups.pop(chosen)
+    _draw_comparison(groups, path)
+    return _comparison_table(groups)
+
+
+def _comparison_table(groups: dict[str, list[tuple[str, dict, list]]]) -> str:
+    networks = list(dict.fromkeys(name for group in groups.values() for _, f, _ in group for name in f["test"]))
+    width = min(34, max(map(len, groups)))
+    lines = [
+        " " * width + f" {'runs':>4} {'labels':>7}" + "".join(f" {name.replace('_', ' '):>15}" for name in networks)
+    ]
+    for name, group in groups.items():
+        first, *more = textwrap.wrap(name, width) or [""]
+        labels = sorted({figures["counts"]["labeled"] for _, figures, _ in group})
+        line = f"{first:{width}} {len(group):4} {'/'.join(map(str, labels)):>7}"
+        for network in networks:
+            values = [100 * f["test"][network]["accuracy"] for _, f, _ in group if network in f["test"]]
+            spread = f" ± {statistics.stdev(values):4.2f}" if len(values) > 1 else ""
+            line += f" {f'{statistics.mean(values):.2f}{spread}' if values else '':>15}"
+        lines += [line, *more]
+    return "\n".join(lines)
+
+
+def _draw_comparison(groups: dict[str, list[tuple[str, dict, list]]], path: Path) -> None:
+    with plt.rc_context(STYLE):
+        figure, (curves, dots) = plt.subplots(
+            1, 2, figsize=(11, max(4.0, 0.5 * len(groups) + 1.5)), layout="constrained", width_ratios=(1.2, 1)
+        )
+        for place, group in enumerate(groups.values()):
+            color = COLORS[place % len(COLORS)]
+            for _, figures, history in group:
+                scored = "model_1" if "model_1" in figures["test"] else "student"
+                x, y = _series([row for row in history if row["network"] == scored], "val_accuracy")
+                curves.plot(x, [100 * v for v in y], color=color, alpha=0.9 if len(group) == 1 else 0.5)
+                values = figures["test"]
+                best = 100 * values.get("ensemble", next(iter(values.values())))["accuracy"]
+                dots.plot(best, place, "o", color=color, alpha=0.7)
+        curves.set(title="Validation accuracy of the student", xlabel="epoch", ylabel="percent")
+        wrapped = ["\n".join(textwrap.wrap(name, 32)[:3]) for name in groups]
+        dots.set(title="Test accuracy of what the run is for", xlabel="percent", ylim=(len(groups) - 0.5, -0.5))
+        dots.set_yticks(range(len(groups)), wrapped, fontsize=8)
+        for label, color in zip(dots.get_yticklabels(), itertools.cycle(COLORS), strict=False):
+            label.set_color(color)  # which is the legend of the curves too
+        _save(figure, path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="results/NAME")
+    parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the picture [compare.png]")
+    options = parser.parse_args()
+    try:
+        print(compare(options.runs, options.out))
+    except utils.Failure as error:
+        print(f"visualization.py: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"picture: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -95,11 +95,3 @@ def test_seeds_depend_on_every_part_and_on_no_process():
     code = "import sys; sys.path.insert(0, sys.argv[1]); import utils; print(utils.derive_seed(3, 'x', 1))"
     other = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True, check=True)
     assert int(other.stdout) == utils.derive_seed(3, "x", 1)
-
-
-def test_calibration_error_by_number():
-    import numpy as np
-
-    perfect = np.array([[1.0, 0.0]] * 4)
-    assert utils.expected_calibration_error(perfect, np.array([0, 0, 0, 0])) == 0
-    assert utils.expected_calibration_error(perfect, np.array([0, 0, 1, 1])) == 0.5

@@ -1,0 +1,63 @@
+"""How good predictions are, and how far their confidence can be believed."""
+
+import numpy as np
+
+TEMPERATURES = np.geomspace(0.2, 5.0, 161)
+
+
+def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+    """Mean gap between confidence and accuracy over equal-width bins (Guo et al., arXiv 1706.04599, eq. 3).
+
+    Args:
+        probabilities: [N, C].
+        labels: [N] int.
+    """
+    confidence = probabilities.max(1)
+    correct = probabilities.argmax(1) == labels
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gap = np.bincount(index, weights=correct - confidence, minlength=bins)
+    return float(np.abs(gap).sum() / len(labels))
+
+
+def classification_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy, balanced accuracy, macro F1 and expected calibration error, all as fractions.
+
+    Args:
+        probabilities: [N, C].
+        labels: [N] int.
+    """
+    from sklearn.metrics import balanced_accuracy_score, f1_score
+
+    predicted = probabilities.argmax(1)
+    return {
+        "accuracy": float((predicted == labels).mean()),
+        "balanced_accuracy": float(balanced_accuracy_score(labels, predicted)),
+        "macro_f1": float(f1_score(labels, predicted, average="macro")),
+        "ece": expected_calibration_error(probabilities, labels),
+    }
+
+
+def per_class(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
+    """Precision, recall, F1 (fractions) and the number of images of each class, lists of C."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    figures = precision_recall_fscore_support(
+        labels, probabilities.argmax(1), labels=np.arange(probabilities.shape[1]), zero_division=0.0
+    )
+    return dict(zip(("precision", "recall", "f1", "images"), map(np.ndarray.tolist, figures), strict=True))
+
+
+def sharpened(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """Probabilities [N, C] as they would be with their logits divided by ``temperature``."""
+    scaled = np.clip(probabilities, 1e-12, None) ** (1 / temperature)
+    return scaled / scaled.sum(1, keepdims=True)
+
+
+def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature under which the labels are most likely (Guo et al., arXiv 1706.04599, section 4.2)."""
+
+    def loss(temperature: float) -> float:
+        p = sharpened(probabilities, temperature)[np.arange(len(labels)), labels]
+        return -np.log(np.clip(p, 1e-12, None)).mean()
+
+    return float(min(TEMPERATURES, key=loss))

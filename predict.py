@@ -1,0 +1,137 @@
+"""What trained networks say of images: of some of the dataset, or of a whole folder that nobody labelled.
+
+``python MPL.py --test_mode --load_path RUN --predict_dir FOLDER`` needs the checkpoint alone, not what it was trained
+on. A folder of any size streams through: threads decode the next images while the networks look at these.
+"""
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+import args
+import images
+import record
+import terminal
+import train
+import utils
+from data import Split
+from models import Learner
+from session import Session
+
+Probabilities = dict[str, torch.Tensor]  # of some images, by network: [N, C]
+AT_ONCE = 128  # images
+
+
+def predict(session: Session, learners: Mapping[str, Learner], rows: np.ndarray) -> Probabilities:
+    """What the learners and, if they are several, their ensemble predict of the images."""
+    logits = train.infer([*learners.values()], session.source, rows, test_views=session.config.test_views)
+    each = {name: own.softmax(-1) for name, own in zip(learners, logits, strict=True)}
+    return each | ({"ensemble": train.ensemble(logits)} if len(learners) > 1 else {})
+
+
+class Stream:
+    """Decoded images by index, as :class:`images.Images`, for going over them once: those asked for are decoded in
+    threads, and forgotten when others are."""
+
+    def __init__(self, index: images.Index, size: int) -> None:
+        self.index, self.size, self.side = index, size, images.short_side(index.name, size)
+        self.pool = ThreadPoolExecutor(max(1, torch.get_num_threads()))
+        self.pending: dict[int, Future[torch.Tensor]] = {}
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return self.pending[i].result()
+
+    def batches(self, at_once: int) -> Iterator[tuple[np.ndarray, list[tuple[str, str]]]]:
+        """The indices of some images that are decoded, and the files among them that cannot be, with the reasons."""
+        parts = np.array_split(np.arange(len(self.index)), -(-len(self.index) // at_once))
+        following = self._ask(parts[0])
+        for k in range(len(parts)):
+            self.pending = following
+            reasons = {i: _reason(future) for i, future in self.pending.items()}
+            following = self._ask(parts[k + 1]) if k + 1 < len(parts) else {}
+            readable = np.array([i for i, reason in reasons.items() if not reason], dtype=np.int64)
+            yield readable, [(self.index.paths[i], reason) for i, reason in reasons.items() if reason]
+
+    def _ask(self, rows: np.ndarray) -> dict[int, Future[torch.Tensor]]:
+        return {int(i): self.pool.submit(images.decode, self.index.file(int(i)), self.size, self.side) for i in rows}
+
+
+def _reason(future: Future[torch.Tensor]) -> str:
+    try:
+        future.result()
+    except utils.DataError as error:
+        return str(error)
+    return ""
+
+
+def label_folder(
+    config: args.Config,
+    saved: dict[str, Any],
+    folder: utils.RunFolder,
+    device: torch.device,
+    precision: torch.dtype | None,
+) -> None:
+    """Write predictions.csv for every image of ``--predict_dir``, by the networks of a checkpoint.
+
+    Raises:
+        DataError: there are no images, or none that can be read.
+    """
+    paths, _ = images.find_unlabeled("--predict_dir", config.predict_dir)
+    index = images.Index(
+        name=images.dataset_name(config.data_dir),
+        root=Path("/"),
+        paths=tuple(paths),
+        labels=np.full(len(paths), images.UNKNOWN),
+        classes=tuple(saved["classes"]),
+    )
+    nothing = np.array([], dtype=np.int64)
+    session = Session(
+        dataclasses.replace(config, cache_gb=0.0),  # what is looked at once is not kept
+        index,
+        Split(nothing, nothing, nothing, nothing),
+        [],
+        device,
+        precision,
+        saved,
+    )
+    stream = session.views.images = Stream(index, config.img_size)
+    learners = session.loaded()
+    print(
+        f"{utils.counted(len(index), 'image')} in {config.predict_dir}, {' and '.join(learners)} of {config.load_path}"
+    )
+    began = time.perf_counter()
+    counts: Counter[str] = Counter()
+    bad: list[tuple[str, str]] = []
+
+    def write(file: BinaryIO) -> None:
+        file.write(utils.csv_bytes([record.prediction_header(index.classes, learners)]))
+        batches = stream.batches(AT_ONCE)
+        for rows, unreadable in terminal.progress(batches, "labelled", -(-len(index) // AT_ONCE)):
+            bad.extend(unreadable)
+            if not len(rows):
+                continue
+            predicted = predict(session, learners, rows)
+            chosen = [index.paths[i] for i in rows]
+            unknown = index.labels[rows]
+            lines = list(record.prediction_rows(index.classes, chosen, unknown, "", predicted))
+            counts.update(line[3] for line in lines)
+            file.write(utils.csv_bytes(lines))
+
+    utils.write_atomically(folder.results / "predictions.csv", write)
+    if bad:
+        utils.write_atomically(folder.results / "bad_files.csv", utils.csv_bytes([("path", "reason"), *bad]))
+        print(f"{utils.counted(len(bad), 'unreadable file')} left out and listed in bad_files.csv (first: {bad[0][1]})")
+    if not counts:
+        raise utils.DataError(f"--predict_dir {config.predict_dir}: no file in it can be read as an image")
+    seconds = time.perf_counter() - began
+    for name, count in counts.most_common():
+        print(f"{count:9,} {name}")
+    print(f"{counts.total():,} images in {seconds:.0f} s ({counts.total() / seconds:.0f} a second): ", end="")
+    print(folder.results / "predictions.csv")

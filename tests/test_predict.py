@@ -1,0 +1,99 @@
+"""Labels for a folder of images that nobody labelled."""
+
+import csv
+import shutil
+
+import numpy as np
+import pytest
+from conftest import TINY, make_folder
+from PIL import Image
+
+import utils
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, colours):
+    from conftest import Cli
+
+    cli = Cli(tmp_path_factory.mktemp("predict"))
+    cli.inside("--name", "exp", "--data_dir", colours, "--num_epochs", "6", "--num_labels_percent", "20", *TINY)
+    return cli
+
+
+def predict(cli, folder, name, *options, check=0):
+    return cli.inside(
+        "--name", name, "--test_mode", "--load_path", "exp", "--predict_dir", folder, *options, check=check
+    )
+
+
+def test_a_folder_is_labelled_as_the_same_images_in_the_dataset_were(trained, colours):
+    known = {
+        row["path"]: row
+        for row in utils.read_csv(trained.cwd / "results/exp/predictions.csv")
+        if row["split"] == "test"
+    }
+    predict(trained, colours, "same")
+    rows = utils.read_csv(trained.cwd / "results/same/predictions.csv")
+    assert len(rows) == 60
+    found = {row["path"].removeprefix(f"{colours}/"): row for row in rows}
+    for path, row in known.items():
+        assert found[path] | {"path": path, "split": "test", "true_label": row["true_label"]} == row
+
+
+def test_it_streams_past_what_it_cannot_read_and_keeps_odd_names(trained, colours, tmp_path, monkeypatch):
+    import predict as module
+
+    monkeypatch.setattr(module, "AT_ONCE", 4)
+    folder = make_folder(tmp_path / "more", classes=2, images=5)
+    (folder / "deep" / "er").mkdir(parents=True)
+    odd = folder / "deep" / "er" / "=SUM(A1) ü\n.png"
+    shutil.copy(colours / "class 0" / "000.png", odd)
+    (folder / "torn.jpg").write_bytes(b"\xff\xd8 no image")
+    out = predict(trained, folder, "odd").stdout
+    assert "1 unreadable file left out" in out
+    assert "11 images in" in out
+    rows = utils.read_csv(trained.cwd / "results/odd/predictions.csv")
+    assert [row["path"] for row in rows].count(str(odd)) == 1
+    assert len(rows) == 11
+    assert {row["split"] for row in rows} == {row["true_label"] for row in rows} == {""}
+    assert "torn.jpg" in (trained.cwd / "results/odd/bad_files.csv").read_text()
+    p = np.array([[float(row[key]) for key in row if key.startswith("p_")] for row in rows])
+    assert p.shape == (11, 3)
+    assert p.sum(1) == pytest.approx(1, abs=1e-5)
+    assert [float(row["probability"]) for row in rows] == pytest.approx(p.max(1), abs=1e-6)
+
+
+def test_the_training_data_is_not_needed(trained, colours, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(colours, moved)
+    trained.inside("--name", "gone", "--data_dir", moved, "--num_epochs", "2", *TINY)
+    shutil.rmtree(moved)
+    options = ["--name", "after", "--test_mode", "--load_path", "gone", "--predict_dir", colours]
+    assert "60 images in" in trained.inside(*options).stdout
+
+
+def test_what_cannot_be_labelled_is_said_in_one_line(trained, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "no images in it" in predict(trained, tmp_path / "empty", "e", check=3).stderr
+    assert "no such folder" in predict(trained, tmp_path / "missing", "m", check=3).stderr
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"")
+    assert "no file in it can be read" in predict(trained, tmp_path / "bad", "b", check=3).stderr
+    assert not (trained.cwd / "results/b").exists()
+    assert "goes with --test_mode" in trained.one_line_error(2, "--predict_dir", tmp_path)
+
+
+def test_predictions_are_a_plain_table(trained):
+    with (trained.cwd / "results/exp/predictions.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header[:7] == ["path", "split", "true_label", "predicted_label", "probability", "margin", "agree"]
+    assert header[7:] == ["student_vote", "teacher_vote", "p_class 0", "p_class 1", "p_class 2"]
+    assert {len(row) for row in rows} == {len(header)}
+
+
+def test_an_image_of_another_shape_is_prepared_as_in_training(trained, tmp_path):
+    (tmp_path / "wide").mkdir()
+    Image.new("RGB", (64, 20), (130, 30, 30)).save(tmp_path / "wide" / "a.png")
+    predict(trained, tmp_path / "wide", "wide")
+    (row,) = utils.read_csv(trained.cwd / "results/wide/predictions.csv")
+    assert row["agree"] in "01"

@@ -1,0 +1,206 @@
+"""report.html and model_card.md, the exported networks, TensorBoard's logs."""
+
+import base64
+import html.parser
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, Cli, make_folder
+
+import args
+import report
+import visualization
+
+NASTY = "<b>x</b>"
+
+
+class Page(html.parser.HTMLParser):
+    """The elements of a page, whether they nest, and what they point to."""
+
+    VOID = ("meta", "link", "img")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.addresses, self.text = [], [], [], ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for key, value in attrs if key in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def nasty(tmp_path_factory):
+    root = tmp_path_factory.mktemp("report")
+    folder = make_folder(root / "data")
+    # "/" cannot be in a file's name, so the class is called <b>x and the closing tag comes from the name of the run
+    (folder / "class 0").rename(folder / '<b>x & "y"')
+    cli = Cli(root)
+    cli.inside(
+        *("--name", "<i>run", "--data_dir", folder, "--num_epochs", "4", "--num_labels_percent", "20"),
+        *("--export", "torch", "--tensorboard", "--show_images", *TINY),
+    )
+    return cli
+
+
+def test_the_report_is_whole_and_asks_nothing_of_the_network(nasty):
+    text = (nasty.cwd / "results/<i>run/report.html").read_text()
+    page = Page(text)
+    assert {"b", "i", "script"}.isdisjoint(page.tags)
+    assert page.addresses
+    assert all(address.startswith("data:") for address in page.addresses)
+    assert "url(" not in text
+    assert "@import" not in text
+    assert '<b>x & "y"' in page.text
+    for heading in ("Training", "Confusion matrices", "Classes", "Calibration", "Views", "Commands", "Options"):
+        assert f"<h2>{heading}</h2>" in text
+    assert page.tags.count("img") >= 6
+    for picture in re.findall(r"base64,([^\"]+)", text):
+        assert base64.b64decode(picture)[:4] in (b"\x89PNG", b"\xff\xd8\xff\xe0")
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_a_class_that_is_markup_stays_text(tmp_path):
+    figures = {
+        "classes": [NASTY, "b"],
+        "per_class": {"precision": [1.0, 0.5], "recall": [1.0, 0.5], "f1": [1.0, 0.5], "images": [3, 4]},
+    }
+    page = Page("".join(report._classes(figures)))
+    assert "b" not in page.tags
+    assert NASTY in page.text
+
+
+def test_the_commands_in_the_report_are_ones_that_run(nasty):
+    lines = json.loads((nasty.cwd / "results/<i>run/metrics.json").read_text())["commands"]
+    assert set(lines) == {"repeat this run", "finetune on the labelled images", "test", "label a folder of images"}
+    import shlex
+
+    for what, line in lines.items():
+        options = shlex.split(line)[2:]
+        if what == "repeat this run":
+            options[options.index("--name") + 1] = "again"
+        if what == "label a folder of images":
+            options[options.index("FOLDER")] = str(nasty.cwd / "data")
+        if what.startswith("finetune"):
+            options += ["--num_epochs", "2"]
+        nasty.inside(*options)
+    again, first = (nasty.cwd / "results" / name / "predictions.csv" for name in ("again", "<i>run"))
+    assert again.read_bytes() == first.read_bytes()
+
+
+def test_the_exported_network_gives_the_same_probabilities(nasty):
+    folder = nasty.cwd / "results/<i>run"
+    card = (folder / "model_card.md").read_text()
+    assert "torch.export.load" in card
+    assert "$" not in card
+    model = torch.export.load(folder / "model.pt2").module()
+    out = nasty.inside(
+        *(
+            "--name",
+            "onnx",
+            "--test_mode",
+            "--load_path",
+            "<i>run",
+            "--export",
+            "onnx",
+            "--data_dir",
+            nasty.cwd / "data",
+        )
+    ).stdout
+    worst = float(re.search(r"differ by (\S+) at most", out)[1])
+    assert worst < 1e-4
+    assert re.search(r"(\d+) labels of \1 are the same", out)
+    import onnx
+    import onnxruntime
+
+    path = nasty.cwd / "results/onnx/model.onnx"
+    images = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 16), dtype=np.uint8)
+    (there,) = onnxruntime.InferenceSession(path).run(None, {"images": images})
+    assert there == pytest.approx(model(torch.from_numpy(images)).numpy(), abs=1e-4)
+    about = {each.key: json.loads(each.value) for each in onnx.load(path).metadata_props}
+    assert about["classes"] == ['<b>x & "y"', "class 1", "class 2"]
+    assert (about["img_size"], about["short_side"]) == (16, 18)
+
+
+def test_one_network_is_exported_by_name(nasty):
+    common = ["--test_mode", "--load_path", "<i>run", "--export", "torch", "--data_dir", nasty.cwd / "data"]
+    assert "model.pt2 (teacher)" in nasty.inside("--name", "one", *common, "--export_network", "teacher").stdout
+    said = nasty.inside("--name", "two", *common, "--export_network", "model_1", check=2).stderr
+    assert "this run has student, teacher" in said
+
+
+def test_what_an_export_lacks_is_said_before_the_training(nasty, monkeypatch):
+    import export
+
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else object())
+    said = nasty.inside("--name", "three", "--data_dir", nasty.cwd / "data", "--export", "onnx", *TINY, check=2).stderr
+    assert "pip install onnxscript" in said
+
+
+def test_tensorboard_holds_the_history(nasty):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = nasty.cwd / "results/<i>run"
+    log = EventAccumulator(str(folder / "tensorboard"))
+    log.Reload()
+    history = [row for row in visualization.utils.read_csv(folder / "history.csv") if row["network"] == "student"]
+    logged = [event.value for event in log.Scalars("val_accuracy/student")]
+    assert logged == pytest.approx([float(row["val_accuracy"]) for row in history])
+
+
+def test_runs_are_compared_over_seeds(nasty, tmp_path, monkeypatch, capsys):
+    for seed in (1, 2):
+        nasty.inside(
+            *("--name", f"seed{seed}", "--data_dir", nasty.cwd / "data", "--num_epochs", "2", "--seed", seed),
+            *("--num_labels_percent", "20", "--finetune_mode", *TINY),
+        )
+    folders = [nasty.cwd / "results" / name for name in ("<i>run", "seed1", "seed2")]
+    table = visualization.compare(folders, tmp_path / "compare.png")
+    accuracy = [
+        100 * json.loads((folder / "metrics.json").read_text())["test"]["student"]["accuracy"] for folder in folders[1:]
+    ]
+    assert f"{np.mean(accuracy):.2f} ± {np.std(accuracy, ddof=1):4.2f}" in table
+    assert "<i>run" in table
+    assert (tmp_path / "compare.png").exists()
+    assert all(len(line) <= 110 for line in table.splitlines())
+    monkeypatch.setattr("sys.argv", ["visualization.py", str(tmp_path / "nothing")])
+    assert visualization.main() == 3
+    assert "not the folder of a finished run" in capsys.readouterr().err
+
+
+def test_the_command_line_of_a_configuration_gives_it_back():
+    config = args.parse(["--name", "a b", "--lr", "0.01", "--switch_mode", "--data_dir", "x y", "--overwrite"])
+    import shlex
+
+    words = shlex.split(args.command_line(config))
+    assert words[:2] == ["python", "MPL.py"]
+    again = args.parse(words[2:])
+    assert again.options() == config.options() | {"overwrite": False}
+
+
+def test_a_report_of_many_classes_stays_small(tmp_path):
+    n = 102
+    classes = [f"class {i} with a name of some length" for i in range(n)]
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, n, 20 * n)
+    wrong = np.where(rng.random(len(truth)) < 0.8, truth, rng.integers(0, n, len(truth)))
+    for heading in ("Student", "Teacher", "Teacher and Student"):
+        visualization.draw_confusion(
+            [classes[i] for i in truth], [classes[i] for i in wrong], classes, heading, tmp_path / f"{heading}_CM.png"
+        )
+    pictures = "".join(report._picture(path) for path in tmp_path.glob("*.png"))
+    assert len(pictures) < 3_500_000
+    shutil.rmtree(tmp_path)
