@@ -13,12 +13,13 @@ import args
 import terminal
 
 if __name__ == "__main__":
-    terminal.prepare()
+    terminal.prepare(silent=os.environ.get("RANK", "0") != "0")  # one of several processes speaks for all
     CONFIG = args.parse()  # before torch is imported: --help and a wrong option are answered at once
     # How long an OpenMP thread spins for the others. By default so long that two runs on the same cores are ten times
     # slower than one after the other; this costs a run that has them to itself nothing measurable.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+import contextlib
 import dataclasses
 import logging
 import signal
@@ -30,6 +31,7 @@ from pathlib import Path
 import numpy as np
 
 import data
+import distributed
 import images
 import metrics
 import models
@@ -51,14 +53,18 @@ def main(config: args.Config) -> int:
         with utils.resources_explained(config.batch_size):
             run(config, signals)
         return 0
+    except distributed.Left as left:
+        return left.exit_code
     except utils.Interrupted as stop:
         hint = "; --resume goes on from here" if signals.pending is not None else ""
-        print(f"\nMPL.py: stopped by {signal.Signals(stop.number).name}{hint}", file=sys.stderr)
+        if not distributed.rank():
+            print(f"\nMPL.py: stopped by {signal.Signals(stop.number).name}{hint}", file=sys.stderr)
         return 128 + stop.number
     except utils.Failure as error:
         if config.debug:
             traceback.print_exc()
-        print(f"MPL.py: {error}", file=sys.stderr)
+        who = f" (process {distributed.rank()} of {distributed.world()})" if distributed.rank() else ""
+        print(f"MPL.py{who}: {error}", file=sys.stderr)
         return error.exit_code
 
 
@@ -80,23 +86,47 @@ def run(config: args.Config, signals: utils.Signals) -> None:
         if config.name is None:
             config = dataclasses.replace(config, name=f"{dataset}_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
         folder = utils.RunFolder.named(config.output_dir, dataset, config.name)
+        if distributed.restarted():
+            goes_on = (folder.checkpoints / utils.LAST).exists()
+            config = dataclasses.replace(config, resume=goes_on, overwrite=not goes_on)
         if config.resume and not config.optuna_mode:
             last = utils.load_checkpoint(folder.last_checkpoint(), holds=utils.LAST_HOLDS)
             args.require_same(config, last["config"])
     except ValueError as error:
         raise utils.CheckpointError(str(error)) from error
 
-    device = utils.pick_device(config.device)
+    device = distributed.local_device(utils.pick_device(config.device))
     precision = utils.pick_precision(config.amp, device)
     if config.predict_dir is not None:
         with folder.claim(keep=False, overwrite=config.overwrite):
             write_config(config, folder)
             predict.label_folder(config, saved, folder, device, precision)
         return
-    index, split, notes = find_data(config, saved, last)
-    session = Session(config, index, split, notes, device, precision, saved, last)
+    with distributed.joined(device):
+        with distributed.one_first():
+            index, split, notes = find_data(config, saved, last)
+        session = Session(config, index, split, notes, device, precision, saved, last)
+        if distributed.rank():
+            distributed.leave_with_the_first()
+            assist(session, signals)
+        else:
+            lead(session, folder, signals, began)
+
+
+def assist(session: Session, signals: utils.Signals) -> None:
+    """What every process but the first does: its share of the training and of the predictions."""
+    learners = learners_of(session, None if session.config.mode == "test" else modes.fit(session, None, signals))
+    score(session, learners)
+    predict_unlabeled(session, learners)
+
+
+def lead(session: Session, folder: utils.RunFolder, signals: utils.Signals, began: float) -> None:
+    """Hold the folder and do all that is to be done in it."""
+    config = session.config
     try:
-        with folder.claim(keep=config.resume, overwrite=config.overwrite):
+        with contextlib.ExitStack() as stack:
+            with distributed.failure_told():
+                stack.enter_context(folder.claim(keep=config.resume, overwrite=config.overwrite))
             carry_out(session, folder, signals, began)
     except utils.InUseError:
         if not config.optuna_mode or config.storage is None:
@@ -162,6 +192,20 @@ def score(session: Session, learners: dict[str, models.Learner]) -> tuple[dict[s
     return predicted, scores
 
 
+def learners_of(session: Session, trained: dict[str, models.Learner] | None) -> dict[str, models.Learner]:
+    """The networks to be tested: those just trained, or the checkpoint's."""
+    learners = session.loaded() if trained is None else trained
+    if session.config.mode == "finetune" and session.saved:
+        partner = list(session.loaded().values())[1:]  # unchanged, beside the finetuned student
+        learners = learners | dict(zip(["teacher"], partner, strict=False))
+    return learners
+
+
+def predict_unlabeled(session: Session, learners: dict[str, models.Learner]) -> dict[str, predict.Probabilities]:
+    rows = session.split.unlabeled
+    return {"unlabeled": predict.predict(session, learners, rows)} if len(rows) else {}
+
+
 def conclude(
     session: Session,
     folder: utils.RunFolder,
@@ -172,10 +216,7 @@ def conclude(
 ) -> None:
     """Test the learners, write metrics, predictions, pictures and the report, and print the table."""
     config, split, labels = session.config, session.split, session.index.labels
-    learners = session.loaded() if trained is None else trained
-    if config.mode == "finetune" and session.saved:
-        partner = list(session.loaded().values())[1:]  # unchanged, beside the finetuned student
-        learners = learners | dict(zip(["teacher"], partner, strict=False))
+    learners = learners_of(session, trained)
     predicted, scores = score(session, learners)
     final = {part: train.final(p).numpy() for part, p in predicted.items()}
     seconds_test = time.perf_counter() - began - seconds_train
@@ -201,8 +242,7 @@ def conclude(
     }
     utils.write_json(folder.results / "metrics.json", figures)
     del predicted["val"]
-    if len(split.unlabeled):
-        predicted["unlabeled"] = predict.predict(session, learners, split.unlabeled)
+    predicted |= predict_unlabeled(session, learners)
     utils.write_atomically(folder.results / "predictions.csv", record.predictions_csv(session.index, split, predicted))
     import report
     import visualization

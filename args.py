@@ -148,7 +148,7 @@ class Config:
         kind=int,
         low=0,
         high=1024,
-        shown="4 with a frozen backbone, else 0; digits: 32",
+        shown="4 with a frozen backbone, else 0; digits: 8",
     )
     test_views: int = option(
         0, "data", "weak and as many strong views an image, averaged with it when it is predicted", low=0, high=64
@@ -334,7 +334,8 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose error is one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        spoken = os.environ.get("RANK", "0") == "0"  # one of several processes speaks for all
+        self.exit(2, f"{self.prog}: {message}\n" * spoken)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -374,9 +375,16 @@ def parse(argv: list[str] | None = None) -> Config:
         argcomplete.autocomplete(parser)
     given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
     try:
-        return configure(**(load_params(given["params"]) if "params" in given else {}) | given)
+        config = configure(**(load_params(given["params"]) if "params" in given else {}) | given)
+        _check_shared(config, int(os.environ.get("WORLD_SIZE", "1")))
+        return config
     except ValueError as error:
         parser.error(str(error))
+
+
+def defaults(data_dir: str, **given: Any) -> dict[str, Any]:
+    """Every option's value if only these are given."""
+    return _resolve(Config(data_dir=data_dir, **given)).options()
 
 
 def load_params(path: str) -> dict[str, Any]:
@@ -497,7 +505,7 @@ def _resolve(config: Config) -> Config:
         "lambda_u": 3.0 if targets == "mixture" else 1.0 if config.data_dir == "digits" else 0.27,
         "weights": weights,
         "trainable": trainable,
-        "views": 4 if trainable == "head" else 32 if config.data_dir == "digits" else 0,
+        "views": 4 if trainable == "head" else 8 if config.data_dir == "digits" else 0,
         "unlabeled_batch_size": config.batch_size * (2 if config.data_dir == "digits" else 1),
         "trial_epochs": max(1, config.num_epochs // 6) if config.data_dir == "digits" else config.num_epochs,
         "warmup_epoch_num": min(20, config.num_epochs // 5) * (2 if config.switch_mode else 1),
@@ -505,6 +513,23 @@ def _resolve(config: Config) -> Config:
         "pseudo_label": "soft" if config.feedback == "exact" else "hard",
     }
     return replace(config, **{key: value for key, value in defaults.items() if getattr(config, key) is None})
+
+
+def _check_shared(config: Config, processes: int) -> None:
+    """Refuse what so many processes, started by torchrun, cannot share."""
+    if processes == 1:
+        return
+    if config.name is None:
+        raise ValueError("--name is needed under torchrun: a restart goes on with the run of that name")
+    for option, instead in (
+        ("optuna_mode", "--workers K on one machine, or the same command with one --storage on several"),
+        ("predict_dir", "one process for each part of the folder"),
+    ):
+        if getattr(config, option):
+            raise ValueError(f"--{option} is not shared by torchrun: use {instead}")
+    for option in ("batch_size", "unlabeled_batch_size"):
+        if getattr(config, option) % processes:
+            raise ValueError(f"--{option} {getattr(config, option)}: must be a multiple of the {processes} processes")
 
 
 def _check_together(config: Config) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from distributed import share
 from images import STORE_BYTES, UNKNOWN, Images, Index, digest
 from utils import DataError, Failure, UsageError, counted, csv_bytes, derive_seed, seeded
 
@@ -320,7 +321,8 @@ class Schedule:
     """Which images and which of their views make up each step: a pure function of the step.
 
     Labelled and unlabelled images each come as an endless row of shuffled passes. ``views`` bounds the views an image
-    has; 0 draws a new one each time. Without ``unlabeled`` the steps hold labelled images alone.
+    has; 0 draws a new one each time. Without ``unlabeled`` the steps hold labelled images alone. Each process takes its
+    share of a step.
     """
 
     labeled: np.ndarray  # [n_l] int64
@@ -342,11 +344,12 @@ class Schedule:
         draws_l, draws_uw, draws_us = np.split(rng.integers(self.views or 2**62, size=n_l + 2 * n_u), [n_l, n_l + n_u])
         rows_l = self.labeled[stream(len(self.labeled), step * n_l, n_l, self.seed)]
         rows_u = self.unlabeled[stream(len(self.unlabeled), step * n_u, n_u, self.seed + 1)]
+        rows_l, rows_u, draws_l, draws_uw, draws_us = map(share, (rows_l, rows_u, draws_l, draws_uw, draws_us))
         y_l = torch.from_numpy(labels[rows_l])
         weak = source("weak", np.concatenate([rows_l, rows_u]), np.concatenate([draws_l, draws_uw]))
         strong = source("strong", rows_u, draws_us) if n_u else weak[:0]
         target = None if self.targets is None else torch.from_numpy(self.targets[rows_u])
-        return Batch(weak[:n_l], y_l, weak[n_l:], strong, target)
+        return Batch(weak[: len(rows_l)], y_l, weak[len(rows_l) :], strong, target)
 
 
 def stream(n: int, start: int, count: int, seed: int) -> np.ndarray:

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 import images
-import predict
 import train
 import utils
 from models import Learner
@@ -77,7 +76,7 @@ def write(session: Session, learners: Mapping[str, Learner], results: Path) -> l
     else:
         torch.export.save(program, path)
         there = torch.export.load(path).module()(pictures)
-    here = train.final(predict.predict(session, used, rows))
+    here = train.ensemble(train.infer([*used.values()], session.source, rows))
     same = int((there.argmax(-1) == here.argmax(-1)).sum())
     print(
         f"exported: {path} ({' and '.join(used)}); on {len(rows)} test images its probabilities differ by "

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import distributed
 from utils import CheckpointError, UsageError, load_tensors, seed_torch
 
 ALIASES = {"vgg": "vgg16", "resnet": "resnet18", "squeezenet": "squeezenet1_0", "densenet": "densenet121"}
@@ -335,7 +336,7 @@ class Learner:
     ) -> None:
         self.name = name
         self.device, self.precision = torch.device(device), precision
-        self.model = model.to(self.device)
+        self.model = distributed.synced(model.to(self.device), self.device)
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.parameter_names, self.parameters = list(named), list(named.values())
         self.optimizer = optimizer(self.parameters, lr=lr, weight_decay=weight_decay)
@@ -393,6 +394,12 @@ class Learner:
         self.scaler.scale(loss).backward(inputs=self.parameters)
         self._step()
 
+    def gradient(self, loss: torch.Tensor) -> list[torch.Tensor]:
+        """The gradient of ``loss`` in the parameters, without a step."""
+        gradient = list(torch.autograd.grad(loss, self.parameters))
+        distributed.average(gradient)
+        return gradient
+
     def update_along(self, gradients: Sequence[torch.Tensor]) -> None:
         """One optimiser step with these gradients."""
         for p, gradient in zip(self.parameters, self.scaler.scale([g.detach() for g in gradients]), strict=True):
@@ -400,6 +407,7 @@ class Learner:
         self._step()
 
     def _step(self) -> None:
+        distributed.average([p.grad for p in self.parameters])
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scheduler is not None and self.scheduler.last_epoch < self.scheduler.total_steps - 1:

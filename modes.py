@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import signal
 from collections.abc import Callable
 
 import numpy as np
 
 import data
+import distributed
 import models
 import record
 import train
@@ -96,7 +98,9 @@ def fit(
         folder,
         learners,
         plan.scored,
-        validate=lambda networks: train.infer(networks, session.source, val),
+        validate=lambda networks: distributed.gathered(
+            lambda rows: train.infer(networks, session.source, rows), val, session.device
+        ),
         labels=session.index.labels[val],
         identity=session.identity(),
     )
@@ -114,6 +118,8 @@ def fit(
 
         def on_step(done: int) -> None:
             progress.advance()
+            if distributed.any_rank(signals.pending is not None):
+                signals.pending = signals.pending or signal.SIGTERM
             keeper.close_step(done, stop=signals.pending is not None)
             signals.stop_if_asked()
 

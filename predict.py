@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 import args
+import distributed
 import images
 import record
 import terminal
@@ -31,7 +32,10 @@ AT_ONCE = 128  # images
 
 def predict(session: Session, learners: Mapping[str, Learner], rows: np.ndarray) -> Probabilities:
     """What the learners and, if they are several, their ensemble predict of the images."""
-    logits = train.infer([*learners.values()], session.source, rows, test_views=session.config.test_views)
+    networks, views = [*learners.values()], session.config.test_views
+    logits = distributed.gathered(
+        lambda rows: train.infer(networks, session.source, rows, test_views=views), rows, session.device
+    )
     each = {name: own.softmax(-1) for name, own in zip(learners, logits, strict=True)}
     return each | ({"ensemble": train.ensemble(logits)} if len(learners) > 1 else {})
 

@@ -164,10 +164,7 @@ def _classes(figures: dict) -> list[str]:
 
 def _options(options: dict) -> list[str]:
     """Every option, those that are not at their default first."""
-    try:
-        usual = args.configure(**{key: options[key] for key in ("data_dir", "model_name", *args.MODES)}).options()
-    except ValueError:  # modes that need more than their own option
-        usual = args.configure(data_dir=options["data_dir"]).options()
+    usual = args.defaults(**{key: options[key] for key in ("data_dir", "model_name", *args.MODES)})
     changed = {key: value for key, value in options.items() if value != usual[key]}
     rest = {key: value for key, value in options.items() if key not in changed}
     shown, hidden = (_table(["option", "value"], each.items(), text=True) for each in (changed, rest))

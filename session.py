@@ -10,6 +10,7 @@ from torch import nn
 
 import args
 import data
+import distributed
 import features
 import images
 import mixture
@@ -137,12 +138,16 @@ class Session:
         views = self.config.views
         wanted = [("weak", v, weak_weight) for v in range(views)] + [("strong", v, 1) for v in range(views)]
         wanted = wanted or [("plain", 0, 1)]
-        chunks = np.array_split(rows, -(-len(rows) // chunk))
-        means = []
-        for part in terminal.progress(chunks, "features", len(chunks)):
-            weighted = [weight * self.source(kind, part, np.full(len(part), v)) for kind, v, weight in wanted]
-            means.append((sum(weighted) / sum(weight for *_, weight in wanted)).cpu())
-        return torch.cat(means)
+
+        def average(rows: np.ndarray) -> list[torch.Tensor]:
+            chunks = np.array_split(rows, -(-len(rows) // chunk))
+            means = []
+            for part in terminal.progress(chunks, "features", len(chunks)):
+                weighted = [weight * self.source(kind, part, np.full(len(part), v)) for kind, v, weight in wanted]
+                means.append((sum(weighted) / sum(weight for *_, weight in wanted)).cpu())
+            return [torch.cat(means)]
+
+        return distributed.gathered(average, rows, self.device)[0]
 
     def network(self, name: str, updates: int = 0) -> models.Learner:
         """A new learner whose initial weights depend on the seed and its name alone."""

@@ -41,8 +41,12 @@ class _Unbreakable:
         return 0
 
 
-def prepare() -> None:
-    """Make standard output and error safe to write to, whoever reads them and whatever a file is called."""
+def prepare(*, silent: bool = False) -> None:
+    """Make standard output and error safe to write to, whoever reads them and whatever a file is called.
+
+    Args:
+        silent: print nothing on standard output.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -52,6 +56,8 @@ def prepare() -> None:
         stream = getattr(sys, name) or os.fdopen(descriptor, "w", closefd=False)
         stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, _Unbreakable(stream))
+    if silent:
+        sys.stdout._silence()
 
 
 def interactive() -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import distributed
 from data import Batch, Source
 from metrics import classification_metrics
 from models import Learner
@@ -91,7 +92,7 @@ def estimate_feedback(
     if kind == "loss_difference":
         with torch.no_grad():
             return loss_old - exam()
-    new = flatten(torch.autograd.grad(exam(), student.parameters))
+    new = flatten(student.gradient(exam()))
     if kind == "dot":
         return new @ (flatten(theta_old) - flatten(student.parameters))
     return F.cosine_similarity(new, flatten(p.grad for p in student.parameters), dim=0)
@@ -214,13 +215,14 @@ def mpl_step(
             gradients = torch.autograd.grad(loss_s, theta, create_graph=True)
             student.update_along(gradients)
             loss_new = exam()
-            exam_gradients = torch.autograd.grad(loss_new, student.parameters)
-            sensitivity = adamw_sensitivity(student.optimizer, settings, gradients, exam_gradients)
+            taken = [p.grad for p in student.parameters]
+            sensitivity = adamw_sensitivity(student.optimizer, settings, taken, student.gradient(loss_new))
             h = loss_old - loss_new.detach()
             loss_mpl = sum((c * g).sum() for c, g in zip(sensitivity, gradients, strict=True))
         else:
             student.update(loss_s)
             h = estimate_feedback(feedback, student, exam, loss_old, theta)
+            distributed.average([h])  # every process's teacher hears the same
             loss_mpl = h * F.cross_entropy(t_logits_u, pseudo)
         measured |= {"loss_s": loss_s, "loss_mpl": loss_mpl, "h": h}
 
@@ -334,8 +336,10 @@ def fit(
     for number in steps:
         epoch = number // steps_per_epoch
         players = roles(epoch)
-        seed_torch(seed, "step", number)
-        meter.add(number, step(*(learners[name] for name in players), next(batches), number))
+        seed_torch(seed, "step", number, *distributed.own())
+        measured = step(*(learners[name] for name in players), next(batches), number)
+        distributed.average([*measured.values()])
+        meter.add(number, measured)
         if (number + 1) % steps_per_epoch == 0:
             meter.require_finite(learners)
             on_epoch(epoch, players, meter.means())

@@ -49,6 +49,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "MPL, the other views": (f"--augmentation OTHER {MPL}", BOTH),
     "MPL, both views": ("--targets teacher --student_views both", BOTH),
     "MPL, then finetuned": ("--finetune_mode --load_path MPL", ("student",)),
+    "mixture, then finetuned": ("--finetune_mode --load_path mixture", ("student",)),
     "role playing": (f"--switch_mode {MPL}", MODELS),
     "mixture": ("--targets mixture", BOTH),
     "mixture, strong views alone": ("--targets mixture --student_views strong", BOTH),
@@ -56,6 +57,11 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mixture, 8 views": ("--targets mixture --views 8", BOTH),
     "mixture, 8 views, 256 images a step": ("--targets mixture --views 8 --unlabeled_batch_size 256", BOTH),
     "mixture, role playing": ("--targets mixture --switch_mode", MODELS),
+    "mixture, the other views": ("--targets mixture --augmentation OTHER", BOTH),
+    "labels only, then 8 test views": ("--test_mode --test_views 8 --load_path labels only", ("student",)),
+    "MPL, then 8 test views": ("--test_mode --test_views 8 --load_path MPL", BOTH),
+    "mixture, then 8 test views": ("--test_mode --test_views 8 --load_path mixture", BOTH),
+    "all labels, then 8 test views": ("--test_mode --test_views 8 --load_path all labels", ("student",)),
 }
 FROZEN_ONLY = [method for method in METHODS if method.startswith(("mixture", "logistic", "LabelSpreading"))]
 FIELDS = "dataset labels_percent method network seed n_labels accuracy seconds".split()
@@ -101,7 +107,8 @@ def main() -> None:
 def measure(options: argparse.Namespace, method: str, budget: float, seed: int) -> list[dict]:
     """The rows of one run, made if it is not there."""
     extra, networks = METHODS[method]
-    metrics = run(options, method, extra.split(), budget, seed)
+    extra, _, start = extra.partition(" --load_path ")
+    metrics = run(options, method, extra.split(), start, budget, seed)
     return [
         {
             "dataset": metrics["dataset"],
@@ -121,7 +128,8 @@ def run_name(method: str, budget: float, seed: int) -> str:
     return f"{method.replace(' ', '_').replace(',', '')}-{budget:g}-{seed}"
 
 
-def run(options: argparse.Namespace, method: str, extra: list[str], budget: float, seed: int) -> dict:
+def run(options: argparse.Namespace, method: str, extra: list[str], start: str, budget: float, seed: int) -> dict:
+    """The metrics of one run, which goes on from that of the method ``start`` if one is given."""
     out, name = Path(options.out), run_name(method, budget, seed)
     file = out / "results" / name / "metrics.json"
     if file.exists():
@@ -129,10 +137,9 @@ def run(options: argparse.Namespace, method: str, extra: list[str], budget: floa
     given = ["--data_dir", options.data_dir, "--seed", str(seed)]
     if "--num_labels_percent" not in extra:
         given += ["--num_labels_percent", str(budget)]
-    if "--load_path" in extra:
-        start = extra.index("--load_path") + 1
+    if start:
         dataset = Path(options.data_dir).name
-        extra = [*extra[:start], str(out / "checkpoints" / dataset / run_name(extra[start], budget, seed))]
+        extra = [*extra, "--load_path", str(out / "checkpoints" / dataset / run_name(start, budget, seed))]
         given = given[:4]
     other = "transfer" if options.data_dir == "digits" else "randaugment"
     given += [other if option == "OTHER" else option for option in extra]

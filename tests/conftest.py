@@ -72,7 +72,7 @@ class Cli:
 
     def metrics(self, name: str) -> dict:
         metrics = json.loads((self.cwd / "results" / name / "metrics.json").read_text())
-        del metrics["seconds"]
+        del metrics["seconds"], metrics["commands"], metrics["notes"]
         return metrics
 
     def one_line_error(self, code: int, *options: object) -> str:

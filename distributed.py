@@ -1,0 +1,223 @@
+"""Several processes as one: what they say to each other when ``torchrun`` has started them.
+
+Every process ("rank") holds the same networks and takes its share of each batch. What they average (gradients, losses,
+the feedback) makes each step that of one process with the whole batch. Alone, every function here returns what it was
+given.
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from utils import Failure, ResourceError, UsageError
+
+PATIENCE = datetime.timedelta(hours=24)  # one rank may read a large folder alone; torchrun sees a dead one at once
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def rank() -> int:
+    return int(os.environ["RANK"]) if launched() else 0
+
+
+def world() -> int:
+    """The number of processes."""
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
+def own() -> tuple[int, ...]:
+    """What tells this rank's random draws from those of the others; nothing for the first."""
+    return (rank(),) if rank() else ()
+
+
+def restarted() -> bool:
+    """Whether torchrun started the job anew after a process of it died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Within the block the ranks can hear each other.
+
+    Raises:
+        ResourceError: another rank has gone.
+    """
+    if world() == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("Connection", "gloo", "NCCL", "Broken pipe")):
+            raise
+        raise ResourceError(
+            f"process {rank()} of {world()} lost another one, which was killed or failed; its own message says why"
+        ) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def local_device(device: torch.device) -> torch.device:
+    """This rank's own accelerator, where there are several."""
+    if launched() and device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+@contextlib.contextmanager
+def one_first() -> Iterator[None]:
+    """One rank of each machine passes through the block before the others, who then find what it has left on disk."""
+    first = world() == 1 or os.environ["LOCAL_RANK"] == "0"
+    if not first:
+        dist.barrier()
+    yield
+    if first and world() > 1:
+        dist.barrier()
+
+
+def average(tensors: Sequence[torch.Tensor]) -> None:
+    """Replace tensors of one type and device by their means over the ranks."""
+    if world() == 1:
+        return
+    flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= world()
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.detach().copy_(mean.view_as(tensor))
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether it is so for at least one rank."""
+    if world() == 1:
+        return flag
+    votes = torch.tensor(float(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(votes)
+    return bool(votes > 0)
+
+
+class Left(Exception):
+    """The first rank has ended, and said why."""
+
+    def __init__(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
+@contextlib.contextmanager
+def failure_told() -> Iterator[None]:
+    """Around what the first rank alone does and the others wait for in :func:`leave_with_the_first`."""
+    try:
+        yield
+    except Failure as failure:
+        tell(failure.exit_code)
+        raise
+    tell(0)
+
+
+def leave_with_the_first() -> None:
+    """Wait for what the first rank does.
+
+    Raises:
+        Left: it failed.
+    """
+    if code := tell(0):
+        raise Left(code)
+
+
+def tell(value: int) -> int:
+    """What the first rank says, heard by all."""
+    if world() == 1:
+        return value
+    said = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.broadcast(said, 0)
+    return int(said)
+
+
+def share(rows: np.ndarray) -> np.ndarray:
+    """This rank's part of a step's rows."""
+    size = len(rows) // world()
+    return rows[rank() * size : (rank() + 1) * size]
+
+
+def gathered(
+    compute: Callable[[np.ndarray], Sequence[torch.Tensor]], rows: np.ndarray, device: torch.device
+) -> list[torch.Tensor]:
+    """``compute(rows)``, tensors on the CPU with one row for each of ``rows``: every rank computes its part of them, no
+    row twice, and gets all."""
+    if world() == 1:
+        return list(compute(rows))
+    parts = np.array_split(np.arange(len(rows)), world())
+    mine = parts[rank()]
+    computed = list(compute(rows[mine] if len(mine) else rows[:1]))
+    results = []
+    for own in computed:
+        whole = own.new_zeros(len(rows), *own.shape[1:])
+        if len(mine):
+            whole[torch.from_numpy(mine)] = own
+        whole = whole.to(device)
+        dist.all_reduce(whole)
+        results.append(whole.cpu())
+    return results
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the ranks, whose gradient is the sum of theirs (as often as it is differentiated)."""
+
+    @staticmethod
+    def forward(ctx: object, tensor: torch.Tensor) -> torch.Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+        return _Sum.apply(gradient)
+
+
+class SyncedBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the batches of all ranks, on any device (PyTorch's own works on accelerators alone)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x)
+        given, x = x.dtype, x.float()
+        dims = [0, 2, 3]
+        n = x.numel() // x.shape[1] * world()
+        mean = _Sum.apply(x.mean(dims)) / world()
+        square = _Sum.apply((x - mean[:, None, None]).square().mean(dims)) / world()  # the biased variance
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                factor = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean, factor)
+                self.running_var.lerp_(square * n / (n - 1), factor)
+        scale = torch.rsqrt(square + self.eps)
+        if self.affine:
+            scale = scale * self.weight
+        y = (x - mean[:, None, None]) * scale[:, None, None]
+        return (y + self.bias[:, None, None] if self.affine else y).to(given)
+
+
+def synced(model: nn.Module, device: torch.device) -> nn.Module:
+    """The network with every batch norm over all ranks' batches."""
+    if world() == 1:
+        return model
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncedBatchNorm
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise UsageError(f"{type(module).__name__} cannot be shared among processes on a CPU: use --trainable head")
+    return model
