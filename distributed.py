@@ -56,7 +56,12 @@ def joined(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    if os.environ["GROUP_WORLD_SIZE"] == "1":
+        # A lone agent keeps its store over restarts, with the addresses of the processes that died.
+        store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=PATIENCE)
     try:
         yield
     except RuntimeError as error:
@@ -191,7 +196,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
-        given, x = x.dtype, x.float()
+        given, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
         dims = [0, 2, 3]
         n = x.numel() // x.shape[1] * world()
         mean = _Sum.apply(x.mean(dims)) / world()

@@ -1,0 +1,156 @@
+"""One process against several that share its batches, under torchrun and gloo on this machine.
+
+python benchmarks/ranks.py --data_dir FOLDER --out ranks
+
+1. Steps: losses, feedback and validation of 50 steps in float32, one process against two and four, in every mode.
+2. Death: one of two processes is killed with SIGKILL; torchrun restarts the job, whose end is compared bit by bit with
+   that of a run which was stopped at the same place and resumed, and of one that nobody disturbed.
+3. Machines: two agents of torchrun that find each other by a c10d rendezvous train, are stopped, and resume.
+"""
+
+import argparse
+import csv
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MPL = [str(ROOT / "MPL.py")]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+PER_STEP = ("loss_l", "loss_u", "loss_mpl", "h", "loss_s")
+MODES = {"train": [], "role playing": ["--switch_mode"], "labels only": ["--finetune_mode"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", default="digits")
+    parser.add_argument("--out", type=Path, default=Path("ranks"))
+    parser.add_argument("--parts", default="steps,death,machines")
+    parser.add_argument("rest", nargs="*", help="options for every run, after --")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    options.rest += ["--data_dir", options.data_dir, "--output_dir", str(options.out), "--amp", "off"]
+    for part in options.parts.split(","):
+        {"steps": compare_steps, "death": survive_death, "machines": two_machines}[part](options)
+
+
+def command(ranks: int, name: str, *given: str, launcher: tuple[str, ...] = ()) -> list[str]:
+    run = [*TORCHRUN, f"--nproc_per_node={ranks}", *launcher] if ranks > 1 or launcher else [sys.executable]
+    return [*run, *MPL, "--name", name, *given]
+
+
+def history(options: argparse.Namespace, name: str) -> list[dict[str, str]]:
+    with (options.out / "results" / name / "history.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def accuracy(options: argparse.Namespace, name: str) -> dict[str, float]:
+    import json
+
+    figures = json.loads((options.out / "results" / name / "metrics.json").read_text())
+    return {network: round(100 * own["accuracy"], 2) for network, own in figures["test"].items()}
+
+
+def compare_steps(options: argparse.Namespace) -> None:
+    print(
+        f"\n| mode | processes | largest difference in 50 steps | {' | '.join(PER_STEP)} | whole run, test accuracy |"
+    )
+    print("|---|---|---|" + "---|" * (len(PER_STEP) + 1))
+    for mode, flags in MODES.items():
+        for ranks in (1, 2, 4):
+            slug = mode.replace(" ", "_")
+            steps = [*flags, "--num_epochs", "50", "--steps_per_epoch", "1"]
+            if mode != "labels only":
+                steps += ["--warmup_epoch_num", "5"]
+            for name, given in ((f"steps-{slug}-{ranks}", steps), (f"whole-{slug}-{ranks}", flags)):
+                line = command(ranks, name, "--overwrite", *given, *options.rest)
+                subprocess.run(line, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            pairs = list(zip(*(history(options, f"steps-{slug}-{n}") for n in (1, ranks)), strict=True))
+            worst = {
+                key: max((abs(float(one[key]) - float(other[key])) for one, other in pairs if one[key]), default=0.0)
+                for key in PER_STEP
+            }
+            figures = " | ".join(f"{worst[key]:.1e}" for key in PER_STEP)
+            tested = ", ".join(f"{name} {value}" for name, value in accuracy(options, f"whole-{slug}-{ranks}").items())
+            print(f"| {mode} | {ranks} | {figures} | {tested} |", flush=True)
+
+
+LONG = ["--num_epochs", "600", "--steps_per_epoch", "8"]
+
+
+def launch(line: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def checkpointed(options: argparse.Namespace, name: str, after: float = 0.0) -> Path:
+    """Wait until a run has saved."""
+    path = options.out / "checkpoints" / Path(options.data_dir).name / name / "last.pth"
+    while not path.exists() or path.stat().st_mtime < after:
+        time.sleep(0.2)
+    return path
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
+    )
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def same(options: argparse.Namespace, a: str, b: str) -> dict[str, bool]:
+    files = ("history.csv", "predictions.csv")
+    first, second = (options.out / "results" / name for name in (a, b))
+    return {file: (first / file).read_bytes() == (second / file).read_bytes() for file in files}
+
+
+def survive_death(options: argparse.Namespace) -> None:
+    given = [*LONG, *options.rest]
+    subprocess.run(command(2, "undisturbed", "--overwrite", *given), check=True, stdout=subprocess.DEVNULL)
+    shutil.rmtree(options.out / "results" / "killed", ignore_errors=True)
+    shutil.rmtree(options.out / "checkpoints" / Path(options.data_dir).name / "killed", ignore_errors=True)
+    process = launch(command(2, "killed", *given, launcher=("--max-restarts=1",)))
+    checkpointed(options, "killed")
+    time.sleep(3)
+    os.kill(children(process)[1], signal.SIGKILL)
+    process.communicate()
+    print(f"one process killed, the job restarted: exit {process.returncode}")
+    process = launch(command(2, "stopped", "--overwrite", *given))
+    checkpointed(options, "stopped", after=time.time())
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    subprocess.run(command(2, "stopped", "--resume", *given), check=True, stdout=subprocess.DEVNULL)
+    for other in ("stopped", "undisturbed"):
+        print(f"killed equals {other}, bit by bit:", same(options, "killed", other), flush=True)
+
+
+def two_machines(options: argparse.Namespace) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agents = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=machines")
+
+    def both(*given: str) -> list[subprocess.Popen]:
+        line = command(1, "machines", *given, *LONG, *options.rest, launcher=agents)
+        return [launch(line) for _ in range(2)]
+
+    shutil.rmtree(options.out / "checkpoints" / Path(options.data_dir).name / "machines", ignore_errors=True)
+    first = both("--overwrite")
+    checkpointed(options, "machines")
+    for agent in first:
+        agent.send_signal(signal.SIGTERM)
+    for agent in first:
+        agent.communicate()
+    second = both("--resume")
+    ends = [agent.communicate()[0] for agent in second]
+    print("two agents: exit", [agent.returncode for agent in second], accuracy(options, "machines"))
+    print("one speaks for both:", sum("labels used, tested on" in out for out in ends) == 1)
+    print("equals two processes of one agent, undisturbed:", same(options, "machines", "undisturbed"), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Several processes make the steps that one makes with the whole batch. Every one here is real, started by torchrun."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, Cli
+
+import args
+import distributed
+
+FIGURES = ("loss_l", "loss_u", "loss_mpl", "mask_rate", "h", "loss_s", "val_loss", "val_accuracy", "lr")
+STEPWISE = [*TINY, "--num_labels_percent", "20", "--steps_per_epoch", "1"]  # so that an epoch's means are a step's
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, colours):
+    cli = Cli(tmp_path_factory.mktemp("ranks"))
+    cli.colours = colours
+    return cli
+
+
+def torchrun(cli, n, *options, launcher=()):
+    """The command that n processes share."""
+    run = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", *launcher]
+    return [*run, *cli.command("--data_dir", cli.colours, *options)[1:]]
+
+
+def shared(cli, n, *options, check=0):
+    done = subprocess.run(torchrun(cli, n, *options), cwd=cli.cwd, capture_output=True, text=True, timeout=200)
+    assert (done.returncode != 0) == (check != 0), done.stdout + done.stderr
+    if check:
+        assert f"exitcode  : {check} " in done.stderr
+    return done
+
+
+def history(cli, name):
+    with (cli.cwd / "results" / name / "history.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_steps(ours, theirs, tolerance=1e-4):
+    assert len(ours) == len(theirs) > 0
+    for here, there in zip(ours, theirs, strict=True):
+        assert (here["network"], here["role"]) == (there["network"], there["role"])
+        for key in FIGURES:
+            assert (here[key] == "") == (there[key] == "")
+            if here[key]:
+                assert float(here[key]) == pytest.approx(float(there[key]), abs=tolerance), (key, here["epoch"])
+
+
+STEPS = """
+import json, sys
+sys.path[:0] = [sys.argv[1]]
+import torch
+from torch import nn
+import distributed, models, train
+from data import Batch
+
+def learner(name, seed, ema):
+    torch.manual_seed(seed)
+    body = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Tanh(), nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5))
+    network = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)).double()
+    made = models.Learner(name, network, updates=12, lr=0.02, weight_decay=0.05, ema=ema)
+    made._forward = lambda model, x: model(x)  # keep float64
+    return made
+
+measured = {}
+with distributed.joined(torch.device("cpu")):
+    for feedback in train_feedbacks:
+        teacher, student = learner("teacher", 1, 0.0), learner("student", 2, 0.9)
+        generator = torch.Generator().manual_seed(3)
+        for step in range(12):
+            x = torch.randn(24, 3, 9, 9, generator=generator, dtype=torch.float64)
+            y = torch.randint(3, (8,), generator=generator)
+            batch = Batch(*map(distributed.share, (x[:8], y, x[8:16], x[16:])))
+            views = "both" if step % 2 else "strong"
+            given = train.mpl_step(teacher, student, batch, step, warmup_steps=3, feedback=feedback, lambda_u=1.0,
+                threshold=0.4, uda_steps=5, pseudo_label="soft" if feedback == "exact" else "hard", student_views=views)
+            distributed.average([*given.values()])
+            measured.setdefault(feedback, []).append({key: value.item() for key, value in given.items()})
+        test = torch.randn(7, 3, 9, 9, generator=generator, dtype=torch.float64)
+        logits = distributed.gathered(lambda rows: [student.infer(test[torch.from_numpy(rows)])],
+            __import__("numpy").arange(7), torch.device("cpu"))[0]
+        measured[feedback].append({"logits": logits.sum(1).tolist()})
+if distributed.rank() == 0:
+    json.dump(measured, open(sys.argv[2], "w"))
+"""
+
+
+def test_every_step_is_that_of_one_process_to_the_last_digits(tmp_path):
+    """In float64: in float32 rounding alone grows to whole percents within fifty steps of a network from scratch."""
+    script = tmp_path / "steps.py"
+    script.write_text(STEPS.replace("train_feedbacks", repr(args.FEEDBACKS)))
+    results = []
+    for n in (1, 2, 4):
+        out = tmp_path / f"{n}.json"
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={n}"] if n > 1 else []
+        subprocess.run([sys.executable, *launcher, script, ROOT, out], check=True, capture_output=True, timeout=200)
+        results.append(json.loads(out.read_text()))
+    for several in results[1:]:
+        for feedback, steps in results[0].items():
+            assert len(steps) == 13
+            for step, (one, other) in enumerate(zip(steps, several[feedback], strict=True)):
+                for key, value in one.items():
+                    assert other[key] == pytest.approx(value, abs=1e-7), (feedback, step, key)
+
+
+@pytest.mark.parametrize("mode", ["train", "switch_mode"])
+def test_the_command_takes_the_steps_of_one_process(alone, mode):
+    """The first ones to 1e-4 in float32, the history and files of all."""
+    options = ["--num_epochs", "12", "--warmup_epoch_num", "2", "--lr", "1e-4"] + ["--switch_mode"] * (mode != "train")
+    alone.inside("--name", f"one-{mode}", "--data_dir", alone.colours, *STEPWISE, *options)
+    said = shared(alone, 2, "--name", f"all-{mode}", *STEPWISE, *options).stdout
+    assert said.count("labels used, tested on") == 1  # one speaks for all
+    assert_same_steps(history(alone, f"one-{mode}"), history(alone, f"all-{mode}"))
+    for name in (f"one-{mode}", f"all-{mode}"):
+        assert (alone.cwd / "results" / name / "report.html").exists()
+
+
+def test_a_run_goes_on_with_another_number_of_processes(alone):
+    options = ["--num_epochs", "80", "--warmup_epoch_num", "4", *STEPWISE]
+    process = subprocess.Popen(
+        torchrun(alone, 2, "--name", "moved", *options), cwd=alone.cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    wait_for_line(process, b"epoch 8/")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert (alone.cwd / "checkpoints/colours/moved/last.pth").exists()
+    alone.inside("--name", "moved", "--resume", "--data_dir", alone.colours, *options)
+    epochs = [int(row["epoch"]) for row in history(alone, "moved") if row["network"] == "teacher"]
+    assert epochs == list(range(80))
+
+
+def wait_for_line(process, beginning):
+    for line in process.stdout:
+        if line.startswith(beginning):
+            return
+    raise AssertionError(process.stderr.read().decode())
+
+
+def ranks_of(process):
+    """The processes that an agent of torchrun has started."""
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
+    )
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def test_a_killed_process_is_restarted_and_the_run_ends_as_if_it_had_not_been(alone):
+    options = ["--num_epochs", "60", "--warmup_epoch_num", "4", *STEPWISE]
+    shared(alone, 2, "--name", "whole", *options)
+    process = subprocess.Popen(
+        torchrun(alone, 2, "--name", "killed", *options, launcher=["--max-restarts=1"]),
+        cwd=alone.cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    wait_for_line(process, b"epoch 12/")
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=150)
+    assert process.returncode == 0, errors.decode()
+    for file in ("history.csv", "predictions.csv"):
+        ours, theirs = ((alone.cwd / "results" / name / file).read_bytes() for name in ("killed", "whole"))
+        assert ours == theirs
+
+
+def test_a_killed_process_ends_the_job_with_a_message(alone):
+    process = subprocess.Popen(
+        torchrun(alone, 2, "--name", "lost", "--num_epochs", "100000", *STEPWISE),
+        cwd=alone.cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(1)
+    while len(pids := ranks_of(process)) < 2:
+        time.sleep(0.1)
+    while not (alone.cwd / "results/lost/config.json").exists():
+        time.sleep(0.1)
+    time.sleep(3)
+    began = time.monotonic()
+    os.kill(pids[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - began < 60
+    assert process.returncode != 0
+    assert "lost another one, which was killed or failed" in errors or "Signal 9 (SIGKILL)" in errors
+
+
+def test_all_leave_with_the_same_exit_code(alone):
+    (alone.cwd / "results" / "taken").mkdir(parents=True)
+    said = shared(alone, 2, "--name", "taken", *STEPWISE, check=4).stderr
+    assert said.count("exitcode  : 4 ") == 2
+    assert said.count("MPL.py: results/taken exists") == 1
+    said = shared(alone, 2, "--name", "odd", *STEPWISE, "--batch_size", "7", check=2).stderr
+    assert said.count("MPL.py: --batch_size 7: must be a multiple of the 2 processes") == 1
+
+
+def test_what_processes_cannot_share_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for options in (["--optuna_mode", "--name", "a"], []):
+        with pytest.raises(SystemExit):
+            args.parse(options)
+    said = capsys.readouterr().err
+    assert "--optuna_mode is not shared by torchrun: use --workers" in said
+    assert "--name is needed under torchrun" in said
+
+
+def test_alone_nothing_is_changed():
+    tensors = [torch.ones(2), torch.tensor(3.0)]
+    distributed.average(tensors)
+    assert tensors[1] == 3
+    assert np.array_equal(distributed.share(np.arange(5)), np.arange(5))
+    assert distributed.gathered(lambda rows: [torch.from_numpy(rows)], np.arange(3), "cpu")[0].tolist() == [0, 1, 2]
+    assert distributed.synced(model := torch.nn.BatchNorm2d(2), torch.device("cpu")) is model
+    assert type(model) is torch.nn.BatchNorm2d
