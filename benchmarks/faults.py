@@ -143,7 +143,7 @@ def outcome(cwd: Path, name: str) -> dict[str, Any]:
     results = cwd / "results" / name
     (checkpoints,) = (cwd / "checkpoints").glob(f"*/{name}")
     metrics = json.loads((results / "metrics.json").read_text())
-    del metrics["seconds"]
+    del metrics["seconds"], metrics["commands"], metrics["notes"]
     left: dict[str, Any] = {
         file: (results / file).read_bytes() for file in ("history.csv", "predictions.csv", "split.csv")
     }

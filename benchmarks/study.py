@@ -39,7 +39,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "logistic regression": ("", ("student",)),
     "LabelSpreading": ("", ("student",)),
-    "UDA": (f"--feedback none {MPL}", ("teacher", "student")),
+    "UDA": (f"--feedback none {MPL}", BOTH),
     "MPL": (MPL, BOTH),
     "MPL, feedback dot": (f"--feedback dot {MPL}", BOTH),
     "MPL, feedback cosine": (f"--feedback cosine {MPL}", BOTH),
@@ -63,6 +63,26 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mixture, then 8 test views": ("--test_mode --test_views 8 --load_path mixture", BOTH),
     "all labels, then 8 test views": ("--test_mode --test_views 8 --load_path all labels", ("student",)),
 }
+PAIRS = (  # what a part of a method is worth: the method with it and without
+    ("MPL", "UDA"),
+    ("MPL, feedback dot", "UDA"),
+    ("MPL, feedback cosine", "UDA"),
+    ("MPL, exact, soft labels", "UDA"),
+    ("MPL, sampled labels", "MPL"),
+    ("MPL, cosine consistency", "MPL"),
+    ("MPL, both views", "MPL"),
+    ("MPL, the other views", "MPL"),
+    ("MPL, then finetuned", "MPL"),
+    ("MPL, then 8 test views", "MPL"),
+    ("mixture", "MPL"),
+    ("mixture", "mixture, no feedback"),
+    ("mixture", "mixture, strong views alone"),
+    ("mixture, 8 views", "mixture"),
+    ("mixture, the other views", "mixture"),
+    ("mixture, then finetuned", "mixture"),
+    ("mixture, then 8 test views", "mixture"),
+    ("labels only, then 8 test views", "labels only"),
+)
 FROZEN_ONLY = [method for method in METHODS if method.startswith(("mixture", "logistic", "LabelSpreading"))]
 FIELDS = "dataset labels_percent method network seed n_labels accuracy seconds".split()
 
@@ -81,6 +101,8 @@ def main() -> None:
     methods = options.methods.split(";") if options.methods else list(METHODS)
     if options.data_dir == "digits":
         methods = [method for method in methods if method not in FROZEN_ONLY]
+    if "labels only" not in methods:
+        methods.insert(0, "labels only")
     methods.sort(key=lambda method: "then" in method)  # those that start from another's checkpoint
     tasks = [
         (method, budget, seed)
@@ -96,7 +118,9 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     for budget in sorted({row["labels_percent"] for row in rows}):
-        print_table([row for row in rows if row["labels_percent"] == budget])
+        of_budget = [row for row in rows if row["labels_percent"] == budget]
+        print_table(of_budget)
+        print_pairs(of_budget)
     draw(rows, Path(options.out) / "study.png")
 
 
@@ -218,6 +242,25 @@ def interval(differences: list[float]) -> str:
     n, mean = len(differences), statistics.mean(differences)
     half = student_t.ppf(0.975, n - 1) * statistics.stdev(differences) / n**0.5
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def print_pairs(rows: list[dict]) -> None:
+    """What parts of methods are worth, each on the same splits with and without, as Markdown."""
+    values: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        values.setdefault((row["method"], row["network"]), []).append(row["accuracy"])
+    print("\n| with | without | student | teacher | ensemble |")
+    print("|---|---|---|---|---|")
+    for one, other in PAIRS:
+        cells = []
+        for network in BOTH:
+            pair = values.get((one, network)), values.get((other, network))
+            if all(pair):
+                cells.append(interval([a - b for a, b in zip(*pair, strict=True)]))
+            else:
+                cells.append("")
+        if any(cells):
+            print(f"| {one} | {other} | {' | '.join(cells)} |")
 
 
 def draw(rows: list[dict], path: Path) -> None:

@@ -34,7 +34,7 @@ def test_defaults_are_the_originals():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, {"model_name": "wrn_10_1", "lambda_u": 1.0, "weights": "none", "trainable": "all", "views": 32}),
+        ({}, {"model_name": "wrn_10_1", "lambda_u": 1.0, "weights": "none", "trainable": "all", "views": 8}),
         ({"data_dir": "d"}, {"weights": "default", "trainable": "head", "views": 4, "augmentation": "transfer"}),
         ({"data_dir": "d", "weights": "none"}, {"trainable": "all", "views": 0}),
         ({"data_dir": "d", "unlabeled_dir": "u"}, {"num_labels_percent": 100.0}),
