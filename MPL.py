@@ -285,7 +285,7 @@ def draw_failures(
     import visualization
 
     index, split = session.index, session.split
-    names = [visualization.shortened(name, 18) for name in index.classes]
+    names = [visualization.shortened(name, 15) for name in index.classes]
     confidence, choice = (each.numpy() for each in train.final(predicted["test"]).max(-1))
     wrong = np.flatnonzero(choice != index.labels[split.test])
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:most]

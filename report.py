@@ -33,8 +33,8 @@ PICTURES = {  # in the order of the page, with what is said beside them
     "samples": ("Views", "Images as the networks see them in training."),
     "optuna_*": ("Search", ""),
 }
-PHOTOGRAPHS = 400_000  # bytes of a picture from which on it is taken for photographs and embedded as JPEG
-SIDE_BY_SIDE = 12  # classes up to which confusion matrices stand in one row
+PHOTOGRAPHS = ("mistakes", "disagreements", "samples")  # pictures that are embedded as JPEG
+SIDE_BY_SIDE, SCROLLED = 12, 30  # classes up to which confusion matrices stand in one row, and fit in the page
 SPEAKING = {"graphs": "curves", "optuna_history": "history of the search"}
 
 PAGE = Template("""<!doctype html>
@@ -72,6 +72,7 @@ figure { margin: 1rem 0; }
 .side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 0 1rem; }
 @media (max-width: 40rem) { table { font-size: .8rem; } th, td { padding-right: .55rem; } }
 img { max-width: 100%; height: auto; background: #ffffff; border-radius: .4rem; display: block; }
+.large img { max-width: none; width: 2800px; }
 a { color: var(--accent); }
 details { margin: .5rem 0; }
 summary { cursor: pointer; color: var(--accent); }
@@ -109,6 +110,8 @@ def write(results: Path) -> Path:
             pictures = "".join(map(_picture, files))
             if pattern == "*_CM" and len(figures["classes"]) <= SIDE_BY_SIDE:
                 pictures = f'<div class="side">{pictures}</div>'
+            elif pattern == "*_CM" and len(figures["classes"]) > SCROLLED:
+                pictures = pictures.replace("<figure>", '<figure class="wide large">')
             parts += [f"<h2>{heading}</h2>", f"<p>{text}</p>" if text else "", pictures]
         if pattern == "*_CM":
             parts += _classes(figures)
@@ -195,7 +198,7 @@ def _table(
 def _picture(path: Path) -> str:
     name = SPEAKING.get(path.stem, path.stem.replace("_CM", "'s confusion matrix").replace("_", " "))
     content, kind = path.read_bytes(), "png"
-    if len(content) > PHOTOGRAPHS:
+    if path.stem in PHOTOGRAPHS:
         with Image.open(path) as image:
             smaller = io.BytesIO()
             image.convert("RGB").save(smaller, "JPEG", quality=80, optimize=True)

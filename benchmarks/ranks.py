@@ -10,6 +10,7 @@ python benchmarks/ranks.py --data_dir FOLDER --out ranks
 
 import argparse
 import csv
+import json
 import os
 import shutil
 import signal
@@ -49,11 +50,13 @@ def history(options: argparse.Namespace, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def accuracy(options: argparse.Namespace, name: str) -> dict[str, float]:
-    import json
+def metrics(options: argparse.Namespace, name: str) -> dict:
+    return json.loads((options.out / "results" / name / "metrics.json").read_text())
 
-    figures = json.loads((options.out / "results" / name / "metrics.json").read_text())
-    return {network: round(100 * own["accuracy"], 2) for network, own in figures["test"].items()}
+
+def accuracy(options: argparse.Namespace, name: str) -> dict[str, float]:
+    tested = metrics(options, name)["test"]
+    return {network: round(100 * own["accuracy"], 2) for network, own in tested.items()}
 
 
 def compare_steps(options: argparse.Namespace) -> None:
@@ -76,8 +79,9 @@ def compare_steps(options: argparse.Namespace) -> None:
                 for key in PER_STEP
             }
             figures = " | ".join(f"{worst[key]:.1e}" for key in PER_STEP)
+            figures_of = metrics(options, f"whole-{slug}-{ranks}")
             tested = ", ".join(f"{name} {value}" for name, value in accuracy(options, f"whole-{slug}-{ranks}").items())
-            print(f"| {mode} | {ranks} | {figures} | {tested} |", flush=True)
+            print(f"| {mode} | {ranks} | {figures} | {tested} | {figures_of['seconds']['train']:.0f} |", flush=True)
 
 
 LONG = ["--num_epochs", "600", "--steps_per_epoch", "8"]

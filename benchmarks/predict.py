@@ -1,0 +1,64 @@
+"""Labelling a folder against the backbone alone: python benchmarks/predict.py --load_path RUN --folder IMAGES
+
+Interleaved rounds in one process over the same images: the whole of --predict_dir (reading, decoding, the networks,
+predictions.csv), and the frozen backbone on images that are already prepared. Prints images a second and the ratio.
+"""
+
+import argparse
+import contextlib
+import io
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import args
+import images
+import models
+import predict
+import utils
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--load_path", required=True, help="a checkpoint file")
+    parser.add_argument("--folder", required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    utils.keep_freed_memory()
+    saved = utils.load_checkpoint(Path(options.load_path), holds=utils.BEST_HOLDS)
+    config = args.configure(test_mode=True, load_path=options.load_path, predict_dir=options.folder)
+    config = args.inherit(config, saved["config"])
+    device = utils.pick_device("auto")
+    precision = utils.pick_precision(config.amp, device)
+    paths, _ = images.find_unlabeled("--folder", options.folder)
+    backbone = models.build_backbone(config.model_name, config.weights, config.img_size, saved["backbone"]["seed"])
+    encode = models.Encoder(backbone, device, precision)
+    side = images.short_side("", config.img_size)
+    batch = torch.stack([images.decode(Path(path), config.img_size, side) for path in paths[:128]])
+    rates: dict[str, list[float]] = {"predict_dir": [], "backbone alone": []}
+    for _ in range(options.rounds):
+        with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
+            began = time.perf_counter()
+            folder = utils.RunFolder.named(place, "data", "run")
+            predict.label_folder(config, saved, folder, device, precision)
+            rates["predict_dir"].append(len(paths) / (time.perf_counter() - began))
+        began = time.perf_counter()
+        done = 0
+        while done < len(paths):
+            done += len(encode(batch))
+        rates["backbone alone"].append(done / (time.perf_counter() - began))
+        print({name: round(each[-1], 1) for name, each in rates.items()}, flush=True)
+    middle = {name: statistics.median(each) for name, each in rates.items()}
+    print(f"{len(paths)} images, images a second:", {name: round(value, 1) for name, value in middle.items()})
+    print(f"predict_over_backbone={middle['predict_dir'] / middle['backbone alone']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
