@@ -60,6 +60,7 @@ def test_imports_go_one_way():
         "visualization",
         "report",
         "export",
+        "outcome",
         "optuna_search",
         "MPL",
     ]
