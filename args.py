@@ -257,9 +257,17 @@ class Config:
 
     n_trials: int = option(100, "tuning", "trials of the search", low=1)
     timeout: float = option(10800.0, "tuning", "time for the search", low=1, unit="seconds")
-    trial_seeds: int = option(3, "tuning", "how often each trial is trained, on other folds or seeds", low=1, high=100)
+    trial_seeds: int | None = option(
+        None,
+        "tuning",
+        "how often each trial is trained, on other folds or seeds",
+        kind=int,
+        low=1,
+        high=100,
+        shown="3; digits: 2",
+    )
     trial_epochs: int | None = option(
-        None, "tuning", "epochs of a trial", kind=int, low=1, shown="as --num_epochs; digits: a sixth"
+        None, "tuning", "epochs of a trial", kind=int, low=1, shown="as --num_epochs; digits: a tenth"
     )
     workers: int = option(1, "tuning", "processes on this machine that share the trials", low=1, high=256)
     storage: str | None = option(
@@ -507,7 +515,8 @@ def _resolve(config: Config) -> Config:
         "trainable": trainable,
         "views": 4 if trainable == "head" else 8 if config.data_dir == "digits" else 0,
         "unlabeled_batch_size": config.batch_size * (2 if config.data_dir == "digits" else 1),
-        "trial_epochs": max(1, config.num_epochs // 6) if config.data_dir == "digits" else config.num_epochs,
+        "trial_epochs": max(1, config.num_epochs // 10) if config.data_dir == "digits" else config.num_epochs,
+        "trial_seeds": 2 if config.data_dir == "digits" else 3,
         "warmup_epoch_num": min(20, config.num_epochs // 5) * (2 if config.switch_mode else 1),
         "feedback": "exact" if config.pseudo_label == "soft" else "loss_difference",
         "pseudo_label": "soft" if config.feedback == "exact" else "hard",
