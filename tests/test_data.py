@@ -149,13 +149,13 @@ def test_unusual_images_are_read_as_a_viewer_shows_them(tmp_path):
     clear.save(tmp_path / "clear.png")
     turned.save(tmp_path / "turned.png", exif=exif)
     red.save(tmp_path / "animated.gif", save_all=True, append_images=[Image.new("RGB", (40, 40), "blue")])
-    centre = {p.name: images.decode(p, 16)[:, 8, 8].tolist() for p in tmp_path.iterdir()}
+    centre = {p.name: images.decode(p, 16, 18)[:, 8, 8].tolist() for p in tmp_path.iterdir()}
     assert centre["deep.png"] == [128, 128, 128]
     assert centre["clear.png"] == [255, 255, 255]
     assert centre["cmyk.tif"] == pytest.approx([200, 30, 30], abs=6)
     assert centre["animated.gif"] == pytest.approx([200, 30, 30], abs=30)  # the first picture
     assert centre["palette.gif"] == pytest.approx([200, 30, 30], abs=30)
-    turned = images.decode(tmp_path / "turned.png", 16)
+    turned = images.decode(tmp_path / "turned.png", 16, 18)
     assert int(turned[0, 1, 8]) < 40
     assert int(turned[0, -2, 8]) > 215
 
@@ -178,7 +178,7 @@ def test_a_view_depends_on_image_and_draw_alone(colours, augmentation):
 def test_evaluation_views_are_the_decoded_image(colours):
     index = images.find_images(str(colours))
     views = data.Views(images.Images(index, 32), "transfer")
-    assert torch.equal(views("plain", [5], [0])[0], images.decode(index.file(5), 32))
+    assert torch.equal(views("plain", [5], [0])[0], images.decode(index.file(5), 32, images.short_side(index.name, 32)))
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(colours):
