@@ -373,6 +373,7 @@ def draw_study(study: optuna.Study, results: Path) -> list[Path]:
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
     from optuna.visualization import matplotlib as pictures
 
     drawings: dict[str, Callable[..., Any]] = {
@@ -399,6 +400,10 @@ def draw_study(study: optuna.Study, results: Path) -> list[Path]:
                 axes.flat[0].title.set_visible(name == "parallel")
                 for each in figure.axes:
                     each.tick_params(axis="x", labelrotation=45)
+                    if name == "slices" and each.get_xscale() == "log":
+                        each.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+                        each.xaxis.set_major_formatter("{x:g}")
+                        each.xaxis.set_minor_locator(NullLocator())
                 figure.align_xlabels()
             if name == "parallel":
                 for each in figure.axes:
