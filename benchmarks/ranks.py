@@ -2,10 +2,11 @@
 
 python benchmarks/ranks.py --data_dir FOLDER --out ranks
 
-1. Steps: losses, feedback and validation of 50 steps in float32, one process against two and four, in every mode.
-2. Death: one of two processes is killed with SIGKILL; torchrun restarts the job, whose end is compared bit by bit with
+1. Steps: losses and feedback of 50 steps in float32, one process against two and four, in every mode.
+2. Ends: test accuracies of whole runs.
+3. Death: one of two processes is killed with SIGKILL; torchrun restarts the job, whose end is compared bit by bit with
    that of a run which was stopped at the same place and resumed, and of one that nobody disturbed.
-3. Machines: two agents of torchrun that find each other by a c10d rendezvous train, are stopped, and resume.
+4. Machines: two agents of torchrun that find each other by a c10d rendezvous train, are stopped, and resume.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MPL = [str(ROOT / "MPL.py")]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+STEPS, TOLERANCE = 50, 1e-4
 PER_STEP = ("loss_l", "loss_u", "loss_mpl", "h", "loss_s")
 MODES = {"train": [], "role playing": ["--switch_mode"], "labels only": ["--finetune_mode"]}
 
@@ -31,13 +33,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="digits")
     parser.add_argument("--out", type=Path, default=Path("ranks"))
-    parser.add_argument("--parts", default="steps,death,machines")
+    parser.add_argument("--parts", default="steps,ends,death,machines")
     parser.add_argument("rest", nargs="*", help="options for every run, after --")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     options.rest += ["--data_dir", options.data_dir, "--output_dir", str(options.out), "--amp", "off"]
     for part in options.parts.split(","):
-        {"steps": compare_steps, "death": survive_death, "machines": two_machines}[part](options)
+        {"steps": compare_steps, "ends": compare_ends, "death": survive_death, "machines": two_machines}[part](options)
 
 
 def command(ranks: int, name: str, *given: str, launcher: tuple[str, ...] = ()) -> list[str]:
@@ -59,28 +61,44 @@ def accuracy(options: argparse.Namespace, name: str) -> dict[str, float]:
     return {network: round(100 * own["accuracy"], 2) for network, own in tested.items()}
 
 
+def run_with(options: argparse.Namespace, kind: str, mode: str, ranks: int, *given: str) -> str:
+    """A run that must succeed; returns its name."""
+    name = f"{kind}-{mode.replace(' ', '_')}-{ranks}"
+    line = command(ranks, name, "--overwrite", *options.rest, *MODES[mode], *given)
+    subprocess.run(line, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return name
+
+
 def compare_steps(options: argparse.Namespace) -> None:
-    print("\nLargest differences in 50 steps from those of one process; test accuracy and seconds of whole runs\n")
-    print(f"| mode | processes | {' | '.join(PER_STEP)} | test accuracy | seconds |")
-    print("|---|---|" + "---|" * (len(PER_STEP) + 2))
-    for mode, flags in MODES.items():
+    print(f"\nLargest differences in {STEPS} steps from those of one process\n")
+    print(f"| mode | processes | {' | '.join(PER_STEP)} | first steps within {TOLERANCE:g} |")
+    print("|---|---|" + "---|" * (len(PER_STEP) + 1))
+    for mode in MODES:
+        given = ["--num_epochs", str(STEPS), "--steps_per_epoch", "1"]  # so that an epoch's means are a step's
+        if mode != "labels only":
+            given += ["--warmup_epoch_num", "5"]
         for ranks in (1, 2, 4):
-            slug = mode.replace(" ", "_")
-            steps = [*flags, "--num_epochs", "50", "--steps_per_epoch", "1"]
-            if mode != "labels only":
-                steps += ["--warmup_epoch_num", "5"]
-            for name, given in ((f"steps-{slug}-{ranks}", steps), (f"whole-{slug}-{ranks}", flags)):
-                line = command(ranks, name, "--overwrite", *options.rest, *given)
-                subprocess.run(line, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            pairs = list(zip(*(history(options, f"steps-{slug}-{n}") for n in (1, ranks)), strict=True))
-            worst = {
-                key: max((abs(float(one[key]) - float(other[key])) for one, other in pairs if one[key]), default=0.0)
+            rows = history(options, run_with(options, "steps", mode, ranks, *given))
+            if ranks == 1:
+                alone = rows
+                continue
+            differences = {  # a row an epoch and network
+                key: [abs(float(a[key]) - float(b[key])) if a[key] else 0.0 for a, b in zip(alone, rows, strict=True)]
                 for key in PER_STEP
             }
-            figures = " | ".join(f"{worst[key]:.1e}" for key in PER_STEP)
-            figures_of = metrics(options, f"whole-{slug}-{ranks}")
-            tested = ", ".join(f"{name} {value}" for name, value in accuracy(options, f"whole-{slug}-{ranks}").items())
-            print(f"| {mode} | {ranks} | {figures} | {tested} | {figures_of['seconds']['train']:.0f} |", flush=True)
+            worst = [max(each) for each in zip(*differences.values(), strict=True)]
+            within = next((int(row["epoch"]) for row, d in zip(rows, worst, strict=True) if d > TOLERANCE), STEPS)
+            figures = " | ".join(f"{max(differences[key]):.1e}" for key in PER_STEP)
+            print(f"| {mode} | {ranks} | {figures} | {within} |", flush=True)
+
+
+def compare_ends(options: argparse.Namespace) -> None:
+    print("\nWhole runs\n\n| mode | processes | test accuracy | seconds |\n|---|---|---|---|")
+    for mode in MODES:
+        for ranks in (1, 2, 4):
+            name = run_with(options, "whole", mode, ranks)
+            tested = ", ".join(f"{network} {value}" for network, value in accuracy(options, name).items())
+            print(f"| {mode} | {ranks} | {tested} | {metrics(options, name)['seconds']['train']:.0f} |", flush=True)
 
 
 LONG = ["--num_epochs", "400", "--steps_per_epoch", "8"]
