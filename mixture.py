@@ -6,6 +6,8 @@ semi-supervised by expectation maximisation (Nigam et al., Machine Learning 39, 
 Local and Global Consistency, NIPS 2003). Throughout, the classes keep the shares that they have among the labels.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,39 +17,71 @@ LABEL_WEIGHT = 10.0  # how many unlabelled images a labelled one counts as
 EM_ROUNDS = 30
 NEIGHBOURS, SHARPNESS = 10, 0.1  # of an image; their weights are softmax(cosine / SHARPNESS)
 LENT, LENDING_ROUNDS = 0.8, 15  # the share of an image's label that comes from its neighbours
-MOST_IMAGES = 20_000  # to estimate from and to be neighbours; memory does not grow with the folder beyond them
+MOST_IMAGES = (
+    10_000  # to estimate from, to be neighbours and to hold the features of at once, whatever the folder's size
+)
 CHUNK = 1024
 EPSILON = 1e-3
 
 
-def posterior(features: torch.Tensor, labels: np.ndarray, n_classes: int, *, seed: int = 0) -> torch.Tensor:
+def posterior(
+    features: Callable[[np.ndarray], torch.Tensor], labels: np.ndarray, n_classes: int, *, seed: int = 0
+) -> torch.Tensor:
     """The probabilities of the classes for each image, [N, C] float32; one-hot where the label is known.
 
     Args:
-        features: [N, D] float32 activations, of labelled and unlabelled images.
-        labels: [N] int64, negative where unknown; each class has at least one.
+        features: gives the float32 activations [n, D] of some images, by their places among ``labels``.
+        labels: [N] int64 of labelled and unlabelled images, negative where unknown; each class has at least one.
     """
     known = torch.from_numpy(labels >= 0)
     y = F.one_hot(torch.from_numpy(labels).clamp_min(0), n_classes).float() * known[:, None]
     if known.all():
         return y
-    drawn = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels))[:MOST_IMAGES])
-    used = torch.cat([known.nonzero().squeeze(-1), drawn[~known[drawn]]])
     prior = y.sum(0) / y.sum()
+    rank = np.where(labels >= 0, 1, 2)  # who is used first: one image of each class, labelled ones, the others
+    rank[[np.flatnonzero(labels == c)[0] for c in range(n_classes)]] = 0
+    order = np.random.default_rng(seed).permutation(len(labels))
+    order = torch.from_numpy(order[np.argsort(rank[order], kind="stable")])
+    used, others = (part.sort().values for part in (order[:MOST_IMAGES], order[MOST_IMAGES:]))
 
-    z = normalised(features)
-    means, covariance = fit_mixture(z[used], y[used], prior)
-    p = torch.where(known[:, None], y, assign(z, means, covariance, prior))
-    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), z.T, upper=False).T
-    p = lend(F.normalize(whitened, dim=-1), p, used, known)
+    activations = features(used.numpy())
+    normalise = normaliser(activations)
+    z = normalise(activations)
+    means, covariance = fit_mixture(z, y[used], prior)
+    root = torch.linalg.cholesky(covariance)
+    lenders = whitened(z, root)
+    k = min(NEIGHBOURS, len(used) - 1)
+    scores = torch.empty(len(labels), n_classes)
+    weights, neighbours = torch.empty(len(labels), k), torch.empty(len(labels), k, dtype=torch.int64)
+
+    def place(rows: torch.Tensor, z: torch.Tensor, own: torch.Tensor | None = None) -> None:
+        scores[rows] = log_densities(z, means, covariance)
+        weights[rows], places = nearest(whitened(z, root), lenders, k, own)
+        neighbours[rows] = used[places]
+
+    place(used, z, own=torch.arange(len(used)))
+    for rows in others.split(MOST_IMAGES) if len(others) else ():
+        place(rows, normalise(features(rows.numpy())))
+    p = torch.where(known[:, None], y, balanced(scores.softmax(-1), prior))
+    p = lend(p, weights, neighbours, known)
     return torch.where(known[:, None], y, balanced(p, prior))
 
 
-def normalised(features: torch.Tensor) -> torch.Tensor:
-    """Features [N, D] on the unit sphere around their mean: of roots, since activations have long tails."""
-    roots = (features.clamp_min(0) + EPSILON).sqrt()
-    z = F.normalize(roots - roots.mean(0), dim=-1)
-    return z - z.mean(0)
+def normaliser(features: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What puts activations [n, D] on the unit sphere around the mean of ``features``, and the middle of these there at
+    the origin; of their roots, since activations have long tails."""
+
+    def roots(x: torch.Tensor) -> torch.Tensor:
+        return (x.clamp_min(0) + EPSILON).sqrt_()
+
+    origin = roots(features).mean(0)
+    centre = F.normalize(roots(features) - origin, dim=-1).mean(0)
+    return lambda x: F.normalize(roots(x) - origin, dim=-1) - centre
+
+
+def whitened(z: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
+    """Directions [n, D] in the space in which the classes' covariance, ``root @ root.T``, is the identity."""
+    return F.normalize(torch.linalg.solve_triangular(root, z.T, upper=False).T, dim=-1)
 
 
 def balanced(p: torch.Tensor, prior: torch.Tensor, rounds: int = 10) -> torch.Tensor:
@@ -81,26 +115,38 @@ def shrunk(covariance: torch.Tensor) -> torch.Tensor:
     return (1 - SHRINKAGE) * covariance + SHRINKAGE * sphere
 
 
+def log_densities(z: torch.Tensor, means: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
+    """The logarithm of each class's Gaussian at each image [n, C], but for what the classes have in common."""
+    directions = torch.linalg.solve(covariance, means.T)  # [D, C]
+    return z @ directions - 0.5 * (means.T * directions).sum(0)
+
+
 def assign(z: torch.Tensor, means: torch.Tensor, covariance: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
     """Each image's probabilities of the classes [n, C], with the classes' shares kept."""
-    directions = torch.linalg.solve(covariance, means.T)  # [D, C]
-    return balanced((z @ directions - 0.5 * (means.T * directions).sum(0)).softmax(-1), prior)
+    return balanced(log_densities(z, means, covariance).softmax(-1), prior)
 
 
-def lend(z: torch.Tensor, p: torch.Tensor, lenders: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Probabilities [N, C] mixed with those of each image's nearest ``lenders`` (indices), again and again; what is
-    ``known`` stays. ``z`` [N, D] has unit length."""
-    k = min(NEIGHBOURS, len(lenders) - 1)
-    weights, near = [], []
-    for start in range(0, len(z), CHUNK):
-        similarity = z[start : start + CHUNK] @ z[lenders].T
-        own = torch.arange(start, start + len(similarity))[:, None] == lenders
-        top, places = similarity.masked_fill_(own, -torch.inf).topk(k)
+def nearest(
+    z: torch.Tensor, lenders: torch.Tensor, k: int, own: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``k`` nearest of the ``lenders`` [L, D] to each of ``z`` [n, D], both of unit length: their weights and their
+    places, [n, k]. ``own`` [n] is an image's own place among the lenders, which does not count."""
+    weights, places = [], []
+    for rows in torch.arange(len(z)).split(CHUNK):
+        similarity = z[rows] @ lenders.T
+        if own is not None:
+            similarity.scatter_(1, own[rows, None], -torch.inf)
+        top, place = similarity.topk(k)
         weights.append((top / SHARPNESS).softmax(-1))
-        near.append(lenders[places])
-    weight, neighbours = torch.cat(weights), torch.cat(near)  # [N, k]
+        places.append(place)
+    return torch.cat(weights), torch.cat(places)
+
+
+def lend(p: torch.Tensor, weights: torch.Tensor, neighbours: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Probabilities [N, C] mixed with those of each image's ``neighbours`` [N, k] again and again; what is ``known``
+    stays."""
     mixed = p
     for _ in range(LENDING_ROUNDS):
-        lent = F.embedding_bag(neighbours, mixed, per_sample_weights=weight, mode="sum")  # [N, C]
+        lent = F.embedding_bag(neighbours, mixed, per_sample_weights=weights, mode="sum")  # [N, C]
         mixed = torch.where(known[:, None], p, (1 - LENT) * p + LENT * lent)
     return mixed

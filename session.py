@@ -128,7 +128,7 @@ class Session:
         if key not in self.mixtures:
             rows, n_classes = self.split.train, len(self.index.classes)
             labels = np.where(np.isin(rows, self.split.labeled), self.index.labels[rows], images.UNKNOWN)
-            p = mixture.posterior(self.average_view(rows), labels, n_classes)
+            p = mixture.posterior(lambda places: self.average_view(rows[places]), labels, n_classes)
             self.mixtures[key] = np.zeros((len(self.index), n_classes), dtype=np.float32)
             self.mixtures[key][rows] = p.numpy()
         return self.mixtures[key]

@@ -21,6 +21,8 @@ import sys
 import time
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # torchrun sets it for some: sums are in the order of the threads
+
 ROOT = Path(__file__).resolve().parent.parent
 MPL = [str(ROOT / "MPL.py")]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]

@@ -33,7 +33,7 @@ def test_a_few_labels_name_the_groups(monkeypatch, most):
     known, unknown = labels >= 0, labels < 0
     means = np.stack([features[labels == c].mean(0) for c in range(3)])
     nearest = np.linalg.norm(features.numpy()[:, None] - means, axis=-1).argmin(-1)
-    p = mixture.posterior(features, labels, 3).numpy()
+    p = mixture.posterior(lambda rows: features[rows], labels, 3).numpy()
     accuracy = (p.argmax(-1) == truth)[unknown].mean()
     assert accuracy > 0.9
     assert accuracy > (nearest == truth)[unknown].mean() + 0.05
@@ -44,7 +44,7 @@ def test_a_few_labels_name_the_groups(monkeypatch, most):
 
 def test_labels_alone_are_returned_as_they_are():
     features, truth = groups(20)
-    assert np.array_equal(mixture.posterior(features, truth, 3).numpy(), np.eye(3)[truth])
+    assert np.array_equal(mixture.posterior(lambda rows: features[rows], truth, 3).numpy(), np.eye(3)[truth])
 
 
 def test_images_are_assigned_by_their_gaussian_densities():
@@ -62,7 +62,7 @@ def test_images_are_assigned_by_their_gaussian_densities():
 def test_with_every_label_known_the_fit_is_discriminant_analysis(monkeypatch):
     monkeypatch.setattr(mixture, "SHRINKAGE", 0.0)
     features, truth = groups()
-    z = mixture.normalised(features)
+    z = mixture.normaliser(features)(features)
     y = torch.nn.functional.one_hot(torch.from_numpy(truth)).float()
     means, covariance = mixture.fit_mixture(z, y, y.mean(0))
     within = sum(np.cov(z[truth == c].numpy().T, bias=True) * (truth == c).sum() for c in range(3)) / len(z)
@@ -70,14 +70,29 @@ def test_with_every_label_known_the_fit_is_discriminant_analysis(monkeypatch):
     assert np.allclose(covariance.numpy(), within, atol=1e-5)
 
 
+def test_the_features_of_few_images_are_held_at_once(monkeypatch):
+    monkeypatch.setattr(mixture, "MOST_IMAGES", 40)
+    features, truth = groups()
+    labels = some_labels(truth, (5, 3, 2))
+    asked = []
+
+    def some(rows):
+        asked.append(len(rows))
+        return features[rows]
+
+    mixture.posterior(some, labels, 3)
+    assert sum(asked) == 300  # each once
+    assert max(asked) == 40
+
+
 def test_neighbours_lend_each_other_their_labels(monkeypatch):
-    monkeypatch.setattr(mixture, "NEIGHBOURS", 1)
     monkeypatch.setattr(mixture, "CHUNK", 2)
     angle = torch.tensor([0.0, 0.1, 3.0])
     z = torch.stack([angle.cos(), angle.sin()], -1)
     p = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
     known = torch.tensor([True, False, False])
-    mixed = mixture.lend(z, p, torch.arange(3), known)
+    weights, places = mixture.nearest(z, z, 1, own=torch.arange(3))
+    mixed = mixture.lend(p, weights, places, known)
     # The second's neighbour is the first, which stays; the third's is the second.
     second = 0.8
     third = torch.tensor([0.2 * 0.5 + 0.8 * second])
