@@ -233,6 +233,12 @@ class Config:
         choices=("strong", "both"),
         shown="both with --targets mixture, else strong",
     )
+    alignment: str = option(
+        "labels",
+        "mpl",
+        "keep the classes' shares among the labels in what the teacher says of unlabelled images; none: as published",
+        choices=("labels", "none"),
+    )
     unsupervised: str = option("CE", "mpl", "consistency loss", choices=("CE", "cos"))
     threshold: float = option(
         0.75, "mpl", "least confidence at which an image counts in the consistency loss", low=0, high=1

@@ -349,6 +349,9 @@ class Learner:
                 cycle_momentum=isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW),
             )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
+        self.offset = torch.zeros(
+            (), device=self.device
+        )  # of its logits of unlabelled images: see train.aligned_offset
         self.ema = None
         if ema:
             from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -440,6 +443,7 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "offset": self.offset,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -448,6 +452,7 @@ class Learner:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
+        self.offset = state["offset"].to(self.device)
 
 
 def describe(model: nn.Module, backbone: Backbone, frozen: bool) -> str:

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 import data
 import distributed
@@ -30,11 +31,14 @@ class Plan:
     scored: tuple[str, ...]  # the learners whose ensemble is validated
 
 
-def plan_training(config: Config, split: data.Split, targets: np.ndarray | None = None) -> Plan:
+def plan_training(
+    config: Config, split: data.Split, targets: np.ndarray | None = None, prior: torch.Tensor | None = None
+) -> Plan:
     """Train, role playing (also when tuning) or the labelled images alone.
 
     Args:
         targets: what the teacher's consistency loss aims at, [N, C]; None: its own prediction.
+        prior: the classes' shares that the teacher's predictions are aligned to, [C]; None: they are not.
     """
     if config.finetune_mode:
         roles, scored, warmup_epochs = train.fixed_roles("student"), ("student",), 0
@@ -69,6 +73,7 @@ def plan_training(config: Config, split: data.Split, targets: np.ndarray | None 
             feedback=config.feedback,
             feedback_scale=config.feedback_scale,
             label_smoothing=config.label_smoothing,
+            prior=prior,
         )
     updates = train.count_updates(roles, epochs=config.num_epochs, warmup_epochs=warmup_epochs, steps_per_epoch=steps)
     return Plan(roles, step, schedule, steps, config.num_epochs * steps, updates, scored)
@@ -88,7 +93,8 @@ def fit(
         on_score: hears each epoch's validation score, in place of a progress bar.
     """
     config, val = session.config, session.split.val
-    plan = plan_training(config, session.split, None if config.finetune_mode else session.targets())
+    unlabeled = () if config.finetune_mode else (session.targets(), session.prior())
+    plan = plan_training(config, session.split, *unlabeled)
     learners = {name: session.network(name, plan.updates[name]) for name in sorted(plan.updates)}
     if session.saved:
         weights = session.saved["learners"]

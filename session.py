@@ -133,6 +133,13 @@ class Session:
             self.mixtures[key][rows] = p.numpy()
         return self.mixtures[key]
 
+    def prior(self) -> torch.Tensor | None:
+        """The classes' shares among the labels [C], if the teacher's predictions are aligned to them."""
+        if self.config.alignment == "none":
+            return None
+        counts = np.bincount(self.index.labels[self.split.labeled], minlength=len(self.index.classes))
+        return torch.from_numpy(counts / counts.sum()).float().to(self.device)
+
     def average_view(self, rows: np.ndarray, weak_weight: int = 3, chunk: int = 256) -> torch.Tensor:
         """The mean of each image's features over its views [n, D], the weak ones more; without views, of the image."""
         views = self.config.views

@@ -18,6 +18,8 @@ from metrics import classification_metrics
 from models import Learner
 from utils import DivergedError, seed_torch
 
+ALIGNMENT_RATE = 0.1  # of the ascent: some ten batches are averaged over
+
 Measurements = dict[str, torch.Tensor]
 Step = Callable[..., Measurements]
 
@@ -30,6 +32,23 @@ def soft_target(logits: torch.Tensor, temperature: float, threshold: float) -> t
     ``1[max p >= threshold]`` [U], both without gradient (UDA, arXiv 1904.12848, section 3.2)."""
     p = (logits.detach() / temperature).softmax(-1)  # [U, C] float32
     return p, (p.amax(-1) >= threshold).float()
+
+
+def aligned_offset(offset: torch.Tensor, logits: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+    """What to add to the teacher's logits so that, over the latest steps, each class gets its share of the images: then
+    a rare style of one class is not lost to another class that resembles it more.
+
+    Distribution alignment (ReMixMatch, arXiv 1911.09785, section 3.1) by optimal transport: a step up its dual for each
+    batch. One division by the shares would move confident predictions too little.
+
+    Args:
+        offset: so far, [C] or a scalar zero.
+        logits: [U, C] of unlabelled images.
+        prior: [C] shares of the classes, positive.
+    """
+    share = (logits.detach() + offset).softmax(-1).mean(0)
+    distributed.average([share])
+    return offset + ALIGNMENT_RATE * (prior / share.clamp_min(1e-3)).log()
 
 
 def consistency_loss(kind: str, logits_us: torch.Tensor, p: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -157,6 +176,7 @@ def mpl_step(
     feedback: str = "loss_difference",
     feedback_scale: float = 1.0,
     label_smoothing: float = 0.0,
+    prior: torch.Tensor | None = None,
 ) -> Measurements:
     """One step of Meta Pseudo Labels (Pham et al., arXiv 2003.10580, algorithm 1), in its order.
 
@@ -165,8 +185,9 @@ def mpl_step(
     score-function identity (the paper's eq. 12). h is positive when the student improved, and then the teacher makes
     the labels it gave more likely. For the first ``warmup_steps`` the teacher learns alone.
 
-    Beyond the paper, ``student_views="both"`` adds the weak views to what the student learns from, and a batch with a
-    ``target`` replaces what the teacher's consistency loss aims at.
+    Beyond the paper, ``student_views="both"`` adds the weak views to what the student learns from, a batch with a
+    ``target`` replaces what the teacher's consistency loss aims at, and a ``prior`` [C] aligns what the teacher says of
+    unlabelled images to the classes' shares.
 
     Returns:
         Scalars on the device: loss_l, loss_u, mask_rate and, after the warm-up, loss_s, loss_mpl and h.
@@ -188,7 +209,7 @@ def mpl_step(
         if student_views == "strong":
             with torch.no_grad():
                 t_logits_uw = teacher(x_uw)
-        p, mask = soft_target(t_logits_uw, temperature, threshold)
+        p, mask = soft_target(t_logits_uw + teacher.offset, temperature, threshold)
         loss_u = consistency_loss(unsupervised, t_logits_us, p, mask)
     weight = consistency_weight(lambda_u, step, uda_steps)
     measured = {"loss_l": loss_l, "loss_u": loss_u, "mask_rate": mask.mean()}
@@ -196,7 +217,7 @@ def mpl_step(
     loss_mpl = torch.zeros_like(loss_l)
     if step >= warmup_steps:
         # Pseudo labels are bound once: the student learns from them, and the feedback is about them.
-        pseudo = draw_pseudo_labels(pseudo_label, t_logits_u)  # [P, C]
+        pseudo = draw_pseudo_labels(pseudo_label, t_logits_u + teacher.offset)  # [P, C]
 
         # The student takes one step on them, between two exams on the labelled images. The first exam comes after its
         # forward pass, so that both see the same batch-norm statistics and differ by the step alone.
@@ -226,6 +247,8 @@ def mpl_step(
             loss_mpl = h * F.cross_entropy(t_logits_u, pseudo)
         measured |= {"loss_s": loss_s, "loss_mpl": loss_mpl, "h": h}
 
+    if prior is not None:
+        teacher.offset = aligned_offset(teacher.offset, t_logits_uw if len(t_logits_uw) else t_logits_us, prior)
     teacher.update(loss_l + weight * loss_u + feedback_scale * loss_mpl)
     return {key: value.detach() for key, value in measured.items()}
 

@@ -29,7 +29,9 @@ sys.path.insert(0, str(ROOT))
 
 BOTH = ("student", "teacher", "ensemble")
 MODELS = ("model_1", "model_2", "ensemble")
-MPL = "--targets teacher --student_views strong"
+TEACHER = "--targets teacher --student_views strong"
+MPL = f"{TEACHER} --alignment none"  # as published
+MIXTURE = "--targets mixture --alignment none"
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "labels only": ("--finetune_mode", ("student",)),
     "all labels": ("--finetune_mode --num_labels_percent 100", ("student",)),
@@ -47,20 +49,33 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "MPL, sampled labels": (f"--pseudo_label sampled {MPL}", BOTH),
     "MPL, cosine consistency": (f"--unsupervised cos {MPL}", BOTH),
     "MPL, the other views": (f"--augmentation OTHER {MPL}", BOTH),
-    "MPL, both views": ("--targets teacher --student_views both", BOTH),
+    "MPL, both views": ("--targets teacher --student_views both --alignment none", BOTH),
     "MPL, then finetuned": ("--finetune_mode --load_path MPL", ("student",)),
-    "mixture, then finetuned": ("--finetune_mode --load_path mixture", ("student",)),
     "role playing": (f"--switch_mode {MPL}", MODELS),
-    "mixture": ("--targets mixture", BOTH),
-    "mixture, strong views alone": ("--targets mixture --student_views strong", BOTH),
-    "mixture, no feedback": ("--targets mixture --feedback none", BOTH),
-    "mixture, 8 views": ("--targets mixture --views 8", BOTH),
-    "mixture, 8 views, 256 images a step": ("--targets mixture --views 8 --unlabeled_batch_size 256", BOTH),
-    "mixture, role playing": ("--targets mixture --switch_mode", MODELS),
-    "mixture, the other views": ("--targets mixture --augmentation OTHER", BOTH),
+    "UDA, aligned": (f"--feedback none {TEACHER}", BOTH),
+    "MPL, aligned": (TEACHER, BOTH),
+    "MPL, aligned, feedback cosine": (f"--feedback cosine {TEACHER}", BOTH),
+    "MPL, aligned, then finetuned": ("--finetune_mode --load_path MPL, aligned", ("student",)),
+    "role playing, aligned": (f"--switch_mode {TEACHER}", MODELS),
+    "mixture": (MIXTURE, BOTH),
+    "mixture, strong views alone": (f"{MIXTURE} --student_views strong", BOTH),
+    "mixture, no feedback": (f"{MIXTURE} --feedback none", BOTH),
+    "mixture, 8 views": (f"{MIXTURE} --views 8", BOTH),
+    "mixture, 8 views, 256 images a step": (f"{MIXTURE} --views 8 --unlabeled_batch_size 256", BOTH),
+    "mixture, role playing": (f"{MIXTURE} --switch_mode", MODELS),
+    "mixture, the other views": (f"{MIXTURE} --augmentation OTHER", BOTH),
+    "mixture, then finetuned": ("--finetune_mode --load_path mixture", ("student",)),
+    "mixture, aligned": ("--targets mixture", BOTH),
+    "mixture, aligned, strong views alone": ("--targets mixture --student_views strong", BOTH),
+    "mixture, aligned, no feedback": ("--targets mixture --feedback none", BOTH),
+    "mixture, aligned, role playing": ("--targets mixture --switch_mode", MODELS),
+    "mixture, aligned, the other views": ("--targets mixture --augmentation OTHER", BOTH),
+    "mixture, aligned, then finetuned": ("--finetune_mode --load_path mixture, aligned", ("student",)),
     "labels only, then 8 test views": ("--test_mode --test_views 8 --load_path labels only", ("student",)),
     "MPL, then 8 test views": ("--test_mode --test_views 8 --load_path MPL", BOTH),
+    "MPL, aligned, then 8 test views": ("--test_mode --test_views 8 --load_path MPL, aligned", BOTH),
     "mixture, then 8 test views": ("--test_mode --test_views 8 --load_path mixture", BOTH),
+    "mixture, aligned, then 8 test views": ("--test_mode --test_views 8 --load_path mixture, aligned", BOTH),
     "all labels, then 8 test views": ("--test_mode --test_views 8 --load_path all labels", ("student",)),
 }
 PAIRS = (  # what a part of a method is worth: the method with it and without
@@ -74,6 +89,11 @@ PAIRS = (  # what a part of a method is worth: the method with it and without
     ("MPL, the other views", "MPL"),
     ("MPL, then finetuned", "MPL"),
     ("MPL, then 8 test views", "MPL"),
+    ("MPL, aligned", "MPL"),
+    ("MPL, aligned", "UDA, aligned"),
+    ("MPL, aligned, feedback cosine", "UDA, aligned"),
+    ("MPL, aligned, then finetuned", "MPL, aligned"),
+    ("MPL, aligned, then 8 test views", "MPL, aligned"),
     ("mixture", "MPL"),
     ("mixture", "mixture, no feedback"),
     ("mixture", "mixture, strong views alone"),
@@ -81,6 +101,12 @@ PAIRS = (  # what a part of a method is worth: the method with it and without
     ("mixture, the other views", "mixture"),
     ("mixture, then finetuned", "mixture"),
     ("mixture, then 8 test views", "mixture"),
+    ("mixture, aligned", "mixture"),
+    ("mixture, aligned", "mixture, aligned, no feedback"),
+    ("mixture, aligned", "mixture, aligned, strong views alone"),
+    ("mixture, aligned, the other views", "mixture, aligned"),
+    ("mixture, aligned, then finetuned", "mixture, aligned"),
+    ("mixture, aligned, then 8 test views", "mixture, aligned"),
     ("labels only, then 8 test views", "labels only"),
 )
 FROZEN_ONLY = [method for method in METHODS if method.startswith(("mixture", "logistic", "LabelSpreading"))]

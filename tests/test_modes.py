@@ -186,7 +186,7 @@ def test_a_frozen_backbone_trains_on_kept_features(cli, colours):
         ["--feedback", "cosine", "--pseudo_label", "sampled"],
         ["--feedback", "exact"],
         ["--feedback", "none", "--pseudo_label", "soft"],
-        ["--student_views", "both"],
+        ["--student_views", "both", "--alignment", "none"],
         ["--targets", "mixture", "--trainable", "head", "--views", "2"],
         ["--targets", "mixture", "--trainable", "head", "--switch_mode", "--views", "0"],
         ["--unsupervised", "cos", "--ema", "0.9", "--label_smoothing", "0.1", "--augmentation", "randaugment"],

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import mixture
 import train
 from data import Batch
 from models import Learner
@@ -221,6 +222,39 @@ def test_mask_and_temperature_by_number():
     assert float(p[0, 0]) == pytest.approx(0.75)
     _, mask = train.soft_target(logits, temperature=2.01, threshold=0.75)
     assert mask.tolist() == [0, 0]
+
+
+def test_alignment_gives_each_class_its_share():
+    """As Sinkhorn's iteration on all images at once does."""
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(600, C, dtype=torch.float64) + torch.tensor([2.0, 0.0, -2.0])
+    prior = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    offset = torch.zeros(())
+    for batch in itertools.islice(itertools.cycle(logits.split(200)), 900):
+        offset = train.aligned_offset(offset, batch, prior)
+    p = (logits + offset).softmax(-1)
+    assert torch.allclose(p.mean(0), prior, atol=0.01)
+    assert torch.allclose(p, mixture.balanced(logits.softmax(-1), prior, 200), atol=0.05)
+    first = train.aligned_offset(torch.zeros(()), torch.zeros(5, C), prior)
+    assert torch.allclose(first, train.ALIGNMENT_RATE * (3 * prior).log())
+
+
+def test_what_the_teacher_says_of_unlabelled_images_is_aligned():
+    batch = make_batch(n_u=8)
+    plain, student = learner("teacher"), learner("student", seed=1)
+    pseudo = plain(batch.x_us).argmax(-1)
+    other = (pseudo[0] + 1) % C
+    moved = learner("teacher")
+    moved.offset = 50.0 * F.one_hot(other, C).double()
+    prior = torch.full((C,), 1 / C, dtype=torch.float64)
+    measured = train.mpl_step(moved, student, batch, 0, threshold=0.99, prior=prior)
+    assert measured["mask_rate"] == 1  # the offset makes all of them confident
+    expected = F.cross_entropy(learner("student", seed=1)(batch.x_us), other.expand(8))
+    assert torch.allclose(measured["loss_s"], expected)
+    assert moved.offset[other] < 50  # and is on its way back
+    unaligned = train.mpl_step(plain, learner("student", seed=1), batch, 0, threshold=0.99)
+    assert unaligned["mask_rate"] == 0
+    assert plain.offset == 0
 
 
 def test_the_mean_is_over_all_images_masked_ones_included():
