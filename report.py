@@ -34,7 +34,7 @@ PICTURES = {  # in the order of the page, with what is said beside them
     "optuna_*": ("Search", ""),
 }
 PHOTOGRAPHS = ("mistakes", "disagreements", "samples")  # pictures that are embedded as JPEG
-SIDE_BY_SIDE, SCROLLED = 12, 30  # classes up to which confusion matrices stand in one row, and fit in the page
+SIDE_BY_SIDE, LEGIBLE = 12, 30  # classes up to which confusion matrices stand in one row, and can be read in the page
 SPEAKING = {"graphs": "curves", "optuna_history": "history of the search"}
 
 PAGE = Template("""<!doctype html>
@@ -72,7 +72,7 @@ figure { margin: 1rem 0; }
 .side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 0 1rem; }
 @media (max-width: 40rem) { table { font-size: .8rem; } th, td { padding-right: .55rem; } }
 img { max-width: 100%; height: auto; background: #ffffff; border-radius: .4rem; display: block; }
-.large img { max-width: none; width: 2800px; }
+.enlarge:has(:checked) + figure img { max-width: none; width: 2800px; }
 a { color: var(--accent); }
 details { margin: .5rem 0; }
 summary { cursor: pointer; color: var(--accent); }
@@ -107,11 +107,10 @@ def write(results: Path) -> Path:
     for pattern, (heading, text) in PICTURES.items():
         files = sorted(results.glob(f"{pattern}.png"), key=lambda path: path.stat().st_mtime_ns)
         if files:
-            pictures = "".join(map(_picture, files))
+            large = pattern == "*_CM" and len(figures["classes"]) > LEGIBLE
+            pictures = "".join(_picture(file, large) for file in files)
             if pattern == "*_CM" and len(figures["classes"]) <= SIDE_BY_SIDE:
                 pictures = f'<div class="side">{pictures}</div>'
-            elif pattern == "*_CM" and len(figures["classes"]) > SCROLLED:
-                pictures = pictures.replace("<figure>", '<figure class="wide large">')
             parts += [f"<h2>{heading}</h2>", f"<p>{text}</p>" if text else "", pictures]
         if pattern == "*_CM":
             parts += _classes(figures)
@@ -195,7 +194,7 @@ def _table(
     return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
-def _picture(path: Path) -> str:
+def _picture(path: Path, large: bool) -> str:
     name = SPEAKING.get(path.stem, path.stem.replace("_CM", "'s confusion matrix").replace("_", " "))
     content, kind = path.read_bytes(), "png"
     if path.stem in PHOTOGRAPHS:
@@ -204,7 +203,9 @@ def _picture(path: Path) -> str:
             image.convert("RGB").save(smaller, "JPEG", quality=80, optimize=True)
             content, kind = smaller.getvalue(), "jpeg"
     data = base64.b64encode(content).decode()
-    return f'<figure><img alt="{escape(name)}" src="data:image/{kind};base64,{data}"></figure>'
+    figure = f'<figure class="wide"><img alt="{escape(name)}" src="data:image/{kind};base64,{data}"></figure>'
+    box = f'<label class="enlarge soft"><input type="checkbox"> {escape(name)}: enlarge, to scroll</label>'
+    return box + figure if large else figure
 
 
 def _spaced(name: str) -> str:
