@@ -201,6 +201,7 @@ def test_a_report_of_many_classes_stays_small(tmp_path):
         visualization.draw_confusion(
             [classes[i] for i in truth], [classes[i] for i in wrong], classes, heading, tmp_path / f"{heading}_CM.png"
         )
-    pictures = "".join(report._picture(path) for path in tmp_path.glob("*.png"))
+    pictures = "".join(report._picture(path, large=True) for path in tmp_path.glob("*.png"))
+    assert pictures.count('type="checkbox"') == 3  # fit in the page, each until its box is ticked
     assert len(pictures) < 3_500_000
     shutil.rmtree(tmp_path)
