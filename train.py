@@ -39,7 +39,7 @@ def aligned_offset(offset: torch.Tensor, logits: torch.Tensor, prior: torch.Tens
     a rare style of one class is not lost to another class that resembles it more.
 
     Distribution alignment (ReMixMatch, arXiv 1911.09785, section 3.1) by optimal transport: a step up its dual for each
-    batch. One division by the shares would move confident predictions too little.
+    batch. A batch balanced by itself would be forced into shares that it has not.
 
     Args:
         offset: so far, [C] or a scalar zero.
