@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import images
+import metrics
 import train
 import utils
 from models import Learner
@@ -195,8 +196,9 @@ def write_card(session: Session, figures: dict[str, Any], results: Path) -> Path
         dataset=session.index.name,
         **{part: f"{n:,}" for part, n in counts.items()},
         scores="\n".join(
-            f"| {name.replace('_', ' ')} | {own['accuracy']:.1%} | {_interval(own['accuracy'], counts['test'])} | "
-            f"{own['balanced_accuracy']:.1%} | {own['macro_f1']:.3f} | {own['ece']:.3f} |"
+            f"| {name.replace('_', ' ')} | {own['accuracy']:.1%} "
+            f"| {metrics.interval(own['accuracy'], counts['test'])} "
+            f"| {own['balanced_accuracy']:.1%} | {own['macro_f1']:.3f} | {own['ece']:.3f} |"
             for name, own in figures["test"].items()
         ),
         temperature=f"{figures['temperature']:.2f}",
@@ -207,11 +209,3 @@ def write_card(session: Session, figures: dict[str, Any], results: Path) -> Path
     path = results / "model_card.md"
     utils.write_atomically(path, card.encode("utf-8", "backslashreplace"))
     return path
-
-
-def _interval(accuracy: float, n: int) -> str:
-    """Wilson's interval of a share of n images."""
-    z = 1.96
-    centre = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (accuracy * (1 - accuracy) / n + z * z / (4 * n * n)) ** 0.5
-    return f"{centre - half:.1%} to {centre + half:.1%}"

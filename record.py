@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import metrics
 import terminal
 import train
 import utils
@@ -248,21 +249,21 @@ def predictions_csv(index: Index, split: Split, predicted: dict[str, dict[str, t
     return utils.csv_bytes([prediction_header(index.classes, next(iter(predicted.values()))), *lines])
 
 
-def result_table(metrics: dict[str, Any]) -> str:
+def result_table(figures: dict[str, Any]) -> str:
     """The figures of a run, within 80 columns."""
-    counts, seconds = metrics["counts"], metrics["seconds"]
+    counts, seconds = figures["counts"], figures["seconds"]
     lines = [
         "",
-        f"{metrics['dataset']}: {counts['labeled']} labels used, tested on {counts['test']} images, "
+        f"{figures['dataset']}: {counts['labeled']} labels used, tested on {counts['test']} images, "
         f"{seconds['total']:.0f} s",
         f"{'':10} {'accuracy':>9} {'balanced':>9} {'macro F1':>9} {'ECE':>7} {'validation':>11}",
     ]
-    blocks = [metrics] if "defaults" not in metrics else [metrics, metrics["defaults"]]
+    blocks = [figures] if "defaults" not in figures else [figures, figures["defaults"]]
     for place, block in enumerate(blocks):
         lines += ["without tuning:"] * place
         for name, test in block["test"].items():
-            figures = (
-                f"{test['accuracy']:9.2%} {test['balanced_accuracy']:9.2%} {test['macro_f1']:9.3f} {test['ece']:7.3f}"
-            )
-            lines.append(f"{name.replace('_', ' '):10} {figures} {block['val'][name]['accuracy']:11.1%}")
+            row = f"{test['accuracy']:9.2%} {test['balanced_accuracy']:9.2%} {test['macro_f1']:9.3f} {test['ece']:7.3f}"
+            lines.append(f"{name.replace('_', ' '):10} {row} {block['val'][name]['accuracy']:11.1%}")
+    final, tested = list(figures["test"].items())[-1]
+    lines.append(f"95 % interval, {final}: {metrics.interval(tested['accuracy'], counts['test'])}")
     return "\n".join(lines) + "\n"

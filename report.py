@@ -15,6 +15,7 @@ from string import Template
 from PIL import Image
 
 import args
+import metrics
 import utils
 
 PICTURES = {  # in the order of the page, with what is said beside them
@@ -99,7 +100,8 @@ def write(results: Path) -> Path:
         f'<p class="soft">{escape(figures["dataset"])} · {escape(figures["model_name"])} · {figures["mode"]}</p>',
         f'<p class="headline">{figures["test"][final]["accuracy"]:.2%}</p>',
         f"<p>of {counts['test']:,} test images are labelled rightly by the {_spaced(final)}, after training with "
-        f"{counts['labeled']:,} labels and {counts['unlabeled']:,} images without.</p>",
+        f"{counts['labeled']:,} labels and {counts['unlabeled']:,} images without. Of all such images that means "
+        f"{metrics.interval(figures['test'][final]['accuracy'], counts['test'])} (95 % interval).</p>",
         *_scores(figures),
         "<h2>Data</h2>",
         "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in figures["notes"]) + "</ul>",

@@ -33,3 +33,10 @@ def test_the_temperature_of_logits_that_were_scaled_is_found():
     assert metrics.expected_calibration_error(mended, labels) < 0.03
     assert metrics.expected_calibration_error(boastful, labels) > 0.1
     assert np.array_equal(mended.argmax(1), boastful.argmax(1))
+
+
+def test_intervals_of_shares_by_number():
+    """Newcombe, Statistics in Medicine 17, 1998, table I, method 3: 81 of 263, and 0 of 20."""
+    assert metrics.interval(81 / 263, 263) == "25.5% to 36.6%"
+    assert metrics.interval(0.0, 20) == "0.0% to 16.1%"
+    assert metrics.interval(1.0, 6).endswith(" to 100.0%")
