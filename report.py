@@ -70,7 +70,7 @@ td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; min-wi
 pre { background: var(--panel); padding: .7rem .9rem; border-radius: .4rem; font-size: .85rem; white-space: pre-wrap;
   overflow-wrap: anywhere; }
 figure { margin: 1rem 0; }
-.side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 0 1rem; }
+.side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(28rem, 100%), 1fr)); gap: 0 1rem; }
 @media (max-width: 40rem) { table { font-size: .8rem; } th, td { padding-right: .55rem; } }
 img { max-width: 100%; height: auto; background: #ffffff; border-radius: .4rem; display: block; }
 .enlarge:has(:checked) + figure img { max-width: none; width: 2800px; }
