@@ -233,11 +233,14 @@ class Config:
         choices=("strong", "both"),
         shown="both with --targets mixture, else strong",
     )
-    alignment: str = option(
-        "labels",
+    alignment: str | None = option(
+        None,
         "mpl",
-        "keep the classes' shares among the labels in what the teacher says of unlabelled images; none: as published",
-        choices=("labels", "none"),
+        "the classes' shares that are kept in what is said of unlabelled images: those among the labels, or estimated "
+        "from the images; none: as published",
+        kind=str,
+        choices=("labels", "estimated", "none"),
+        shown="labels; with --unlabeled_dir estimated, or none without the mixture",
     )
     unsupervised: str = option("CE", "mpl", "consistency loss", choices=("CE", "cos"))
     threshold: float = option(
@@ -513,8 +516,10 @@ def _resolve(config: Config) -> Config:
     weights = config.weights or ("none" if model_name.startswith("wrn_") else "default")
     trainable = config.trainable or ("all" if weights == "none" else "head")
     targets = config.targets or ("mixture" if trainable == "head" and weights != "none" else "teacher")
+    unknown_shares = "estimated" if targets == "mixture" else "none"  # who chose the labels need not have kept them
     defaults |= {
         "targets": targets,
+        "alignment": "labels" if config.unlabeled_dir is None else unknown_shares,
         "student_views": "both" if targets == "mixture" else "strong",
         "lambda_u": 3.0 if targets == "mixture" else 1.0 if config.data_dir == "digits" else 0.27,
         "weights": weights,
@@ -577,8 +582,9 @@ def _check_together(config: Config) -> None:
         raise ValueError(
             f"--pseudo_label soft gives --feedback {config.feedback} no gradient: use --feedback exact or none"
         )
-    if config.targets == "mixture" and config.trainable != "head":
-        raise ValueError("--targets mixture needs the features of a frozen network: use --trainable head")
+    for option, value in (("targets", "mixture"), ("alignment", "estimated")):
+        if getattr(config, option) == value and config.trainable != "head":
+            raise ValueError(f"--{option} {value} needs the features of a frozen network: use --trainable head")
     if config.feedback == "exact" and config.pseudo_label != "soft":
         raise ValueError(f"--feedback exact needs --pseudo_label soft, not {config.pseudo_label}")
     if config.model_name.startswith("wrn_"):

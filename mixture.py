@@ -3,7 +3,8 @@
 First a mixture of Gaussians, one a class, of labelled and unlabelled images together: linear discriminant analysis,
 semi-supervised by expectation maximisation (Nigam et al., Machine Learning 39, 2000; Hastie & Tibshirani, JRSS B 58,
 1996). Then neighbours in the space whitened by its covariance lend each other their labels (Zhou et al., Learning with
-Local and Global Consistency, NIPS 2003). Throughout, the classes keep the shares that they have among the labels.
+Local and Global Consistency, NIPS 2003). Throughout, the classes keep given shares: those among the labels, or an
+estimate of those among the unlabelled images.
 """
 
 from collections.abc import Callable
@@ -24,20 +25,34 @@ CHUNK = 1024
 EPSILON = 1e-3
 
 
+Features = Callable[[np.ndarray], torch.Tensor]  # float32 activations [n, D] of some images, by their places [n]
+
+
+def label_shares(labels: np.ndarray, n_classes: int) -> torch.Tensor:
+    """The classes' shares among the labels, [C] float32."""
+    counts = np.bincount(labels[labels >= 0], minlength=n_classes)
+    return torch.from_numpy(counts / counts.sum()).float()
+
+
+def estimated_shares(features: Features, labels: np.ndarray, n_classes: int) -> torch.Tensor:
+    """The classes' shares among the unlabelled images, [C] float32, as a mixture that is free to choose them finds."""
+    p = posterior(features, labels, n_classes, None)
+    return p[labels < 0].mean(0) if (labels < 0).any() else p.mean(0)
+
+
 def posterior(
-    features: Callable[[np.ndarray], torch.Tensor], labels: np.ndarray, n_classes: int, *, seed: int = 0
+    features: Features, labels: np.ndarray, n_classes: int, shares: torch.Tensor | None, *, seed: int = 0
 ) -> torch.Tensor:
     """The probabilities of the classes for each image, [N, C] float32; one-hot where the label is known.
 
     Args:
-        features: gives the float32 activations [n, D] of some images, by their places among ``labels``.
         labels: [N] int64 of labelled and unlabelled images, negative where unknown; each class has at least one.
+        shares: [C] float32, the classes' shares among the images that are to be kept; None: any.
     """
     known = torch.from_numpy(labels >= 0)
     y = F.one_hot(torch.from_numpy(labels).clamp_min(0), n_classes).float() * known[:, None]
     if known.all():
         return y
-    prior = y.sum(0) / y.sum()
     rank = np.where(labels >= 0, 1, 2)  # who is used first: one image of each class, labelled ones, the others
     rank[[np.flatnonzero(labels == c)[0] for c in range(n_classes)]] = 0
     order = np.random.default_rng(seed).permutation(len(labels))
@@ -47,7 +62,7 @@ def posterior(
     activations = features(used.numpy())
     normalise = normaliser(activations)
     z = normalise(activations)
-    means, covariance = fit_mixture(z, y[used], prior)
+    means, covariance = fit_mixture(z, y[used], shares)
     root = torch.linalg.cholesky(covariance)
     lenders = whitened(z, root)
     k = min(NEIGHBOURS, len(used) - 1)
@@ -62,9 +77,9 @@ def posterior(
     place(used, z, own=torch.arange(len(used)))
     for rows in others.split(MOST_IMAGES) if len(others) else ():
         place(rows, normalise(features(rows.numpy())))
-    p = torch.where(known[:, None], y, balanced(scores.softmax(-1), prior))
+    p = torch.where(known[:, None], y, balanced(scores.softmax(-1), shares))
     p = lend(p, weights, neighbours, known)
-    return torch.where(known[:, None], y, balanced(p, prior))
+    return torch.where(known[:, None], y, balanced(p, shares))
 
 
 def normaliser(features: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -84,16 +99,16 @@ def whitened(z: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
     return F.normalize(torch.linalg.solve_triangular(root, z.T, upper=False).T, dim=-1)
 
 
-def balanced(p: torch.Tensor, prior: torch.Tensor, rounds: int = 10) -> torch.Tensor:
-    """Probabilities [N, C] scaled by class until their mean is ``prior`` [C] (Sinkhorn's iteration): without it, wide
-    classes take the images of narrow ones."""
-    for _ in range(rounds):
-        p = p * (prior / p.mean(0).clamp_min(1e-12))
+def balanced(p: torch.Tensor, shares: torch.Tensor | None, rounds: int = 10) -> torch.Tensor:
+    """Probabilities [N, C] scaled by class until their mean is ``shares`` [C] (Sinkhorn's iteration): without it, wide
+    classes take the images of narrow ones. As they are if ``shares`` is None."""
+    for _ in range(rounds if shares is not None else 0):
+        p = p * (shares / p.mean(0).clamp_min(1e-12))
         p = p / p.sum(-1, keepdim=True)
     return p
 
 
-def fit_mixture(z: torch.Tensor, y: torch.Tensor, prior: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_mixture(z: torch.Tensor, y: torch.Tensor, shares: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The classes' means [C, D] and the covariance [D, D] that they share, from [n, D] images and their one-hot labels
     [n, C], zero where unknown."""
     known = y.any(-1)
@@ -103,7 +118,7 @@ def fit_mixture(z: torch.Tensor, y: torch.Tensor, prior: torch.Tensor) -> tuple[
     covariance = shrunk(scatter / weight.sum())
     for _ in range(EM_ROUNDS):
         p = y.clone()
-        p[~known] = assign(z[~known], means, covariance, prior)
+        p[~known] = assign(z[~known], means, covariance, shares)
         n = (weight * p).sum(0)[:, None]  # [C, 1]
         means = (weight * p).T @ z / n
         covariance = shrunk((scatter - (n * means).T @ means) / n.sum())
@@ -121,9 +136,9 @@ def log_densities(z: torch.Tensor, means: torch.Tensor, covariance: torch.Tensor
     return z @ directions - 0.5 * (means.T * directions).sum(0)
 
 
-def assign(z: torch.Tensor, means: torch.Tensor, covariance: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+def assign(z: torch.Tensor, means: torch.Tensor, covariance: torch.Tensor, shares: torch.Tensor | None) -> torch.Tensor:
     """Each image's probabilities of the classes [n, C], with the classes' shares kept."""
-    return balanced(log_densities(z, means, covariance).softmax(-1), prior)
+    return balanced(log_densities(z, means, covariance).softmax(-1), shares)
 
 
 def nearest(

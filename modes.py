@@ -94,6 +94,8 @@ def fit(
     """
     config, val = session.config, session.split.val
     unlabeled = () if config.finetune_mode else (session.targets(), session.prior())
+    if unlabeled and folder and config.alignment == "estimated":
+        print(session.describe_shares())
     plan = plan_training(config, session.split, *unlabeled)
     learners = {name: session.network(name, plan.updates[name]) for name in sorted(plan.updates)}
     if session.saved:

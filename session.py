@@ -82,7 +82,7 @@ class Session:
     ) -> None:
         self.config, self.index, self.split, self.saved, self.last = config, index, split, saved, last
         self.device, self.precision = device, precision
-        self.mixtures: dict[bytes, np.ndarray] = {}  # by which images are labelled
+        self.mixtures: dict[tuple[bytes, bool], tuple[np.ndarray, torch.Tensor]] = {}
         self.frozen = config.trainable == "head"
         keep = not self.frozen and config.views > 0
         self.views = data.Views(images.Images(index, config.img_size), config.augmentation, keep=keep)
@@ -122,23 +122,45 @@ class Session:
 
     def targets(self) -> np.ndarray | None:
         """What the teacher's consistency loss aims at, [N, C] by index of the image; None: its own prediction."""
-        if self.config.targets == "teacher":
+        return self._mixture()[0] if self.config.targets == "mixture" else None
+
+    def prior(self) -> torch.Tensor | None:
+        """The classes' shares [C] that the teacher's predictions of unlabelled images are moved to, if they are."""
+        if self.config.alignment == "none":
             return None
-        key = self.split.labeled.tobytes()
+        if self.config.alignment == "estimated":
+            return self._mixture()[1].to(self.device)
+        return mixture.label_shares(self.index.labels[self.split.labeled], len(self.index.classes)).to(self.device)
+
+    def describe_shares(self) -> str:
+        """The classes' estimated shares of the unlabelled images beside those of the labels, most different first."""
+        found = self.prior().cpu()
+        given = mixture.label_shares(self.index.labels[self.split.labeled], len(found))
+        items = [
+            f"{self.index.classes[c]} {100 * found[c]:.0f}% ({100 * given[c]:.0f}%)"
+            for c in (found - given).abs().argsort(descending=True).tolist()
+        ]
+        return f"estimated shares of the unlabelled images (of the labels): {utils.shortened(items)}"
+
+    def _mixture(self) -> tuple[np.ndarray, torch.Tensor]:
+        """The mixture model's probabilities [N, C] by index of the image, and the classes' shares [C] in it."""
+        estimated = self.config.alignment == "estimated"
+        key = (self.split.labeled.tobytes(), estimated)
         if key not in self.mixtures:
             rows, n_classes = self.split.train, len(self.index.classes)
             labels = np.where(np.isin(rows, self.split.labeled), self.index.labels[rows], images.UNKNOWN)
-            p = mixture.posterior(lambda places: self.average_view(rows[places]), labels, n_classes)
-            self.mixtures[key] = np.zeros((len(self.index), n_classes), dtype=np.float32)
-            self.mixtures[key][rows] = p.numpy()
-        return self.mixtures[key]
 
-    def prior(self) -> torch.Tensor | None:
-        """The classes' shares among the labels [C], if the teacher's predictions are aligned to them."""
-        if self.config.alignment == "none":
-            return None
-        counts = np.bincount(self.index.labels[self.split.labeled], minlength=len(self.index.classes))
-        return torch.from_numpy(counts / counts.sum()).float().to(self.device)
+            def features_at(places: np.ndarray) -> torch.Tensor:
+                return self.average_view(rows[places])
+
+            if estimated:
+                shares = mixture.estimated_shares(features_at, labels, n_classes)
+            else:
+                shares = mixture.label_shares(labels, n_classes)
+            p = np.zeros((len(self.index), n_classes), dtype=np.float32)
+            p[rows] = mixture.posterior(features_at, labels, n_classes, shares).numpy()
+            self.mixtures[key] = p, shares
+        return self.mixtures[key]
 
     def average_view(self, rows: np.ndarray, weak_weight: int = 3, chunk: int = 256) -> torch.Tensor:
         """The mean of each image's features over its views [n, D], the weak ones more; without views, of the image."""

@@ -7,13 +7,13 @@ from scipy.stats import multivariate_normal
 
 import mixture
 
-SHARES = (0.5, 0.3, 0.2)
+SHARES = torch.tensor([0.5, 0.3, 0.2])
 
 
 def groups(n: int = 300, dim: int = 12, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:
     """Activations of three classes that differ less than some directions vary in each, and the classes."""
     rng = np.random.default_rng(seed)
-    truth = np.repeat([0, 1, 2], [round(share * n) for share in SHARES])
+    truth = np.repeat([0, 1, 2], [round(share * n) for share in SHARES.tolist()])
     noise = rng.normal(size=(n, dim)) * np.where(np.arange(dim) >= dim - 4, 2.5, 1.0)
     return torch.from_numpy(np.exp(0.2 * (3.0 * np.eye(3, dim)[truth] + noise))).float(), truth
 
@@ -33,18 +33,34 @@ def test_a_few_labels_name_the_groups(monkeypatch, most):
     known, unknown = labels >= 0, labels < 0
     means = np.stack([features[labels == c].mean(0) for c in range(3)])
     nearest = np.linalg.norm(features.numpy()[:, None] - means, axis=-1).argmin(-1)
-    p = mixture.posterior(lambda rows: features[rows], labels, 3).numpy()
+    p = mixture.posterior(lambda rows: features[rows], labels, 3, SHARES).numpy()
     accuracy = (p.argmax(-1) == truth)[unknown].mean()
     assert accuracy > 0.9
     assert accuracy > (nearest == truth)[unknown].mean() + 0.05
     assert p.sum(-1) == pytest.approx(np.ones(300), abs=1e-5)
-    assert p[unknown].mean(0) == pytest.approx(SHARES, abs=0.02)
+    assert p[unknown].mean(0) == pytest.approx(SHARES.numpy(), abs=0.02)
     assert np.array_equal(p[known], np.eye(3)[labels[known]])
+
+
+def test_labels_in_other_shares_than_the_images_mislead_unless_the_shares_are_estimated():
+    features, truth = groups()
+    labels = some_labels(truth, (5, 5, 5))
+    unknown = labels < 0
+    given = mixture.label_shares(labels, 3)
+    assert given.tolist() == pytest.approx([1 / 3] * 3)
+    estimated = mixture.estimated_shares(lambda rows: features[rows], labels, 3)
+    truly = np.bincount(truth[unknown]) / unknown.sum()
+    assert np.abs(estimated.numpy() - truly).max() < 0.04
+    right = [
+        (mixture.posterior(lambda rows: features[rows], labels, 3, shares).argmax(-1).numpy() == truth)[unknown].mean()
+        for shares in (given, estimated)
+    ]
+    assert right[1] > right[0] + 0.05
 
 
 def test_labels_alone_are_returned_as_they_are():
     features, truth = groups(20)
-    assert np.array_equal(mixture.posterior(lambda rows: features[rows], truth, 3).numpy(), np.eye(3)[truth])
+    assert np.array_equal(mixture.posterior(lambda rows: features[rows], truth, 3, SHARES).numpy(), np.eye(3)[truth])
 
 
 def test_images_are_assigned_by_their_gaussian_densities():
@@ -53,7 +69,7 @@ def test_images_are_assigned_by_their_gaussian_densities():
     root = torch.randn(4, 4)
     covariance = root @ root.T + torch.eye(4)
     densities = np.stack([multivariate_normal(m.numpy(), covariance.numpy()).pdf(z.numpy()) for m in means], -1)
-    prior = torch.tensor(SHARES)
+    prior = SHARES
     expected = mixture.balanced(torch.from_numpy(densities / densities.sum(-1, keepdims=True)).float(), prior)
     assert torch.allclose(mixture.assign(z, means, covariance, prior), expected, atol=1e-4)
     assert torch.allclose(mixture.balanced(expected, prior, 200).mean(0), prior, atol=1e-4)
@@ -80,7 +96,7 @@ def test_the_features_of_few_images_are_held_at_once(monkeypatch):
         asked.append(len(rows))
         return features[rows]
 
-    mixture.posterior(some, labels, 3)
+    mixture.posterior(some, labels, 3, SHARES)
     assert sum(asked) == 300  # each once
     assert max(asked) == 40
 

@@ -202,9 +202,9 @@ def test_the_mixture_is_of_the_training_images_and_knows_their_given_labels_only
     known = {}
     estimate = mixture.posterior
 
-    def posterior(features, labels, n_classes):
+    def posterior(features, labels, n_classes, shares):
         known.update(n=len(features(np.arange(len(labels)))), labels=labels)
-        return estimate(features, labels, n_classes)
+        return estimate(features, labels, n_classes, shares)
 
     monkeypatch.setattr(mixture, "posterior", posterior)
     frozen = [*TINY, "--num_epochs", "40", "--lr", "0.1", "--trainable", "head", "--views", "2", "--targets", "mixture"]
@@ -214,7 +214,18 @@ def test_the_mixture_is_of_the_training_images_and_knows_their_given_labels_only
     assert (known["labels"] >= 0).sum() == counts["labeled"]
     assert cli.metrics("a")["test"]["student"]["accuracy"] == 1.0  # colours are told apart by any network
     cli.inside("--name", "b", "--finetune_mode", "--load_path", "a")
-    assert "--trainable head" in cli.one_line_error(2, "--data_dir", colours, *TINY, "--targets", "mixture")
+
+
+def test_the_shares_of_chosen_labels_are_not_believed(cli, tmp_path, colours):
+    """As many labels of each class, but the images nobody labelled are mostly of one."""
+    loose = make_folder(tmp_path / "loose", images=12, seed=9)
+    for c in (1, 2):
+        for i in range(3, 12):
+            (loose / f"class {c}" / f"{i:03d}.png").unlink()
+    frozen = [*TINY, *EPOCHS, "--trainable", "head", "--views", "2", "--targets", "mixture"]
+    out = cli.inside("--name", "a", "--data_dir", colours, "--unlabeled_dir", loose, *frozen).stdout
+    line = next(line for line in out.splitlines() if line.startswith("estimated shares"))
+    assert "class 0 67% (3" in line  # a third of the labels
 
 
 def test_a_resumed_run_equals_one_never_interrupted(cli, colours):
