@@ -1,0 +1,113 @@
+"""What it costs that labels were chosen by someone: the classes' shares among them are not those among the images.
+
+python benchmarks/shares.py --data_dir /datasets/flowers [-- options of MPL.py]
+
+The images of a folder with a subfolder for each class are divided, by links, as a user would have them: 100 with labels
+in class folders, the others in one folder without. Each seed divides anew: *random* labels; *equal* numbers of each
+class; and *equal* ones while the images without a label are of *one* class mostly (each class has 0.6 times as many as
+the one before it). What is right is counted among the images without a label.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # two runs of one thread are faster than one of two, one after the other
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import utils
+
+N_LABELS = 100
+DIVISIONS = ("random", "equal", "one")
+METHODS = {
+    "labels only": "--finetune_mode",
+    "MPL as published": "--targets teacher --student_views strong --alignment none",
+    "mixture, shares of the labels": "--alignment labels",
+    "mixture, estimated shares": "--alignment estimated",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--divisions", default=",".join(DIVISIONS))
+    parser.add_argument("--out", type=Path, default=Path("shares"))
+    parser.add_argument("rest", nargs="*", metavar="-- OPTION")
+    options = parser.parse_args()
+    print(f"{N_LABELS} labels, n = {options.seeds}\n\n| labels | method | right | - labels only |\n|---|---|---|---|")
+    for division in options.divisions.split(","):
+        right = np.array([accuracies(options, division, seed) for seed in range(options.seeds)])  # [seeds, methods]
+        for method, column in zip(METHODS, right.T, strict=True):
+            gain = "" if method == "labels only" else spread(column - right[:, 0], "+")
+            print(f"| {division} | {method} | {spread(column)} | {gain} |", flush=True)
+
+
+def spread(values: np.ndarray, sign: str = "") -> str:
+    return f"{values.mean():{sign}.2f} ± {values.std(ddof=1):.2f}"
+
+
+def accuracies(options: argparse.Namespace, division: str, seed: int) -> list[float]:
+    """The percentage of right labels that each method gives to the images without one."""
+    folder = options.out / f"{division}-{seed}"
+    if not folder.is_dir():
+        divide(options.data_dir, folder, division, seed)
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda method: accuracy(options, folder, method, seed), METHODS))
+
+
+def divide(source: Path, folder: Path, division: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    classes = sorted(path.name for path in source.iterdir() if path.is_dir())
+    files = {name: sorted((source / name).iterdir()) for name in classes}
+    everything = [(name, file) for name in classes for file in files[name]]
+    if division == "random":
+        labelled = [everything[i] for i in rng.choice(len(everything), N_LABELS, replace=False)]
+    else:
+        each = N_LABELS // len(classes)
+        labelled = [(name, file) for name in classes for file in rng.permutation(files[name])[:each]]
+    if division == "one":
+        most = min(map(len, files.values())) - N_LABELS // len(classes)
+        everything = [
+            (name, file)
+            for place, name in enumerate(rng.permutation(classes))
+            for file in rng.permutation(sorted(set(files[name]) - {file for _, file in labelled}))[
+                : round(most * 0.6**place)
+            ]
+        ]
+    given = {file for _, file in labelled}
+    for name, file in labelled:
+        link(file, folder / "labelled" / name / file.name)
+    for name, file in everything:
+        if file not in given:
+            link(file, folder / "unlabelled" / f"{name}__{file.name}")
+
+
+def link(file: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(file.resolve())
+
+
+def accuracy(options: argparse.Namespace, folder: Path, method: str, seed: int) -> float:
+    name = f"{folder.name}-{list(METHODS).index(method)}"
+    table = options.out / "results" / name / "predictions.csv"
+    if not table.exists():
+        command = [sys.executable, ROOT / "MPL.py", "--name", name, "--seed", seed, "--output_dir", options.out]
+        command += ["--data_dir", folder / "labelled", "--unlabeled_dir", folder / "unlabelled", "--overwrite"]
+        done = subprocess.run(
+            [*map(str, command), *METHODS[method].split(), *options.rest], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    rows = [row for row in utils.read_csv(table) if row["split"] == "unlabeled"]
+    return 100 * float(np.mean([Path(row["path"]).name.split("__")[0] == row["predicted_label"] for row in rows]))
+
+
+if __name__ == "__main__":
+    main()
