@@ -68,13 +68,13 @@ class Keeper:
         """
         logits = dict(zip(self.learners, self.validate([*self.learners.values()]), strict=True))
         together = train.ensemble([logits[name] for name in self.scored])
-        score = train.evaluate(together, self.labels)["accuracy"]
+        score, _ = train.evaluate(together, self.labels)
         for place, name in enumerate(players):
             role = "teacher" if len(players) == 2 and place == 0 else "student"
             own = [key for key in means if len(players) == 1 or (key in OF_TEACHER) == (role == "teacher")]
-            val = train.evaluate(logits[name].softmax(-1), self.labels)
+            accuracy, loss = train.evaluate(logits[name].softmax(-1), self.labels)
             row = {"epoch": epoch, "network": name, "role": role, "lr": self.learners[name].lr}
-            row |= {"val_accuracy": val["accuracy"], "val_loss": val["loss"]} | {key: means[key] for key in own}
+            row |= {"val_accuracy": accuracy, "val_loss": loss} | {key: means[key] for key in own}
             self.history.append({key: row.get(key, "") for key in HISTORY})
         highest = max(score, self.best["highest"])
         if score >= highest - luck(highest, len(self.labels)):

@@ -225,7 +225,7 @@ def draw_images(images: np.ndarray, captions: Sequence[str], title: str, path: P
             ax.axis("off")
         for ax, image, caption in zip(axes.flat, images, captions, strict=False):
             ax.imshow(image, interpolation="nearest" if image.shape[0] < 64 else None)
-            ax.set_title(caption, fontsize=7)
+            ax.set_title(caption, fontsize=7, y=1.02)  # at a place that need not be searched for
         figure.suptitle(title)
         return _save(figure, path)
 
