@@ -19,7 +19,7 @@ EM_ROUNDS = 30
 NEIGHBOURS, SHARPNESS = 10, 0.1  # of an image; their weights are softmax(cosine / SHARPNESS)
 LENT, LENDING_ROUNDS = 0.8, 15  # the share of an image's label that comes from its neighbours
 MOST_IMAGES = (
-    10_000  # to estimate from, to be neighbours and to hold the features of at once, whatever the folder's size
+    5_000  # to estimate from, to be neighbours and to hold the features of at once, whatever the folder's size
 )
 CHUNK = 1024
 EPSILON = 1e-3
@@ -62,6 +62,7 @@ def posterior(
     activations = features(used.numpy())
     normalise = normaliser(activations)
     z = normalise(activations)
+    del activations
     means, covariance = fit_mixture(z, y[used], shares)
     root = torch.linalg.cholesky(covariance)
     lenders = whitened(z, root)
