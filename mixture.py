@@ -18,20 +18,11 @@ LABEL_WEIGHT = 10.0  # how many unlabelled images a labelled one counts as
 EM_ROUNDS = 30
 NEIGHBOURS, SHARPNESS = 10, 0.1  # of an image; their weights are softmax(cosine / SHARPNESS)
 LENT, LENDING_ROUNDS = 0.8, 15  # the share of an image's label that comes from its neighbours
-MOST_IMAGES = (
-    5_000  # to estimate from, to be neighbours and to hold the features of at once, whatever the folder's size
-)
+MOST_IMAGES = 5_000  # to estimate from, to be neighbours and to hold at once, whatever the folder's size
 CHUNK = 1024
 EPSILON = 1e-3
 
-
 Features = Callable[[np.ndarray], torch.Tensor]  # float32 activations [n, D] of some images, by their places [n]
-
-
-def label_shares(labels: np.ndarray, n_classes: int) -> torch.Tensor:
-    """The classes' shares among the labels, [C] float32."""
-    counts = np.bincount(labels[labels >= 0], minlength=n_classes)
-    return torch.from_numpy(counts / counts.sum()).float()
 
 
 def estimated_shares(features: Features, labels: np.ndarray, n_classes: int) -> torch.Tensor:

@@ -82,7 +82,7 @@ class Session:
     ) -> None:
         self.config, self.index, self.split, self.saved, self.last = config, index, split, saved, last
         self.device, self.precision = device, precision
-        self.mixtures: dict[tuple[bytes, bool], tuple[np.ndarray, torch.Tensor]] = {}
+        self.mixtures: dict[tuple[bytes, bool], tuple[np.ndarray, torch.Tensor]] = {}  # of which labels, whose shares
         self.frozen = config.trainable == "head"
         keep = not self.frozen and config.views > 0
         self.views = data.Views(images.Images(index, config.img_size), config.augmentation, keep=keep)
@@ -130,12 +130,16 @@ class Session:
             return None
         if self.config.alignment == "estimated":
             return self._mixture()[1].to(self.device)
-        return mixture.label_shares(self.index.labels[self.split.labeled], len(self.index.classes)).to(self.device)
+        return self.label_shares().to(self.device)
+
+    def label_shares(self) -> torch.Tensor:
+        """The classes' shares among the labels, [C] float32."""
+        counts = np.bincount(self.index.labels[self.split.labeled], minlength=len(self.index.classes))
+        return torch.from_numpy(counts / counts.sum()).float()
 
     def describe_shares(self) -> str:
         """The classes' estimated shares of the unlabelled images beside those of the labels, most different first."""
-        found = self.prior().cpu()
-        given = mixture.label_shares(self.index.labels[self.split.labeled], len(found))
+        found, given = self.prior().cpu(), self.label_shares()
         items = [
             f"{self.index.classes[c]} {100 * found[c]:.0f}% ({100 * given[c]:.0f}%)"
             for c in (found - given).abs().argsort(descending=True).tolist()
@@ -153,10 +157,7 @@ class Session:
             def features_at(places: np.ndarray) -> torch.Tensor:
                 return self.average_view(rows[places])
 
-            if estimated:
-                shares = mixture.estimated_shares(features_at, labels, n_classes)
-            else:
-                shares = mixture.label_shares(labels, n_classes)
+            shares = mixture.estimated_shares(features_at, labels, n_classes) if estimated else self.label_shares()
             p = np.zeros((len(self.index), n_classes), dtype=np.float32)
             p[rows] = mixture.posterior(features_at, labels, n_classes, shares).numpy()
             self.mixtures[key] = p, shares
