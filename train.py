@@ -246,6 +246,7 @@ def mpl_step(
             loss_mpl = h * F.cross_entropy(t_logits_u, pseudo)
         measured |= {"loss_s": loss_s, "loss_mpl": loss_mpl, "h": h}
 
+    # Beyond the paper: from the next step on, its predictions lie a little nearer to the classes' shares.
     if prior is not None:
         teacher.offset = aligned_offset(teacher.offset, t_logits_uw if len(t_logits_uw) else t_logits_us, prior)
     teacher.update(loss_l + weight * loss_u + feedback_scale * loss_mpl)
