@@ -216,6 +216,7 @@ def draw_calibration(
 
 def draw_images(images: np.ndarray, captions: Sequence[str], title: str, path: Path, columns: int = 6) -> Path:
     """A grid of captioned images, [N, S, S, 3] uint8."""
+    columns = min(columns, max(len(images), 4))  # four are as wide as a title
     rows = -(-len(images) // columns)
     with plt.rc_context(STYLE | {"axes.grid": False}):
         figure, axes = plt.subplots(

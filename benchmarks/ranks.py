@@ -3,6 +3,8 @@
 python benchmarks/ranks.py --data_dir FOLDER --out ranks
 
 1. Steps: losses and feedback of 50 steps in float32, one process against two and four, in every mode.
+   Single: the same, where the several start each step from the state in which the one process started it. What rounding
+   alone grows to over 50 steps is left out; each of the 50 has to be right.
 2. Ends: test accuracies of whole runs.
 3. Death: one of two processes is killed with SIGKILL; torchrun restarts the job, whose end is compared bit by bit with
    that of a run which was stopped at the same place and resumed, and of one that nobody disturbed.
@@ -13,18 +15,21 @@ import argparse
 import csv
 import json
 import os
+import runpy
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # torchrun sets it for some: sums are in the order of the threads
 
 ROOT = Path(__file__).resolve().parent.parent
-MPL = [str(ROOT / "MPL.py")]
+MPL = (str(ROOT / "MPL.py"),)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 STEPS, TOLERANCE = 50, 1e-4
 PER_STEP = ("loss_l", "loss_u", "loss_mpl", "h", "loss_s")
@@ -35,18 +40,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="digits")
     parser.add_argument("--out", type=Path, default=Path("ranks"))
-    parser.add_argument("--parts", default="steps,ends,death,machines")
+    parser.add_argument("--parts", default="steps,single,ends,death,machines")
     parser.add_argument("rest", nargs="*", help="options for every run, after --")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     options.rest += ["--data_dir", options.data_dir, "--output_dir", str(options.out), "--amp", "off"]
     for part in options.parts.split(","):
-        {"steps": compare_steps, "ends": compare_ends, "death": survive_death, "machines": two_machines}[part](options)
+        {
+            "steps": compare_steps,
+            "single": compare_single_steps,
+            "ends": compare_ends,
+            "death": survive_death,
+            "machines": two_machines,
+        }[part](options)
 
 
-def command(ranks: int, name: str, *given: str, launcher: tuple[str, ...] = ()) -> list[str]:
+def command(
+    ranks: int, name: str, *given: str, launcher: tuple[str, ...] = (), program: tuple[str, ...] = MPL
+) -> list[str]:
     run = [*TORCHRUN, f"--nproc_per_node={ranks}", *launcher] if ranks > 1 or launcher else [sys.executable]
-    return [*run, *MPL, "--name", name, *given]
+    return [*run, *program, "--name", name, *given]
 
 
 def history(options: argparse.Namespace, name: str) -> list[dict[str, str]]:
@@ -63,16 +76,55 @@ def accuracy(options: argparse.Namespace, name: str) -> dict[str, float]:
     return {network: round(100 * own["accuracy"], 2) for network, own in tested.items()}
 
 
-def run_with(options: argparse.Namespace, kind: str, mode: str, ranks: int, *given: str) -> str:
+def run_with(
+    options: argparse.Namespace, kind: str, mode: str, ranks: int, *given: str, program: tuple[str, ...] = MPL
+) -> str:
     """A run that must succeed; returns its name."""
     name = f"{kind}-{mode.replace(' ', '_')}-{ranks}"
-    line = command(ranks, name, "--overwrite", *options.rest, *MODES[mode], *given)
+    line = command(ranks, name, "--overwrite", *options.rest, *MODES[mode], *given, program=program)
     subprocess.run(line, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return name
 
 
 def compare_steps(options: argparse.Namespace) -> None:
-    print(f"\nLargest differences in {STEPS} steps from those of one process\n")
+    print(f"\nLargest differences in {STEPS} steps from those of one process")
+    tabulate_steps(options, "steps", MPL)
+
+
+def compare_single_steps(options: argparse.Namespace) -> None:
+    print(f"\nLargest differences in {STEPS} steps, each from the state in which one process started it")
+    with tempfile.TemporaryDirectory() as folder:
+        tabulate_steps(options, "single", (__file__, "--along", folder))
+
+
+def train_along(folder: Path) -> None:
+    """MPL.py, where one process leaves its state after each step in a folder and several go on from what it left."""
+    os.environ["GOMP_SPINCOUNT"] = "10000"  # as MPL.py does before torch is imported
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    import distributed
+    import train
+
+    fit = train.fit
+
+    def fit_along(learners: dict, *args: object, on_step: Callable[[int], None], **given: object) -> None:
+        def along(done: int) -> None:
+            if distributed.world() == 1:
+                torch.save({name: learner.state_dict() for name, learner in learners.items()}, folder / f"{done}.pt")
+            else:
+                for name, state in torch.load(folder / f"{done}.pt", weights_only=True).items():
+                    learners[name].load_state_dict(state)
+            on_step(done)
+
+        fit(learners, *args, on_step=along, **given)
+
+    train.fit = fit_along
+    runpy.run_path(MPL[0], run_name="__main__")
+
+
+def tabulate_steps(options: argparse.Namespace, kind: str, program: tuple[str, ...]) -> None:
+    print()
     print(f"| mode | processes | {' | '.join(PER_STEP)} | first steps within {TOLERANCE:g} |")
     print("|---|---|" + "---|" * (len(PER_STEP) + 1))
     for mode in MODES:
@@ -80,7 +132,7 @@ def compare_steps(options: argparse.Namespace) -> None:
         if mode != "labels only":
             given += ["--warmup_epoch_num", "5"]
         for ranks in (1, 2, 4):
-            rows = history(options, run_with(options, "steps", mode, ranks, *given))
+            rows = history(options, run_with(options, kind, mode, ranks, *given, program=program))
             if ranks == 1:
                 alone = rows
                 continue
@@ -176,4 +228,8 @@ def two_machines(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--along"]:
+        del sys.argv[1]
+        train_along(Path(sys.argv.pop(1)))  # the rest is for MPL.py
+    else:
+        main()
