@@ -64,6 +64,7 @@ SPACE = {
     "feedback_scale": Dimension(0.1, 10.0, log=True),
     "label_smoothing": Dimension(0.0, 0.2),
 }
+WITH_MIXTURE = {"lambda_u": Dimension(0.5, 10.0, log=True)}  # a target to be trusted more: the default is 3
 
 
 def suggest(trial: optuna.trial.BaseTrial, config: Config, steps: int) -> Config:
@@ -82,8 +83,10 @@ def suggest(trial: optuna.trial.BaseTrial, config: Config, steps: int) -> Config
 
 def searched(config: Config) -> dict[str, Dimension]:
     """The part of the space that the user left open and that matters."""
-    idle = ("temperature", "threshold") if config.targets == "mixture" else ()
-    return {name: each for name, each in SPACE.items() if name not in config.given and name not in idle}
+    space, idle = SPACE, ()
+    if config.targets == "mixture":
+        space, idle = SPACE | WITH_MIXTURE, ("temperature", "threshold")
+    return {name: each for name, each in space.items() if name not in config.given and name not in idle}
 
 
 def as_given(config: Config, steps: int) -> dict[str, float]:

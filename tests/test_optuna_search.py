@@ -23,7 +23,9 @@ TUNE = [*TINY, "--num_epochs", "3", "--optuna_mode", "--trial_seeds", "2", "--nu
 
 
 def config(**given):
-    return args.configure(data_dir="d", name="s", optuna_mode=True, num_epochs=10, **({"targets": "teacher"} | given))
+    return args.configure(
+        data_dir="d", name="s", optuna_mode=True, **({"targets": "teacher", "num_epochs": 10} | given)
+    )
 
 
 def test_what_changes_nothing_is_not_searched():
@@ -31,6 +33,12 @@ def test_what_changes_nothing_is_not_searched():
         "temperature",
         "threshold",
     }
+
+
+def test_the_first_trial_has_the_defaults_of_either_target():
+    for targets in ("teacher", "mixture"):
+        given = config(num_epochs=100, targets=targets)
+        assert optuna_search.as_given(given, 800).keys() == optuna_search.searched(given).keys(), targets
 
 
 def test_a_trial_keeps_what_was_given_and_draws_the_rest_within_the_space():
