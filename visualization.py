@@ -123,7 +123,11 @@ def draw_curves(history: list[dict[str, str]], title: str, path: Path) -> Path:
     for name, ax in axes.items():
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if name != "feedback":
+        if name == "losses" and has_mpl:
+            low, high = ax.get_ylim()
+            ax.set_ylim(low, high + 0.28 * (high - low))  # room that no line crosses
+            ax.legend(ncols=2, loc="upper right", fontsize="small")
+        elif name != "feedback":
             ax.legend()
     if "model_1" in networks:
         axes["accuracy"].set_title("Validation accuracy (Model 1 teaches in even epochs, Model 2 in odd)", fontsize=9)
@@ -138,7 +142,9 @@ def _save(figure: plt.Figure, path: Path) -> Path:
 
 
 def shortened(name: str, length: int) -> str:
-    return name if len(name) <= length else f"{name[: length - 1]}…"
+    """At most so many characters of a name, its end among them: names that begin alike often differ there."""
+    end = length // 3
+    return name if len(name) <= length else f"{name[: length - 1 - end]}…{name[-end:]}"
 
 
 def _series(rows: list[dict[str, str]], key: str) -> tuple[list[int], list[float]]:
