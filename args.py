@@ -202,7 +202,7 @@ class Config:
     amp: str | None = option(
         None,
         "training",
-        "mixed precision; auto: bf16 where the hardware is built for it",
+        "mixed precision; auto: bf16 where the hardware is faster in it",
         kind=str,
         choices=("auto", "off", "bf16", "fp16"),
         shown="auto; digits: off",

@@ -231,14 +231,15 @@ def weak_view(size: int, *, mirror: bool) -> v2.Transform:
 def strong_view(augmentation: str, size: int, *, mirror: bool) -> v2.Transform:
     """The original project's augmentations (``transfer``), or the paper's RandAugment with Cutout (``randaugment``)."""
     if augmentation == "transfer":
-        bilinear = v2.InterpolationMode.BILINEAR
+        # Without a fill, what lies outside is black too, without a fourth channel to say where.
+        bend = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": None}
         return v2.Compose(
             [v2.RandomHorizontalFlip()] * mirror
             + [
                 v2.RandomApply([v2.ColorJitter(0.1, 0.1, 0.1, 0.1)], p=0.2),
-                v2.RandomAffine((-15, 20), translate=(0.1, 0.1), scale=(0.7, 1.2), interpolation=bilinear),
-                v2.RandomApply([v2.RandomAffine(0, shear=(30, 50), interpolation=bilinear)], p=0.3),
-                v2.RandomPerspective(0.5, p=0.3),
+                v2.RandomAffine((-15, 20), translate=(0.1, 0.1), scale=(0.7, 1.2), **bend),
+                v2.RandomApply([v2.RandomAffine(0, shear=(30, 50), **bend)], p=0.3),
+                v2.RandomPerspective(0.5, p=0.3, **bend),
                 v2.RandomGrayscale(p=0.1),
                 v2.RandomApply([AdditiveNoise(0.1)], p=0.2),
             ]
@@ -265,6 +266,7 @@ class Views:
         self.most = STORE_BYTES // (3 * images.size**2) if keep else 0
         mirror = images.index.name != "digits"
         self.images = images
+        self.digests = np.zeros((len(images), 16), np.uint8)  # of the pixels, once they are known
         self.augmentation = augmentation
         self.transforms = {
             "weak": weak_view(images.size, mirror=mirror),
@@ -280,7 +282,9 @@ class Views:
             return image
         view = self.kept.get((kind, i, draw))
         if view is None:
-            with seeded(derive_seed(kind, digest(image.numpy().tobytes()), draw)):
+            if not self.digests[i].any():
+                self.digests[i] = np.frombuffer(digest(image.numpy().tobytes()), np.uint8)
+            with seeded(derive_seed(kind, self.digests[i].tobytes(), draw)):
                 view = self.transforms[kind](image)
             if len(self.kept) < self.most:
                 self.kept[kind, i, draw] = view

@@ -121,8 +121,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
-    """The type of mixed precision, None for full float32. ``auto`` is bf16 where the hardware is built for it: on a
-    processor without matrix units (AMX) it has the instructions, but float32 is as fast or faster."""
+    """The type of mixed precision, None for full float32. ``auto`` is bf16 where it is faster."""
     if amp == "off":
         return None
     if amp in ("bf16", "fp16"):
@@ -130,8 +129,18 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "cpu":
-        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else None
+        return torch.bfloat16 if processor_is_fast_in_bf16() else None
     return None
+
+
+def processor_is_fast_in_bf16() -> bool:
+    """Whether this processor has matrix units (AMX), or is one of AMD's with AVX-512 for bf16, at twice float32's rate.
+    Intel's without matrix units have these instructions too, but convolutions in them take as long or longer."""
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    cpuinfo = Path("/proc/cpuinfo")
+    vendor = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
+    return torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in vendor
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -152,7 +161,7 @@ def keep_freed_memory() -> None:
         mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(trim_threshold, -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

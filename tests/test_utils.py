@@ -95,3 +95,20 @@ def test_seeds_depend_on_every_part_and_on_no_process():
     code = "import sys; sys.path.insert(0, sys.argv[1]); import utils; print(utils.derive_seed(3, 'x', 1))"
     other = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True, check=True)
     assert int(other.stdout) == utils.derive_seed(3, "x", 1)
+
+
+@pytest.mark.parametrize(
+    ("amx", "bf16", "vendor", "precision"),
+    [
+        (True, True, "GenuineIntel", torch.bfloat16),
+        (False, True, "GenuineIntel", None),
+        (False, True, "AuthenticAMD", torch.bfloat16),
+        (False, False, "AuthenticAMD", None),
+    ],
+)
+def test_auto_is_bf16_on_processors_that_are_faster_in_it(monkeypatch, amx, bf16, vendor, precision):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(utils.Path, "read_text", lambda path: f"vendor_id\t: {vendor}\n")
+    assert utils.pick_precision("auto", torch.device("cpu")) == precision
+    assert utils.pick_precision("off", torch.device("cpu")) is None
