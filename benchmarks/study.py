@@ -260,13 +260,14 @@ def print_table(rows: list[dict]) -> None:
     print("|---|---|---|---|---|---|---|")
     for (method, network), own in values.items():
         paired = [value - base for value, base in zip(own, baseline, strict=True)]
-        gap = statistics.mean(ceiling) - statistics.mean(baseline) if ceiling else float("nan")
+        gap = statistics.mean(ceiling) - statistics.mean(baseline) if ceiling else None
         took = statistics.median(row["seconds"] for row in rows if row["method"] == method)
         cells = [method, network, f"{statistics.mean(own):.2f} ± {statistics.stdev(own):.2f}"]
         if method == "labels only":
             cells += ["", "", ""]
         else:
-            cells += [interval(paired), f"{min(paired):+.1f}", f"{statistics.mean(paired) / gap:.0%}"]
+            closed = f"{statistics.mean(paired) / gap:.0%}" if gap else ""
+            cells += [interval(paired), f"{min(paired):+.1f}", closed]
         print("| " + " | ".join([*cells, f"{took:.0f}"]) + " |")
 
 
