@@ -161,7 +161,7 @@ def keep_freed_memory() -> None:
         mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, -1)
+        libc.mallopt(trim_threshold, -1)  # never
 
 
 # ---------------------------------------------------------------------------------------------------------------------
