@@ -2,8 +2,8 @@
 
 python benchmarks/speed.py
 
-The limit is one inference pass over the step's images by the fastest way we know (in the precision that
-``--amp auto`` takes), the least that fresh views can cost. Everything is measured in one process, interleaved, and the medians are
+The limit is one inference pass over the step's images by the fastest way we know, in the precision that ``--amp auto``
+takes: the least that fresh views can cost. Everything is measured in one process, interleaved, and the medians are
 compared, so that a noisy machine disturbs all alike. The reference runs with glibc's own memory management, ours with
 the one that ``MPL.py`` sets.
 """
