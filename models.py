@@ -272,7 +272,8 @@ class Encoder:
         self.body = backbone.body.to(device).eval().requires_grad_(False)
         if precision is None:  # in bf16, folded weights lose more to rounding
             self.body = fold_batch_norm(self.body, backbone.img_size)
-        self.chunk = GPU_CHUNK if device.type != "cpu" else CPU_CHUNK if precision is None else CPU_CHUNK_BF16
+        cpu_chunk = CPU_CHUNK if precision is None else CPU_CHUNK_BF16
+        self.chunk = cpu_chunk if device.type == "cpu" else GPU_CHUNK
         if compiled:
             self.body.compile(dynamic=False)
 

@@ -39,7 +39,7 @@ def find_data(
         differences = [f"which lacks {name}" for name in sorted(there - here)]
         differences += [f"which also has {name}" for name in sorted(here - there)]
         raise utils.CheckpointError(
-            f"the checkpoint has other classes than {config.data_dir} ({utils.shortened(differences)}); give "
+            f"the checkpoint has other classes than {config.data_dir} ({utils.first_few(differences)}); give "
             "the folder it was trained on"
         )
     index = images.check_images(
@@ -144,7 +144,7 @@ class Session:
             f"{self.index.classes[c]} {100 * found[c]:.0f}% ({100 * given[c]:.0f}%)"
             for c in (found - given).abs().argsort(descending=True).tolist()
         ]
-        return f"estimated shares of the unlabelled images (of the labels): {utils.shortened(items)}"
+        return f"estimated shares of the unlabelled images (of the labels): {utils.first_few(items)}"
 
     def _mixture(self) -> tuple[np.ndarray, torch.Tensor]:
         """The mixture model's probabilities [N, C] by index of the image, and the classes' shares [C] in it."""

@@ -68,7 +68,7 @@ def counted(n: int, one: str, many: str | None = None) -> str:
     return f"{n} {one if n == 1 else many or one + 's'}"
 
 
-def shortened(items: Sequence[str], most: int = 6) -> str:
+def first_few(items: Sequence[str], most: int = 6) -> str:
     """The first few of a list that may be long."""
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
