@@ -215,7 +215,8 @@ def draw_calibration(
         error = metrics.expected_calibration_error(p, labels)
         ax.set(title=f"{name}: ECE {error:.3f}", xlabel="confidence", xlim=(0, 1), ylim=(0, 1.02))
     axes[0].set_ylabel("share")
-    axes[0].legend(loc="upper left", fontsize=8)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8)  # where no curve runs
     figure.suptitle(f"Calibration on test images, {title}")
     return _save(figure, path)
 
@@ -263,7 +264,7 @@ def draw_samples(images: np.ndarray, weak: np.ndarray, strong: np.ndarray, label
                     spine.set_visible(False)
             axes[i, 0].set_ylabel(name)
         for j, label in enumerate(labels):
-            axes[0, j].set_title(shortened(label, 16), fontsize=9)
+            axes[0, j].set_title(shortened(label, 14), fontsize=9)
         return _save(figure, path)
 
 
