@@ -1,10 +1,11 @@
 """What trained networks say of images: of some of the dataset, or of a whole folder that nobody labelled.
 
 ``python MPL.py --test_mode --load_path RUN --predict_dir FOLDER`` needs the checkpoint alone, not what it was trained
-on. A folder of any size streams through: threads decode the next images while the networks look at these.
+on. A folder of any size streams through.
 """
 
 import dataclasses
+import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -42,10 +43,15 @@ def predict(session: Session, learners: Mapping[str, Learner], rows: np.ndarray)
 
 class Stream:
     """Decoded images by index, as :class:`images.Images`, for going over them once: those asked for are decoded in
-    threads, and forgotten when others are."""
+    threads, and forgotten when others are.
 
-    def __init__(self, index: images.Index, size: int) -> None:
+    With ``ahead`` the next ones are decoded while the networks look at these. Where both would run on the same
+    processor that gains nothing, and a network whose threads are interrupted waits for the slowest.
+    """
+
+    def __init__(self, index: images.Index, size: int, *, ahead: bool) -> None:
         self.index, self.size, self.side = index, size, images.short_side(index.name, size)
+        self.ahead = ahead
         self.pool = ThreadPoolExecutor(max(1, torch.get_num_threads()))
         self.pending: dict[int, Future[torch.Tensor]] = {}
 
@@ -54,14 +60,14 @@ class Stream:
 
     def batches(self, at_once: int) -> Iterator[tuple[np.ndarray, list[tuple[str, str]]]]:
         """The indices of some images that are decoded, and the files among them that cannot be, with the reasons."""
-        parts = np.array_split(np.arange(len(self.index)), -(-len(self.index) // at_once))
-        following = self._ask(parts[0])
-        for k in range(len(parts)):
-            self.pending = following
+        parts = iter(np.split(np.arange(len(self.index)), range(at_once, len(self.index), at_once)))
+        asked = [self._ask(rows) for rows in itertools.islice(parts, 1 + self.ahead)]
+        while asked:
+            self.pending = asked.pop(0)
             reasons = {i: _reason(future) for i, future in self.pending.items()}
-            following = self._ask(parts[k + 1]) if k + 1 < len(parts) else {}
             readable = np.array([i for i, reason in reasons.items() if not reason], dtype=np.int64)
             yield readable, [(self.index.paths[i], reason) for i, reason in reasons.items() if reason]
+            asked += [self._ask(rows) for rows in itertools.islice(parts, 1)]
 
     def _ask(self, rows: np.ndarray) -> dict[int, Future[torch.Tensor]]:
         return {int(i): self.pool.submit(images.decode, self.index.file(int(i)), self.size, self.side) for i in rows}
@@ -105,7 +111,7 @@ def label_folder(
         precision,
         saved,
     )
-    stream = session.views.images = Stream(index, config.img_size)
+    stream = session.views.images = Stream(index, config.img_size, ahead=device.type != "cpu")
     learners = session.loaded()
     print(
         f"{utils.counted(len(index), 'image')} in {config.predict_dir}, {' and '.join(learners)} of {config.load_path}"
