@@ -117,7 +117,10 @@ def draw_failures(
     """Write mistakes.png, the test images that are wrong most confidently, and disagreements.png, those of any part on
     which the networks are of different opinions most confidently. Returns the files written."""
     index, split = session.index, session.split
-    names = [visualization.shortened(name, 15) for name in index.classes]
+
+    def after(words: str, label: int) -> str:
+        return words + visualization.shortened(index.classes[label], visualization.CAPTION - len(words))
+
     confidence, choice = (each.numpy() for each in train.final(predicted["test"]).max(-1))
     wrong = np.flatnonzero(choice != index.labels[split.test])
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:most]
@@ -125,7 +128,10 @@ def draw_failures(
         "mistakes": (
             "Test images that are wrong most confidently",
             split.test[wrong],
-            [f"is {names[index.labels[split.test[i]]]}\nnot {names[choice[i]]} ({confidence[i]:.0%})" for i in wrong],
+            [
+                f"{after('is ', index.labels[split.test[i]])}\n{after('not ', choice[i])} ({confidence[i]:.0%})"
+                for i in wrong
+            ],
         )
     }
     voters = [name for name in predicted["test"] if name != "ensemble"]
@@ -141,7 +147,7 @@ def draw_failures(
             rows[split_votes],
             [
                 "\n".join(
-                    f"{voter.replace('_', ' ')}: {names[v]}" for voter, v in zip(voters, votes[:, i], strict=True)
+                    after(f"{voter.replace('_', ' ')}: ", v) for voter, v in zip(voters, votes[:, i], strict=True)
                 )
                 for i in split_votes
             ],

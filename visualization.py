@@ -177,8 +177,10 @@ def draw_confusion(
             j, i, text, ha="center", va="center", fontsize=font - 1, color="white" if shares[i, j] > 0.55 else "black"
         )
     accuracy = np.trace(counts) / max(counts.sum(), 1)
-    heading = f"{title}: {accuracy:.2%} of {counts.sum()} test images"
-    ax.set_title(textwrap.fill(heading, max(30, int(side * 11))), fontsize=10)
+    heading, score = f"{title}:", f"{accuracy:.2%} of {counts.sum()} test images"
+    width = max(30, int(side * 11))
+    fits = len(heading) + 1 + len(score) <= width
+    ax.set_title(f"{heading} {score}" if fits else f"{textwrap.fill(heading, width)}\n{score}", fontsize=10)
     ax.set(xlabel="predicted", ylabel="true")
     ax.tick_params(labelsize=font)
     ax.grid(False)
@@ -221,8 +223,11 @@ def draw_calibration(
     return _save(figure, path)
 
 
+CAPTION = 27
+
+
 def draw_images(images: np.ndarray, captions: Sequence[str], title: str, path: Path, columns: int = 6) -> Path:
-    """A grid of captioned images, [N, S, S, 3] uint8."""
+    """A grid of captioned images, [N, S, S, 3] uint8; ``CAPTION`` characters of a caption stand beside each other."""
     columns = min(columns, max(len(images), 4))  # four are as wide as a title
     rows = -(-len(images) // columns)
     with plt.rc_context(STYLE | {"axes.grid": False}):
@@ -233,7 +238,8 @@ def draw_images(images: np.ndarray, captions: Sequence[str], title: str, path: P
             ax.axis("off")
         for ax, image, caption in zip(axes.flat, images, captions, strict=False):
             ax.imshow(image, interpolation="nearest" if image.shape[0] < 64 else None)
-            ax.set_title(caption, fontsize=7, y=1.02)  # at a place that need not be searched for
+            lines = [textwrap.fill(line, CAPTION) for line in caption.splitlines()]
+            ax.set_title("\n".join(lines), fontsize=7, y=1.02)  # at a place that need not be searched for
         figure.suptitle(title)
         return _save(figure, path)
 
