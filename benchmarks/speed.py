@@ -3,18 +3,21 @@
 python benchmarks/speed.py
 
 The limit is one inference pass over the step's images by the fastest way we know, in the precision that ``--amp auto``
-takes: the least that fresh views can cost. Everything is measured in one process, interleaved, and the medians are
-compared, so that a noisy machine disturbs all alike. The reference runs with glibc's own memory management, ours with
-the one that ``MPL.py`` sets.
+takes: the least that fresh views can cost. Everything is measured in one run, interleaved, and the medians are
+compared, so that a noisy machine disturbs all alike. The reference has a process of its own, as its users would have:
+the memory that ours keeps for itself (``utils.keep_freed_memory``) would make it faster or slower by chance.
 """
 
+import contextlib
 import copy
-import ctypes
-import platform
+import itertools
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -51,28 +54,48 @@ def photographs(n: int, size: int) -> images.Index:
     )
 
 
-def reference_networks(body: nn.Module, n_features: int, whole: bool) -> tuple:
+def reference(body: nn.Module, n_features: int, *, whole: bool) -> Callable[..., None]:
+    """A step of the original's way on two networks of that body, as a function of the batch."""
     networks = [nn.Sequential(copy.deepcopy(body), nn.Linear(n_features, CLASSES)).train() for _ in range(2)]
     for network in networks:
         network.to(memory_format=torch.contiguous_format).requires_grad_(True)
     learning = [network if whole else network[1] for network in networks]
-    return networks, [torch.optim.AdamW(part.parameters(), lr=1e-3) for part in learning]
+    optimizers = [torch.optim.AdamW(part.parameters(), lr=1e-3) for part in learning]
+    return lambda batch: reference_step(*networks, *optimizers, batch, weight=0.27, joint=whole)
 
 
-def restore_malloc() -> None:
-    """What glibc's malloc has come to after a few large blocks, if nobody asks it for something else."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for parameter, value in ((-4, 65536), (-3, 32 * 2**20), (-1, 64 * 2**20)):  # mmap max, its threshold, trim
-            libc.mallopt(parameter, value)
+@contextlib.contextmanager
+def in_a_process(build: Callable[..., Callable[[], None]], *arguments: object) -> Iterator[Callable[[], None]]:
+    """The action that ``build(*arguments)`` makes, done in a process of its own each time it is called here."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, build, arguments), daemon=True)
+    process.start()
+    there.close()  # so that its end is seen here
+
+    def action() -> None:
+        here.send(True)
+        here.recv()
+
+    try:
+        yield action
+    finally:
+        process.terminate()
+        process.join()
 
 
-def interleaved(rounds: int, **actions) -> dict[str, float]:
+def _serve(connection: Connection, build: Callable[..., Callable[[], None]], arguments: tuple) -> None:
+    action = build(*arguments)
+    while connection.recv():
+        action()
+        connection.send(True)
+
+
+def interleaved(rounds: int, **actions: Callable[[], object]) -> dict[str, float]:
     """The median seconds of each action over rounds in which each is run once, after one round to warm up."""
     times: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(rounds + 1):
         for name, action in actions.items():
-            (restore_malloc if name == "reference" else utils.keep_freed_memory)()
             began = time.perf_counter()
             action()
             times[name].append(time.perf_counter() - began)
@@ -80,81 +103,91 @@ def interleaved(rounds: int, **actions) -> dict[str, float]:
     return {name: statistics.median(each[1:]) for name, each in times.items()}
 
 
-def frozen(model_name: str, weights: str, rounds: int) -> dict[str, float]:
+class Frozen:
     """A frozen backbone at 224 pixels, 64 labelled and 64 unlabelled images a step."""
-    index = photographs(512, 224)
-    views = data.Views(images.Images(index, 224), "transfer")
-    rows = np.arange(len(index))
-    views("plain", rows, rows)  # decoded once, as in training
-    backbone = models.build_backbone(model_name, weights, 224, seed=0)
-    networks, optimizers = reference_networks(backbone.body, backbone.n_features, whole=False)
-    precision = utils.pick_precision("auto", CPU)
-    encoder = models.Encoder(backbone, CPU, precision)
+
+    def __init__(self, model_name: str, weights: str) -> None:
+        self.index = photographs(512, 224)
+        self.rows = np.arange(len(self.index))
+        self.views = data.Views(images.Images(self.index, 224), "transfer")
+        self.views("plain", self.rows, self.rows)  # decoded once, as in training
+        self.backbone = models.build_backbone(model_name, weights, 224, seed=0)
+        self.steps = itertools.count()
+
+    def batch(self, n_views: int, source: data.Source) -> data.Batch:
+        schedule = data.Schedule(self.rows[:128], self.rows, 64, 64, n_views, 0)
+        return schedule.batch(next(self.steps), self.index.labels, source)
+
+
+def frozen_reference(model_name: str, weights: str) -> Callable[[], None]:
+    setting = Frozen(model_name, weights)
+    step = reference(setting.backbone.body, setting.backbone.n_features, whole=False)
+    return lambda: step(setting.batch(0, setting.views))
+
+
+def frozen(model_name: str, weights: str, rounds: int) -> dict[str, float]:
+    setting = Frozen(model_name, weights)
+    encoder = models.Encoder(setting.backbone, CPU, utils.pick_precision("auto", CPU))
     learners = [
-        models.Learner(name, nn.Sequential(nn.Linear(backbone.n_features, CLASSES)), updates=10**6, lr=1e-3)
+        models.Learner(name, nn.Sequential(nn.Linear(encoder.n_features, CLASSES)), updates=10**6, lr=1e-3)
         for name in ("teacher", "student")
     ]
-    steps = iter(range(10**6))
-
-    def schedule(n_views: int) -> data.Schedule:
-        return data.Schedule(rows[:128], rows, 64, 64, n_views, 0)
 
     def fresh() -> None:
-        step = next(steps)
-        batch = schedule(0).batch(step, index.labels, views)
-        train.mpl_step(*learners, batch.to(CPU, encoder), step)
+        train.mpl_step(*learners, setting.batch(0, setting.views).to(CPU, encoder), 0)
 
-    def reference() -> None:
-        step = next(steps)
-        batch = schedule(0).batch(step, index.labels, views)
-        reference_step(*networks, *optimizers, batch, weight=0.27)
-
-    pictures = views("plain", rows[:192], rows[:192])
-    with tempfile.TemporaryDirectory() as folder:
-        source = features.FeatureCache(views, encoder, Path(folder))
+    pictures = setting.views("plain", setting.rows[:192], setting.rows[:192])
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        in_a_process(frozen_reference, model_name, weights) as theirs,
+    ):
+        source = features.FeatureCache(setting.views, encoder, Path(folder))
         for view in range(2):
             for kind in ("weak", "strong"):
-                source(kind, rows, np.full(len(rows), view))
-        cached_steps = iter(range(10**6))
+                source(kind, setting.rows, np.full(len(setting.rows), view))
 
         def cached() -> None:
             for _ in range(20):
-                step = next(cached_steps)
-                train.mpl_step(*learners, schedule(2).batch(step, index.labels, source), step)
+                train.mpl_step(*learners, setting.batch(2, source), 0)
 
-        times = interleaved(rounds, reference=reference, fresh=fresh, cached=cached, limit=lambda: encoder(pictures))
+        times = interleaved(rounds, reference=theirs, fresh=fresh, cached=cached, limit=lambda: encoder(pictures))
     times["cached"] /= 20
     return times
 
 
-def from_scratch(rounds: int) -> dict[str, float]:
+def small_images() -> tuple[nn.Module, data.Batch]:
     """WRN-28-2 at 32 pixels, all of it learning: 64 labelled and 256 unlabelled images a step."""
     index = photographs(512, 32)
     views = data.Views(images.Images(index, 32), "randaugment")
     rows = np.arange(len(index))
-    schedule = data.Schedule(rows[:128], rows, 64, 256, 0, 0)
     body = models.build_backbone("wrn_28_2", "none", 32, seed=0).body
-    networks, optimizers = reference_networks(body, 128, whole=True)
-    precision = utils.pick_precision("auto", CPU)
+    return body, data.Schedule(rows[:128], rows, 64, 256, 0, 0).batch(0, index.labels, views)
+
+
+def whole_reference() -> Callable[[], None]:
+    body, batch = small_images()
+    step = reference(body, 128, whole=True)
+    return lambda: step(batch)
+
+
+def from_scratch(rounds: int) -> dict[str, float]:
+    body, batch = small_images()
     learners = [
         models.Learner(
             name,
             nn.Sequential(copy.deepcopy(body), nn.Linear(128, CLASSES)),
             updates=10**6,
             lr=1e-3,
-            precision=precision,
+            precision=utils.pick_precision("auto", CPU),
         )
         for name in ("teacher", "student")
     ]
-    batch = schedule.batch(0, index.labels, views)
-    return interleaved(
-        rounds,
-        reference=lambda: reference_step(*networks, *optimizers, batch, weight=0.27, joint=True),
-        fresh=lambda: train.mpl_step(*learners, batch, 0),
-    )
+    with in_a_process(whole_reference) as theirs:
+        return interleaved(rounds, reference=theirs, fresh=lambda: train.mpl_step(*learners, batch, 0))
 
 
 def main() -> None:
+    utils.keep_freed_memory()
     lite0 = frozen("efficientnet_lite0", "default", rounds=3)
     resnet18 = frozen("resnet18", "none", rounds=3)
     wrn = from_scratch(rounds=3)
