@@ -82,7 +82,7 @@ def conclude(
     utils.write_json(folder.results / "metrics.json", figures)
     del predicted["val"]
     predicted |= predict_unlabeled(session, learners)
-    utils.write_atomically(folder.results / "predictions.csv", record.predictions_csv(session.index, split, predicted))
+    record.write_predictions(folder.results / "predictions.csv", session.index, split, predicted)
     written = visualization.draw_run(folder.results)
     written += draw_failures(session, folder, predicted)
     written.append(report.write(folder.results))

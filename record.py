@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -239,14 +239,22 @@ def prediction_rows(
         ]
 
 
-def predictions_csv(index: Index, split: Split, predicted: dict[str, dict[str, torch.Tensor]]) -> bytes:
-    """The predictions of some parts of the split."""
-    lines = []
-    for part, of_part in predicted.items():
-        rows = getattr(split, part)
-        paths = [index.paths[i] for i in rows]
-        lines += prediction_rows(index.classes, paths, index.labels[rows], part, of_part)
-    return utils.csv_bytes([prediction_header(index.classes, next(iter(predicted.values()))), *lines])
+def write_predictions(
+    path: Path, index: Index, split: Split, predicted: dict[str, dict[str, torch.Tensor]], at_once: int = 4096
+) -> None:
+    """Write the predictions of some parts of the split, each network's and the ensemble's probabilities [n, C]."""
+
+    def write(file: BinaryIO) -> None:
+        file.write(utils.csv_bytes([prediction_header(index.classes, next(iter(predicted.values())))]))
+        for part, of_part in predicted.items():
+            rows = getattr(split, part)
+            for start in range(0, len(rows), at_once):
+                some = rows[start : start + at_once]
+                paths = [index.paths[i] for i in some]
+                p = {name: each[start : start + at_once] for name, each in of_part.items()}
+                file.write(utils.csv_bytes(prediction_rows(index.classes, paths, index.labels[some], part, p)))
+
+    utils.write_atomically(path, write)
 
 
 def result_table(figures: dict[str, Any]) -> str:

@@ -295,11 +295,14 @@ def csv_bytes(rows: Iterable[Sequence[object]]) -> bytes:
     return text.getvalue().encode("utf-8", "surrogateescape")
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of what :func:`csv_bytes` made."""
+def read_csv(path: Path, **wanted: str) -> list[dict[str, str]]:
+    """The rows of what :func:`csv_bytes` made, or those alone that have the ``wanted`` cells."""
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        rows = list(csv.DictReader(file))
-    return [{key: cell[1:] if cell[:1] == "'" else cell for key, cell in row.items()} for row in rows]
+        return [
+            {key: cell[1:] if cell[:1] == "'" else cell for key, cell in row.items()}
+            for row in csv.DictReader(file)
+            if all(row[key] == cell for key, cell in wanted.items())
+        ]
 
 
 def write_json(path: Path, value: Any) -> None:

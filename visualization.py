@@ -65,7 +65,7 @@ def draw_run(results: Path) -> list[Path]:
     with plt.rc_context(STYLE):
         if (results / "history.csv").exists():
             written.append(draw_curves(utils.read_csv(results / "history.csv"), title, results / "graphs.png"))
-        rows = [row for row in utils.read_csv(results / "predictions.csv") if row["split"] == "test"]
+        rows = utils.read_csv(results / "predictions.csv", split="test")
         truth = [row["true_label"] for row in rows]
         votes = {name: f"{name}_vote" for name in figures["test"] if name != "ensemble"}
         pictures = {TITLES[name]: column for name, column in votes.items()}

@@ -105,7 +105,7 @@ def accuracy(options: argparse.Namespace, folder: Path, method: str, seed: int) 
             [*map(str, command), *METHODS[method].split(), *options.rest], capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-    rows = [row for row in utils.read_csv(table) if row["split"] == "unlabeled"]
+    rows = utils.read_csv(table, split="unlabeled")
     return 100 * float(np.mean([Path(row["path"]).name.split("__")[0] == row["predicted_label"] for row in rows]))
 
 
