@@ -25,12 +25,6 @@ EPSILON = 1e-3
 Features = Callable[[np.ndarray], torch.Tensor]  # float32 activations [n, D] of some images, by their places [n]
 
 
-def estimated_shares(features: Features, labels: np.ndarray, n_classes: int) -> torch.Tensor:
-    """The classes' shares among the unlabelled images, [C] float32, as a mixture that is free to choose them finds."""
-    p = posterior(features, labels, n_classes, None)
-    return p[labels < 0].mean(0) if (labels < 0).any() else p.mean(0)
-
-
 def posterior(
     features: Features, labels: np.ndarray, n_classes: int, shares: torch.Tensor | None, *, seed: int = 0
 ) -> torch.Tensor:
@@ -44,10 +38,7 @@ def posterior(
     y = F.one_hot(torch.from_numpy(labels).clamp_min(0), n_classes).float() * known[:, None]
     if known.all():
         return y
-    rank = np.where(labels >= 0, 1, 2)  # who is used first: one image of each class, labelled ones, the others
-    rank[[np.flatnonzero(labels == c)[0] for c in range(n_classes)]] = 0
-    order = np.random.default_rng(seed).permutation(len(labels))
-    order = torch.from_numpy(order[np.argsort(rank[order], kind="stable")])
+    order = torch.from_numpy(in_order_of_use(labels, n_classes, seed))
     used, others = (part.sort().values for part in (order[:MOST_IMAGES], order[MOST_IMAGES:]))
 
     activations = features(used.numpy())
@@ -72,6 +63,15 @@ def posterior(
     p = torch.where(known[:, None], y, balanced(scores.softmax(-1), shares))
     p = lend(p, weights, neighbours, known)
     return torch.where(known[:, None], y, balanced(p, shares))
+
+
+def in_order_of_use(labels: np.ndarray, n_classes: int, seed: int) -> np.ndarray:
+    """The images' places [N] in the order in which they are used while there is room: one of each class, labelled ones,
+    the others, shuffled."""
+    rank = np.where(labels >= 0, 1, 2)
+    rank[[np.flatnonzero(labels == c)[0] for c in range(n_classes)]] = 0
+    order = np.random.default_rng(seed).permutation(len(labels))
+    return order[np.argsort(rank[order], kind="stable")]
 
 
 def normaliser(features: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -42,21 +42,6 @@ def test_a_few_labels_name_the_groups(monkeypatch, most):
     assert np.array_equal(p[known], np.eye(3)[labels[known]])
 
 
-def test_labels_in_other_shares_than_the_images_mislead_unless_the_shares_are_estimated():
-    features, truth = groups()
-    labels = some_labels(truth, (5, 5, 5))
-    unknown = labels < 0
-    given = torch.full((3,), 1 / 3)
-    estimated = mixture.estimated_shares(lambda rows: features[rows], labels, 3)
-    truly = np.bincount(truth[unknown]) / unknown.sum()
-    assert np.abs(estimated.numpy() - truly).max() < 0.04
-    right = [
-        (mixture.posterior(lambda rows: features[rows], labels, 3, shares).argmax(-1).numpy() == truth)[unknown].mean()
-        for shares in (given, estimated)
-    ]
-    assert right[1] > right[0] + 0.05
-
-
 def test_labels_alone_are_returned_as_they_are():
     features, truth = groups(20)
     assert np.array_equal(mixture.posterior(lambda rows: features[rows], truth, 3, SHARES).numpy(), np.eye(3)[truth])
