@@ -78,21 +78,22 @@ def calibration(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarr
     """The scale and the biases [C] of logits [n, C] under which the labels are the likeliest, each class counting the
     same: bias-corrected temperature scaling (Alexandari et al., arXiv 1901.06852, section 2.2); biases cost something.
     """
-    from scipy.optimize import minimize
+    x, y = torch.from_numpy(logits), torch.from_numpy(labels)
+    weight = 1 / torch.bincount(y)[y]
+    log_scale = torch.zeros((), dtype=x.dtype, requires_grad=True)
+    bias = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True)
+    search = torch.optim.LBFGS([log_scale, bias], max_iter=100, line_search_fn="strong_wolfe")
 
-    x, y = torch.from_numpy(logits).double(), torch.from_numpy(labels)
-    weight = 1 / torch.bincount(y)[y].double()
-
-    def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
-        parameters = torch.from_numpy(values).requires_grad_()
-        log_p = (parameters[0].exp() * x + parameters[1:]).log_softmax(-1)
+    def loss() -> torch.Tensor:
+        search.zero_grad()
+        log_p = (log_scale.exp() * x + bias).log_softmax(-1)
         each = -log_p[torch.arange(len(y)), y]
-        total = (weight * each).sum() / weight.sum() + BIAS_PENALTY * parameters[1:].square().sum()
+        total = (weight * each).sum() / weight.sum() + BIAS_PENALTY * bias.square().sum()
         total.backward()
-        return total.item(), parameters.grad.numpy()
+        return total
 
-    values = minimize(loss, np.zeros(1 + logits.shape[1]), jac=True).x
-    return float(np.exp(values[0])), values[1:]
+    search.step(loss)
+    return float(log_scale.detach().exp()), bias.detach().numpy()
 
 
 def likeliest_shares(p: np.ndarray) -> np.ndarray:

@@ -54,6 +54,8 @@ def test_imports_go_one_way():
         "features",
         "train",
         "record",
+        "mixture",
+        "label_shift",
         "session",
         "modes",
         "predict",
