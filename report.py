@@ -36,6 +36,7 @@ PICTURES = {  # in the order of the page, with what is said beside them
 }
 PHOTOGRAPHS = ("mistakes", "disagreements", "samples")  # pictures that are embedded as JPEG
 SIDE_BY_SIDE, LEGIBLE = 12, 30  # classes up to which confusion matrices stand in one row, and can be read in the page
+FEW = 50  # test images
 SPEAKING = {"graphs": "curves", "optuna_history": "history of the search"}
 
 PAGE = Template("""<!doctype html>
@@ -98,10 +99,7 @@ def write(results: Path) -> Path:
     parts = [
         f"<h1>{escape(results.name)}</h1>",
         f'<p class="soft">{escape(figures["dataset"])} · {escape(figures["model_name"])} · {figures["mode"]}</p>',
-        f'<p class="headline">{figures["test"][final]["accuracy"]:.2%}</p>',
-        f"<p>of {counts['test']:,} test images are labelled rightly by the {_spaced(final)}, after training with "
-        f"{counts['labeled']:,} labels and {counts['unlabeled']:,} images without. Of all such images that means "
-        f"{metrics.interval(figures['test'][final]['accuracy'], counts['test'])} (95 % interval).</p>",
+        *_headline(figures["test"][final]["accuracy"], final, counts),
         *_scores(figures),
         "<h2>Data</h2>",
         "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in figures["notes"]) + "</ul>",
@@ -128,6 +126,23 @@ def write(results: Path) -> Path:
     path = results / "report.html"
     utils.write_atomically(path, page.encode("utf-8", "backslashreplace"))
     return path
+
+
+def _headline(accuracy: float, network: str, counts: dict[str, int]) -> list[str]:
+    """The score, or only between what it lies, where too few images were tested to say more."""
+    interval = metrics.interval(accuracy, counts["test"])
+    trained = f"after training with {counts['labeled']:,} labels and {counts['unlabeled']:,} images without"
+    if counts["test"] < FEW:
+        return [
+            f'<p class="headline">{interval}</p>',
+            f"<p>of images like these are labelled rightly by the {_spaced(network)}, {trained} (95 % interval): it was "
+            f"right about {accuracy:.0%} of the {counts['test']:,} test images, which are too few to say more.</p>",
+        ]
+    return [
+        f'<p class="headline">{accuracy:.2%}</p>',
+        f"<p>of {counts['test']:,} test images are labelled rightly by the {_spaced(network)}, {trained}. Of all such "
+        f"images that means {interval} (95 % interval).</p>",
+    ]
 
 
 def _scores(figures: dict) -> list[str]:

@@ -73,6 +73,13 @@ def test_the_report_is_whole_and_asks_nothing_of_the_network(nasty):
     assert "prefers-color-scheme: dark" in text
 
 
+def test_few_test_images_make_no_headline_of_100_percent():
+    headline, text = report._headline(1.0, "ensemble", {"labeled": 87, "unlabeled": 3966, "test": 6})
+    assert ">61.0% to 100.0%<" in headline
+    assert "right about 100% of the 6 test images" in text
+    assert ">100.00%<" in report._headline(1.0, "ensemble", {"labeled": 87, "unlabeled": 3966, "test": 60})[0]
+
+
 def test_a_class_that_is_markup_stays_text(tmp_path):
     figures = {
         "classes": [NASTY, "b"],
