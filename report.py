@@ -135,8 +135,8 @@ def _headline(accuracy: float, network: str, counts: dict[str, int]) -> list[str
     if counts["test"] < FEW:
         return [
             f'<p class="headline">{interval}</p>',
-            f"<p>of images like these are labelled rightly by the {_spaced(network)}, {trained} (95 % interval): it was "
-            f"right about {accuracy:.0%} of the {counts['test']:,} test images, which are too few to say more.</p>",
+            f"<p>of images like these are labelled rightly by the {_spaced(network)}, {trained} (95 % interval): it "
+            f"was right about {accuracy:.0%} of the {counts['test']:,} test images, which are too few to say more.</p>",
         ]
     return [
         f'<p class="headline">{accuracy:.2%}</p>',
