@@ -108,20 +108,21 @@ def _make_file(path: Path, n_bytes: int) -> None:
 def open_features(
     views: Views, encoder: Encoder, fingerprint: str, *, n_views: int, cache_dir: str, cache_gb: float
 ) -> tuple[FeatureSource, str]:
-    """The source of features and a line that says what is kept where.
+    """The source of features and a line that says what is kept where: of the images, and of ``n_views`` weak and as
+    many strong views of each.
 
-    With ``n_views`` 0 (every view is new) or ``cache_gb`` 0, nothing is kept. Features of other runs that were used
-    least recently are removed to stay within ``cache_gb`` GiB.
+    With ``cache_gb`` 0 nothing is kept. Features of other runs that were used least recently are removed to stay within
+    ``cache_gb`` GiB.
     """
-    if not n_views or not cache_gb:
-        return FeatureSource(views, encoder), "features are computed at every step"
+    if not cache_gb:
+        return FeatureSource(views, encoder), "features are computed whenever they are needed"
     index = views.images.index
     needed = len(np.unique(index.digests)) * (2 * n_views + 1) * row_type(encoder.n_features).itemsize
     if needed > cache_gb * GIB:
         return (
             FeatureSource(views, encoder),
-            f"features are computed at every step: {n_views} views need {needed / GIB:.1f} GiB and --cache_gb allows "
-            f"{cache_gb:g}; raise it or lower --views",
+            f"features are computed whenever they are needed: {n_views} views take {needed / GIB:.1f} GiB and "
+            f"--cache_gb allows {cache_gb:g}; raise it or lower --views",
         )
     root = Path(cache_dir).expanduser()
     key = hashlib.sha256(repr((fingerprint, str(encoder.precision), encoder.device.type)).encode())
@@ -131,10 +132,8 @@ def open_features(
     os.utime(folder)
     kept = _folder_bytes(folder)
     _make_room(root, folder, cache_gb * GIB - max(needed, kept))
-    return (
-        FeatureCache(views, encoder, folder),
-        f"features of {n_views} weak and strong views an image are kept in {folder} ({kept / GIB:.2f} GiB so far)",
-    )
+    what = f"features of {n_views} weak and strong views an image" if n_views else "the images' features"
+    return FeatureCache(views, encoder, folder), f"{what} are kept in {folder} ({kept / GIB:.2f} GiB so far)"
 
 
 def _folder_bytes(folder: Path) -> int:

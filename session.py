@@ -19,6 +19,8 @@ import models
 import terminal
 import utils
 
+AVERAGED_VIEWS = 4  # weak and strong ones each, for the mixture
+
 
 def find_data(
     config: args.Config, saved: dict[str, Any] | None = None, last: dict[str, Any] | None = None
@@ -106,11 +108,13 @@ class Session:
                 self.views,
                 encoder,
                 fingerprint,
-                n_views=config.views,
+                n_views=config.views or (AVERAGED_VIEWS if config.targets == "mixture" else 0),
                 cache_dir=config.cache_dir,
                 cache_gb=config.cache_gb,
             )
             self.notes.append(note)
+            if not config.views and config.mode != "test":
+                self.notes.append("each step has new views, which go through the backbone")
         else:
             self.encode = lambda images: images
             self.source = lambda *wanted: self.views(*wanted).to(device)
@@ -165,10 +169,10 @@ class Session:
         return self.mixtures[key]
 
     def average_view(self, rows: np.ndarray, weak_weight: int = 3, chunk: int = 256) -> torch.Tensor:
-        """The mean of each image's features over its views [n, D], the weak ones more; without views, of the image."""
-        views = self.config.views
-        wanted = [("weak", v, weak_weight) for v in range(views)] + [("strong", v, 1) for v in range(views)]
-        wanted = wanted or [("plain", 0, 1)]
+        """The mean of each image's features over its views [n, D], the weak ones more; over the same few views if each
+        step has new ones."""
+        views = range(self.config.views or AVERAGED_VIEWS)
+        wanted = [("weak", v, weak_weight) for v in views] + [("strong", v, 1) for v in views]
 
         def average(rows: np.ndarray) -> list[torch.Tensor]:
             chunks = np.array_split(rows, -(-len(rows) // chunk))
@@ -222,7 +226,7 @@ class Session:
 
     def batches(self, schedule: data.Schedule, start: int, stop: int) -> Iterator[data.Batch]:
         """The batch of each step: features from the cache, or fresh views prepared by the loader's workers."""
-        if isinstance(self.source, features.FeatureCache):
+        if self.config.views and isinstance(self.source, features.FeatureCache):
             for step in range(start, stop):
                 yield schedule.batch(step, self.index.labels, self.source).labels_to(self.device)
         else:

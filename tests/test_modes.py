@@ -7,9 +7,12 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, make_folder
 
+import data
 import mixture
+import modes
 
 EPOCHS = ["--num_epochs", "3"]
 
@@ -214,6 +217,28 @@ def test_the_mixture_is_of_the_training_images_and_knows_their_given_labels_only
     assert (known["labels"] >= 0).sum() == counts["labeled"]
     assert cli.metrics("a")["test"]["student"]["accuracy"] == 1.0  # colours are told apart by any network
     cli.inside("--name", "b", "--finetune_mode", "--load_path", "a")
+
+
+def test_new_views_at_each_step_leave_the_mixture_as_it_is(cli, colours, tmp_path, monkeypatch):
+    """What it averages over is the same, and kept; what the steps see is new, and is not."""
+    seen, aims = [], []
+    to, plan = data.Batch.to, modes.plan_training
+
+    def move(batch, *rest):
+        moved = to(batch, *rest)
+        seen.append(moved.x_us)
+        return moved
+
+    monkeypatch.setattr(data.Batch, "to", move)
+    monkeypatch.setattr(modes, "plan_training", lambda *given: aims.append(given[2]) or plan(*given))
+    frozen = [*TINY, "--num_epochs", "4", "--trainable", "head", "--targets", "mixture", "--cache_dir", tmp_path]
+    for name, views in (("kept", "4"), ("fresh", "0")):
+        cli.inside("--name", name, "--data_dir", colours, *frozen, "--views", views)
+        files = {file.name: file.read_bytes() for file in tmp_path.glob("*/*.f16")}
+    assert np.array_equal(*aims)
+    assert len(files) == 1 + 2 * 4  # plain, weak and strong ones
+    assert len(seen) == 4 * 2  # of the second run alone: the first one's come from the files
+    assert len(torch.cat(seen).unique(dim=0)) == len(torch.cat(seen))
 
 
 def test_the_shares_of_chosen_labels_are_not_believed(cli, tmp_path, colours):
