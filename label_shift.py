@@ -30,39 +30,35 @@ def estimated_shares(features: mixture.Features, labels: np.ndarray, n_classes: 
     if not unknown.any():
         return torch.from_numpy(np.bincount(labels, minlength=n_classes) / len(labels)).float()
     found = mixture.posterior(lambda places: x[places], labels, n_classes, None)[unknown].mean(0)
-    hidden, truth, logits = answers(mixture.normaliser(x)(x).numpy(), labels, n_classes, seed)
-    if len(np.unique(truth)) < n_classes:  # too few labels to hide some of each class
+    if np.bincount(labels[~unknown]).min() < 2 or 2 * n_classes > MOST_LABELLED:  # none of a class could be hidden
         return found
+    hidden, truth, logits = answers(mixture.normaliser(x)(x).numpy(), labels, seed)
     scale, bias = calibration(hidden, truth)
     likeliest = likeliest_shares(softmax(scale * logits + bias))
     return (found + torch.from_numpy(likeliest).float()) / 2
 
 
-def answers(z: np.ndarray, labels: np.ndarray, n_classes: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def answers(z: np.ndarray, labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The logits that logistic regression, in which all classes count the same, gives to labelled images that were
     hidden from it [n, C], their labels [n], and its logits of the unlabelled images [U, C], means over the folds.
 
     Args:
         z: [N, D] features of images.
+        labels: [N] int64, negative where unknown; each class has at least two.
     """
     from sklearn.linear_model import LogisticRegression
 
-    rng = np.random.default_rng(seed)
-    known = rng.permutation(np.flatnonzero(labels >= 0))
+    known = np.random.default_rng(seed).permutation(np.flatnonzero(labels >= 0))
     known = known[np.argsort(place_in_class(labels[known]), kind="stable")][:MOST_LABELLED]
-    y, place = labels[known], place_in_class(labels[known])
-    fold = np.where(
-        np.bincount(y, minlength=n_classes)[y] > 1, place % FOLDS, -1
-    )  # a class's only image is never hidden
+    y = labels[known]
+    fold = place_in_class(y) % FOLDS
     hidden, truth, others = [], [], []
-    for k in np.unique(fold[fold >= 0]):
+    for k in np.unique(fold):
         model = LogisticRegression(C=INVERSE_PENALTY, class_weight="balanced", max_iter=200)
         model.fit(z[known[fold != k]], y[fold != k])
         hidden.append(model.predict_log_proba(z[known[fold == k]]))
         truth.append(y[fold == k])
         others.append(model.predict_log_proba(z[labels < 0]))
-    if not hidden:
-        return np.empty((0, n_classes)), np.empty(0, dtype=np.int64), np.empty((0, n_classes))
     return np.concatenate(hidden), np.concatenate(truth), np.mean(others, 0)
 
 
