@@ -1,11 +1,13 @@
 """What it costs that labels were chosen by someone: the classes' shares among them are not those among the images.
 
 python benchmarks/shares.py --data_dir /datasets/flowers [-- options of MPL.py]
+python benchmarks/shares.py --data_dir /datasets/flowers --estimates --seeds 20
 
 The images of a folder with a subfolder for each class are divided, by links, as a user would have them: 100 with labels
 in class folders, the others in one folder without. Each seed divides anew: *random* labels; *equal* numbers of each
 class; and *equal* ones while the images without a label are of *one* class mostly (each class has 0.6 times as many as
-the one before it). What is right is counted among the images without a label.
+the one before it). What is right is counted among the images without a label. With --estimates nothing is trained:
+the mixture alone labels them, with shares estimated in several ways.
 """
 
 import argparse
@@ -41,7 +43,10 @@ def main() -> None:
     parser.add_argument("--divisions", default=",".join(DIVISIONS))
     parser.add_argument("--out", type=Path, default=Path("shares"))
     parser.add_argument("rest", nargs="*", metavar="-- OPTION")
+    parser.add_argument("--estimates", action="store_true")
     options = parser.parse_args()
+    if options.estimates:
+        return compare_estimates(options)
     print(f"{N_LABELS} labels, n = {options.seeds}\n\n| labels | method | right | - labels only |\n|---|---|---|---|")
     for division in options.divisions.split(","):
         right = np.array([accuracies(options, division, seed) for seed in range(options.seeds)])  # [seeds, methods]
@@ -88,6 +93,51 @@ def divide(source: Path, folder: Path, division: str, seed: int) -> None:
     for name, file in everything:
         if file not in given:
             link(file, folder / "unlabelled" / f"{name}__{file.name}")
+
+
+def compare_estimates(options: argparse.Namespace) -> None:
+    """How far estimates of the shares are from the truth (the class that is furthest), and how many of the images
+    without a label the mixture gives the right one under them."""
+    import torch
+
+    import args
+    import label_shift
+    import mixture
+    from session import Session, find_data
+
+    config = args.parse(["--data_dir", str(options.data_dir), *options.rest])
+    index, split, notes = find_data(config)
+    cpu = torch.device("cpu")
+    session = Session(config, index, split, notes, cpu, utils.pick_precision(config.amp, cpu))
+    x, n_classes = session.average_view(np.arange(len(index))), len(index.classes)
+    place = {index.file(i).resolve(): i for i in range(len(index))}
+    print(f"{N_LABELS} labels, n = {options.seeds}\n\n| labels | shares | furthest off | right | - the mixture's |")
+    print("|---|---|---|---|---|")
+    for division in options.divisions.split(","):
+        off, right = {}, {}
+        for seed in range(options.seeds):
+            folder = options.out / f"{division}-{seed}"
+            if not folder.is_dir():
+                divide(options.data_dir, folder, division, seed)
+            labelled, others = (sorted(folder.glob(pattern)) for pattern in ("labelled/*/*", "unlabelled/*"))
+            rows = np.array([place[file.resolve()] for file in (*labelled, *others)])
+            labels = np.where(np.arange(len(rows)) < len(labelled), index.labels[rows], -1)
+            truth, unknown = index.labels[rows], labels < 0
+            features = x[rows].__getitem__
+            estimates = {
+                "the labels'": torch.from_numpy(np.bincount(labels[~unknown]) / len(labelled)).float(),
+                "the mixture's": mixture.posterior(features, labels, n_classes, None)[unknown].mean(0),
+                "label_shift.py's": label_shift.estimated_shares(features, labels, n_classes),
+                "the true ones": torch.from_numpy(np.bincount(truth[unknown]) / unknown.sum()).float(),
+            }
+            for name, shares in estimates.items():
+                chosen = mixture.posterior(features, labels, n_classes, shares).argmax(1).numpy()
+                off.setdefault(name, []).append(100 * float((shares - estimates["the true ones"]).abs().max()))
+                right.setdefault(name, []).append(100 * (chosen == truth)[unknown].mean())
+        for name in off:
+            gain = spread(np.subtract(right[name], right["the mixture's"]), "+")
+            cells = [division, name, spread(np.array(off[name])), spread(np.array(right[name])), gain]
+            print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def link(file: Path, place: Path) -> None:
