@@ -165,10 +165,11 @@ def draw_confusion(
     side = max(3.2, cell * n)
     margin = 0.085 * longest * (1.0 if n <= 20 else 0.75)
     font = 9 if n <= 20 else 6.5
+    wide = 0.085 * longest * font / 9  # inches of the longest name
     figure, ax = plt.subplots(figsize=(side + margin + 1.6, side + margin + 0.9), layout="constrained")
     display = ConfusionMatrixDisplay(shares, display_labels=names)
     display.plot(
-        ax=ax, include_values=False, cmap="Blues", xticks_rotation=90 if n > 6 or longest > 8 else 0, colorbar=False
+        ax=ax, include_values=False, cmap="Blues", xticks_rotation=90 if wide > 0.9 * side / n else 0, colorbar=False
     )
     display.im_.set_clim(0, 1)
     for i, j in zip(*np.nonzero(counts), strict=True):
