@@ -7,6 +7,7 @@ where a run was interrupted changes an image.
 import dataclasses
 import functools
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -387,9 +388,13 @@ class _StepDataset(Dataset):
             return error
 
 
-def _leave_signals_to_the_main_process(worker: int) -> None:
+def _follow_the_main_process(worker: int) -> None:
+    """In a worker: signals are the main process's affair, and so is what there is to say."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the main process ends a worker
+    # Failures are handed over. All that could still reach this hook is the thread that serves tensors, complaining
+    # that the main process went away while it asked for one.
+    sys.excepthook = lambda *_: None
 
 
 def fresh_batches(
@@ -403,7 +408,7 @@ def fresh_batches(
         sampler=range(start, stop),
         num_workers=num_workers,
         multiprocessing_context=context,
-        worker_init_fn=_leave_signals_to_the_main_process,
+        worker_init_fn=_follow_the_main_process,
         pin_memory=pin,
     )
     for batch in loader:

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import multiprocessing
 import os
 import pty
 import random
@@ -10,10 +11,13 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import termios
 import time
+from multiprocessing import resource_sharer
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +26,7 @@ import torch
 from conftest import ROOT, TINY, Cli, make_folder
 from PIL import Image
 
+import data
 import images
 import record
 import utils
@@ -137,6 +142,28 @@ def test_a_dead_loader_worker_ends_the_run_with_a_message(cli, colours):
     assert process.returncode == 6
     assert "worker process died" in message
     assert len(message.strip().splitlines()) == 1
+
+
+def share_a_file(address) -> None:
+    """In a loader's worker: hand over an open file, as tensors are handed over."""
+    data._follow_the_main_process(0)
+    with tempfile.TemporaryFile() as file:
+        address.send(resource_sharer.DupFd(file.fileno()))
+        address.recv()
+
+
+def test_a_worker_says_nothing_when_the_main_process_goes_away_while_it_asks_for_a_tensor(capfd):
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    worker = context.Process(target=share_a_file, args=(there,))
+    worker.start()
+    shared = here.recv()
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.connect(shared._id[0])
+    os.close(shared.detach())  # one after the other: the worker is done with the first by now
+    here.send(True)
+    worker.join()
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
