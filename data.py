@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
+from augmentation import strong_view, weak_view
 from distributed import share
 from images import STORE_BYTES, UNKNOWN, Images, Index, digest
 from utils import DataError, Failure, UsageError, counted, csv_bytes, derive_seed, seeded
@@ -208,50 +208,7 @@ def _digest_list(digests: torch.Tensor) -> list[bytes]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Views: uint8 in, uint8 out, before any normalisation (the network's first layer does that)
-
-
-class AdditiveNoise(v2.Transform):
-    """Gaussian noise of a standard deviation given as a fraction of full scale, on uint8 images."""
-
-    def __init__(self, sigma: float) -> None:
-        super().__init__()
-        self.sigma = sigma
-
-    def transform(self, inpt: torch.Tensor, params: dict[str, object]) -> torch.Tensor:
-        noise = torch.randn(inpt.shape) * (255 * self.sigma)
-        return (inpt + noise).round_().clamp_(0, 255).to(torch.uint8)
-
-
-def weak_view(size: int, *, mirror: bool) -> v2.Transform:
-    """A shift by up to an eighth and, where a mirror image keeps its class, a flip (FixMatch, section 2.3)."""
-    shift = [v2.RandomCrop(size, padding=size // 8, padding_mode="reflect")]
-    return v2.Compose([v2.RandomHorizontalFlip()] * mirror + shift)
-
-
-def strong_view(augmentation: str, size: int, *, mirror: bool) -> v2.Transform:
-    """The original project's augmentations (``transfer``), or the paper's RandAugment with Cutout (``randaugment``)."""
-    if augmentation == "transfer":
-        # Without a fill, what lies outside is black too, without a fourth channel to say where.
-        bend = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": None}
-        return v2.Compose(
-            [v2.RandomHorizontalFlip()] * mirror
-            + [
-                v2.RandomApply([v2.ColorJitter(0.1, 0.1, 0.1, 0.1)], p=0.2),
-                v2.RandomAffine((-15, 20), translate=(0.1, 0.1), scale=(0.7, 1.2), **bend),
-                v2.RandomApply([v2.RandomAffine(0, shear=(30, 50), **bend)], p=0.3),
-                v2.RandomPerspective(0.5, p=0.3, **bend),
-                v2.RandomGrayscale(p=0.1),
-                v2.RandomApply([AdditiveNoise(0.1)], p=0.2),
-            ]
-        )
-    return v2.Compose(
-        [
-            weak_view(size, mirror=mirror),
-            v2.RandAugment(num_ops=2, magnitude=10, interpolation=v2.InterpolationMode.BILINEAR),
-            v2.RandomErasing(p=1.0, scale=(0.02, 0.25), ratio=(1.0, 1.0), value=127),
-        ]
-    )
+# Views
 
 
 class Views:

@@ -91,16 +91,20 @@ def _serve(connection: Connection, build: Callable[..., Callable[[], None]], arg
         connection.send(True)
 
 
-def interleaved(rounds: int, **actions: Callable[[], object]) -> dict[str, float]:
-    """The median seconds of each action over rounds in which each is run once, after one round to warm up."""
+def interleaved(rounds: int, reference: Callable[[], object], **ours: Callable[[], object]) -> dict[str, float]:
+    """The median seconds of each action. In a round the reference is run once and then ours, in turn, three times; the
+    first round only warms up."""
+    actions = {"reference": reference} | ours
     times: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(rounds + 1):
-        for name, action in actions.items():
+    for number in range(rounds + 1):
+        for name in ["reference", *ours, *ours, *ours]:
             began = time.perf_counter()
-            action()
-            times[name].append(time.perf_counter() - began)
-            print(f"{name} {times[name][-1]:.3f} s", file=sys.stderr, flush=True)
-    return {name: statistics.median(each[1:]) for name, each in times.items()}
+            actions[name]()
+            seconds = time.perf_counter() - began
+            print(f"{name} {seconds:.3f} s", file=sys.stderr, flush=True)
+            if number:
+                times[name].append(seconds)
+    return {name: statistics.median(each) for name, each in times.items()}
 
 
 class Frozen:
@@ -110,7 +114,7 @@ class Frozen:
         self.index = photographs(512, 224)
         self.rows = np.arange(len(self.index))
         self.views = data.Views(images.Images(self.index, 224), "transfer")
-        self.views("plain", self.rows, self.rows)  # decoded once, as in training
+        self.views("weak", self.rows, self.rows)  # an image is decoded, and its pixels hashed, once in a training
         self.backbone = models.build_backbone(model_name, weights, 224, seed=0)
         self.steps = itertools.count()
 
