@@ -54,8 +54,17 @@ def photographs(n: int, size: int) -> images.Index:
     )
 
 
-def reference(body: nn.Module, n_features: int, *, whole: bool) -> Callable[..., None]:
+class Contiguous(nn.Module):
+    """The memory format that a network's inputs have unless it is told otherwise, as ours is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous()
+
+
+def reference(body: nn.Sequential, n_features: int, *, whole: bool) -> Callable[..., None]:
     """A step of the original's way on two networks of that body, as a function of the batch."""
+    normalize, network = body
+    body = nn.Sequential(normalize, Contiguous(), network)
     networks = [nn.Sequential(copy.deepcopy(body), nn.Linear(n_features, CLASSES)).train() for _ in range(2)]
     for network in networks:
         network.to(memory_format=torch.contiguous_format).requires_grad_(True)
