@@ -3,8 +3,9 @@
 One file a view, memory-mapped: for each different image of the dataset a checksum and the features as float16. A row is
 filled when it is first needed. Everything that determines the numbers (backbone, weights, image size, precision, the
 bytes of the images, the augmentation) is in the file's path, so a file never holds anything stale, and images that are
-renamed or relabelled keep their features. A row torn by a crash fails its checksum and is computed again. Several
-processes may fill one file: they write the same numbers.
+renamed or relabelled keep their features. A dataset that shares images with others, as one that has grown, takes over
+their rows. A row torn by a crash fails its checksum and is computed again. Several processes may fill one file: they
+write the same numbers.
 """
 
 import contextlib
@@ -20,8 +21,10 @@ import torch
 
 from data import Views
 from models import Encoder
+from utils import write_atomically
 
 GIB = 2**30
+DIGESTS = "images"  # the file that says whose features a folder holds: the images' digests in the order of the rows
 
 
 class FeatureSource:
@@ -35,11 +38,11 @@ class FeatureSource:
 
 
 class FeatureCache(FeatureSource):
-    """The same source, with what it computed kept in ``folder``."""
+    """The same source, with what it computed kept in ``folder``, and what ``others`` hold of the same images."""
 
-    def __init__(self, views: Views, encoder: Encoder, folder: Path) -> None:
+    def __init__(self, views: Views, encoder: Encoder, folder: Path, others: Sequence[Path] = ()) -> None:
         super().__init__(views, encoder)
-        self.folder = folder
+        self.folder, self.others = folder, others
         self.row = row_type(encoder.n_features)
         self.rows = views.images.index.contents
         self.n_rows = int(self.rows.max()) + 1
@@ -77,11 +80,27 @@ class FeatureCache(FeatureSource):
         if name not in self.tables:
             n = self.n_rows
             path = self.folder / f"{name}.f16"
-            if not path.exists() or path.stat().st_size != n * self.row.itemsize:
+            new = not path.exists() or path.stat().st_size != n * self.row.itemsize
+            if new:
                 _make_file(path, n * self.row.itemsize)
             self.tables[name] = np.memmap(path, dtype=self.row, mode="r+", shape=(n,))
             self.verified[name] = np.zeros(n, dtype=bool)
+            for other in self.others if new else ():
+                with contextlib.suppress(OSError, ValueError):  # it never had this view, or was just removed
+                    self._take_over(name, other)
         return name
+
+    def _take_over(self, name: str, other: Path, at_once: int = 4096) -> None:
+        """Copy the rows of a table that another folder holds of the same images."""
+        digests = np.fromfile(other / DIGESTS, "S16")
+        theirs = np.memmap(other / f"{name}.f16", dtype=self.row, mode="r", shape=digests.shape)
+        own = np.unique(self.views.images.index.digests)
+        _, here, there = np.intersect1d(own, digests, assume_unique=True, return_indices=True)
+        for start in range(0, len(here), at_once):
+            part = slice(start, start + at_once)
+            rows, given = here[part], theirs[there[part]]
+            filled = given["check"] != 0
+            self.tables[name][rows[filled]] = given[filled]
 
 
 def row_type(n_features: int) -> np.dtype:
@@ -116,8 +135,8 @@ def open_features(
     """
     if not cache_gb:
         return FeatureSource(views, encoder), "features are computed whenever they are needed"
-    index = views.images.index
-    needed = len(np.unique(index.digests)) * (2 * n_views + 1) * row_type(encoder.n_features).itemsize
+    contents = np.unique(views.images.index.digests)
+    needed = len(contents) * (2 * n_views + 1) * row_type(encoder.n_features).itemsize
     if needed > cache_gb * GIB:
         return (
             FeatureSource(views, encoder),
@@ -125,15 +144,20 @@ def open_features(
             f"--cache_gb allows {cache_gb:g}; raise it or lower --views",
         )
     root = Path(cache_dir).expanduser()
-    key = hashlib.sha256(repr((fingerprint, str(encoder.precision), encoder.device.type)).encode())
-    key.update(np.unique(index.digests).tobytes())
-    folder = root / key.hexdigest()[:32]
-    folder.mkdir(parents=True, exist_ok=True)
+    network = _key(repr((fingerprint, str(encoder.precision), encoder.device.type)).encode())
+    folder = root / f"{network}-{_key(contents.tobytes())}"
+    if not (folder / DIGESTS).exists():
+        write_atomically(folder / DIGESTS, contents.tobytes())
     os.utime(folder)
     kept = _folder_bytes(folder)
     _make_room(root, folder, cache_gb * GIB - max(needed, kept))
     what = f"features of {n_views} weak and strong views an image" if n_views else "the images' features"
-    return FeatureCache(views, encoder, folder), f"{what} are kept in {folder} ({kept / GIB:.2f} GiB so far)"
+    others = [each for each in root.glob(f"{network}-*") if each != folder]
+    return FeatureCache(views, encoder, folder, others), f"{what} are kept in {folder} ({kept / GIB:.2f} GiB so far)"
+
+
+def _key(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import features
@@ -60,6 +61,28 @@ def test_renamed_and_copied_images_keep_their_features(parts, colours, tmp_path)
     kind, indices, draws = WANTED
     assert torch.equal(again(kind, [name[parts[0].images.index.digests[i]] for i in indices], draws), first)
     assert next(again.folder.glob("*.f16")).stat().st_size == len(parts[0].images) * again.row.itemsize
+
+
+def test_a_folder_that_grows_keeps_its_features(parts, colours, tmp_path):
+    cache, grown = tmp_path / "cache", tmp_path / "grown"
+    source, _ = opened(parts, cache)
+    first = source(*WANTED)
+    shutil.copytree(colours, grown)
+    whole = Image.open(grown / "class 0" / "000.png")
+    whole.rotate(90).save(grown / "class 0" / "new.png")
+    (grown / "class 1" / "003.png").unlink()
+    index = images.check_images(images.find_images(str(grown)), None)
+    views = data.Views(images.Images(index, 16), "transfer")
+    again, _ = opened((views, *parts[1:]), cache)
+    assert again.folder != source.folder
+    seen = []
+    views.__class__ = type("Watched", (data.Views,), {"__call__": lambda self, *wanted: seen.append(wanted) or later})
+    name, (kind, indices, draws) = {path: i for i, path in enumerate(index.paths)}, WANTED
+    there = [name[parts[0].images.index.paths[i]] for i in indices]
+    later = data.Views.__call__(views, kind, [name["class 0/new.png"]], [2])
+    result = again(kind, [*there, name["class 0/new.png"]], [*draws, 2])
+    assert torch.equal(result[:-1], first)
+    assert [(list(asked), list(drawn)) for _, asked, drawn in seen] == [([name["class 0/new.png"]], [2])]
 
 
 def test_a_torn_row_is_computed_again(parts, tmp_path):
