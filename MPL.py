@@ -112,7 +112,7 @@ def assist(session: Session, signals: utils.Signals) -> None:
     import outcome
 
     trained = None if session.config.mode == "test" else modes.fit(session, None, signals)
-    learners = outcome.learners_of(session, trained)
+    session, learners = outcome.made_ready(session, trained)
     outcome.score(session, learners)
     outcome.predict_unlabeled(session, learners)
 

@@ -31,13 +31,18 @@ def score(session: Session, learners: dict[str, Learner]) -> tuple[dict[str, pre
     return predicted, scores
 
 
-def learners_of(session: Session, trained: dict[str, Learner] | None) -> dict[str, Learner]:
-    """The networks to be tested: those just trained, or the checkpoint's."""
+def made_ready(session: Session, trained: dict[str, Learner] | None) -> tuple[Session, dict[str, Learner]]:
+    """The session and the networks to be tested: those just trained, or the checkpoint's; without mixed precision if
+    they are exported, so that what is reported is what the exported file gives."""
     learners = session.loaded() if trained is None else trained
     if session.config.mode == "finetune" and session.saved:
         partner = list(session.loaded().values())[1:]  # unchanged, beside the finetuned student
         learners = learners | dict(zip(["teacher"], partner, strict=False))
-    return learners
+    if session.config.export is not None:
+        session = session.in_float32()
+        for learner in learners.values():
+            learner.precision = None
+    return session, learners
 
 
 def predict_unlabeled(session: Session, learners: dict[str, Learner]) -> dict[str, predict.Probabilities]:
@@ -55,7 +60,7 @@ def conclude(
 ) -> None:
     """Test the learners, write metrics, predictions, pictures and the report, and print the table."""
     config, split, labels = session.config, session.split, session.index.labels
-    learners = learners_of(session, trained)
+    session, learners = made_ready(session, trained)
     predicted, scores = score(session, learners)
     final = {part: train.final(p).numpy() for part, p in predicted.items()}
     seconds_test = time.perf_counter() - began - seconds_train

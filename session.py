@@ -19,7 +19,7 @@ import models
 import terminal
 import utils
 
-AVERAGED_VIEWS = 4  # weak and strong ones each, for the mixture
+AVERAGED_VIEWS = 4  # weak and strong ones each, for the mixture, if each step has new ones
 
 
 def find_data(
@@ -96,28 +96,49 @@ class Session:
         self.backbone_state = {"name": self.backbone.name, "seed": seed, "fingerprint": None}
         self.notes = notes
         if self.frozen:
-            fingerprint = self.backbone_state["fingerprint"] = self.backbone.fingerprint()
-            if saved and saved["backbone"]["fingerprint"] != fingerprint:
+            self.backbone_state["fingerprint"] = self.backbone.fingerprint()
+            if saved and saved["backbone"]["fingerprint"] != self.backbone_state["fingerprint"]:
                 raise utils.CheckpointError(
                     f"the frozen weights of {config.model_name} are not those the checkpoint was trained on: give the "
                     "same --weights"
                 )
-            encoder = models.Encoder(self.backbone, device, precision, compiled=config.compile)
-            self.encode: Callable[[torch.Tensor], torch.Tensor] = encoder
-            self.source, note = features.open_features(
-                self.views,
-                encoder,
-                fingerprint,
-                n_views=config.views or (AVERAGED_VIEWS if config.targets == "mixture" else 0),
-                cache_dir=config.cache_dir,
-                cache_gb=config.cache_gb,
-            )
-            self.notes.append(note)
+            self.notes.append(self._open_features())
             if not config.views and config.mode != "test":
                 self.notes.append("each step has new views, which go through the backbone")
         else:
-            self.encode = lambda images: images
+            self.encode: Callable[[torch.Tensor], torch.Tensor] = lambda images: images
             self.source = lambda *wanted: self.views(*wanted).to(device)
+
+    def _open_features(self) -> str:
+        """Set up the frozen backbone in the session's precision, and where its features come from, of which it returns
+        a description."""
+        config = self.config
+        self.encode = models.Encoder(self.backbone, self.device, self.precision, compiled=config.compile)
+        self.source, note = features.open_features(
+            self.views,
+            self.encode,
+            self.backbone_state["fingerprint"],
+            n_views=self.n_averaged if config.views or config.targets == "mixture" else 0,
+            cache_dir=config.cache_dir,
+            cache_gb=config.cache_gb,
+        )
+        return note
+
+    @property
+    def n_averaged(self) -> int:
+        """Over how many weak and as many strong views of an image the mixture averages: a few, if each step has new
+        ones."""
+        return self.config.views or AVERAGED_VIEWS
+
+    def in_float32(self) -> "Session":
+        """The same, without mixed precision."""
+        if self.precision is None:
+            return self
+        other = copy.copy(self)
+        other.precision = None
+        if other.frozen:
+            other._open_features()
+        return other
 
     def configured(self, config: args.Config, split: data.Split | None = None) -> "Session":
         """The same data, backbone and features under other options of training, or divided otherwise."""
@@ -169,9 +190,8 @@ class Session:
         return self.mixtures[key]
 
     def average_view(self, rows: np.ndarray, weak_weight: int = 3, chunk: int = 256) -> torch.Tensor:
-        """The mean of each image's features over its views [n, D], the weak ones more; over the same few views if each
-        step has new ones."""
-        views = range(self.config.views or AVERAGED_VIEWS)
+        """The mean of each image's features over its views [n, D], the weak ones more."""
+        views = range(self.n_averaged)
         wanted = [("weak", v, weak_weight) for v in views] + [("strong", v, 1) for v in views]
 
         def average(rows: np.ndarray) -> list[torch.Tensor]:
