@@ -142,6 +142,16 @@ def test_the_exported_network_gives_the_same_probabilities(nasty):
     assert (about["img_size"], about["short_side"]) == (16, 18)
 
 
+@pytest.mark.parametrize("trainable", ["head", "all"])
+def test_a_run_that_exports_is_tested_as_the_file_computes(tmp_path, trainable):
+    cli = Cli(tmp_path)
+    mixed = [*TINY, "--amp", "bf16", "--trainable", trainable, "--num_epochs", "4", "--num_labels_percent", "20"]
+    out = cli.inside(
+        "--name", "a", "--data_dir", make_folder(tmp_path / "data"), *mixed, "--export", "torch", "--test_percent", "40"
+    ).stdout
+    assert float(re.search(r"labels as here, probabilities within (\S+)", out)[1]) < 1e-4
+
+
 def test_one_network_is_exported_by_name(nasty):
     common = ["--test_mode", "--load_path", "<i>run", "--export", "torch", "--data_dir", nasty.cwd / "data"]
     assert "model.pt2 (teacher)" in nasty.inside("--name", "one", *common, "--export_network", "teacher").stdout
