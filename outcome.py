@@ -38,7 +38,8 @@ def made_ready(session: Session, trained: dict[str, Learner] | None) -> tuple[Se
     if session.config.mode == "finetune" and session.saved:
         partner = list(session.loaded().values())[1:]  # unchanged, beside the finetuned student
         learners = learners | dict(zip(["teacher"], partner, strict=False))
-    if session.config.export is not None:
+    if session.config.export is not None and session.precision is not None:
+        print("tested in float32, as what is exported computes")
         session = session.in_float32()
         for learner in learners.values():
             learner.precision = None

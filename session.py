@@ -132,8 +132,6 @@ class Session:
 
     def in_float32(self) -> "Session":
         """The same, without mixed precision."""
-        if self.precision is None:
-            return self
         other = copy.copy(self)
         other.precision = None
         if other.frozen:
