@@ -44,8 +44,8 @@ class FeatureCache(FeatureSource):
         super().__init__(views, encoder)
         self.folder, self.others = folder, others
         self.row = row_type(encoder.n_features)
-        self.rows = views.images.index.contents
-        self.n_rows = int(self.rows.max()) + 1
+        index = views.images.index
+        self.digests, self.rows = index.distinct_digests, index.contents
         self.tables: dict[str, np.ndarray] = {}
         self.verified: dict[str, np.ndarray] = {}
 
@@ -78,7 +78,7 @@ class FeatureCache(FeatureSource):
         """The name of the table of one view, opened or made."""
         name = f"{kind}-{self.views.augmentation}-{draw}" if kind == "strong" else f"{kind}-{draw}"
         if name not in self.tables:
-            n = self.n_rows
+            n = len(self.digests)
             path = self.folder / f"{name}.f16"
             new = not path.exists() or path.stat().st_size != n * self.row.itemsize
             if new:
@@ -94,8 +94,7 @@ class FeatureCache(FeatureSource):
         """Copy the rows of a table that another folder holds of the same images."""
         digests = np.fromfile(other / DIGESTS, "S16")
         theirs = np.memmap(other / f"{name}.f16", dtype=self.row, mode="r", shape=digests.shape)
-        own = np.unique(self.views.images.index.digests)
-        _, here, there = np.intersect1d(own, digests, assume_unique=True, return_indices=True)
+        _, here, there = np.intersect1d(self.digests, digests, assume_unique=True, return_indices=True)
         for start in range(0, len(here), at_once):
             part = slice(start, start + at_once)
             rows, given = here[part], theirs[there[part]]
@@ -135,8 +134,8 @@ def open_features(
     """
     if not cache_gb:
         return FeatureSource(views, encoder), "features are computed whenever they are needed"
-    contents = np.unique(views.images.index.digests)
-    needed = len(contents) * (2 * n_views + 1) * row_type(encoder.n_features).itemsize
+    digests = views.images.index.distinct_digests
+    needed = len(digests) * (2 * n_views + 1) * row_type(encoder.n_features).itemsize
     if needed > cache_gb * GIB:
         return (
             FeatureSource(views, encoder),
@@ -145,9 +144,9 @@ def open_features(
         )
     root = Path(cache_dir).expanduser()
     network = _key(repr((fingerprint, str(encoder.precision), encoder.device.type)).encode())
-    folder = root / f"{network}-{_key(contents.tobytes())}"
+    folder = root / f"{network}-{_key(digests.tobytes())}"
     if not (folder / DIGESTS).exists():
-        write_atomically(folder / DIGESTS, contents.tobytes())
+        write_atomically(folder / DIGESTS, digests.tobytes())
     os.utime(folder)
     kept = _folder_bytes(folder)
     _make_room(root, folder, cache_gb * GIB - max(needed, kept))

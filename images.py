@@ -68,9 +68,18 @@ class Index:
         return self.root / self.paths[i]
 
     @functools.cached_property
+    def _distinct(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.unique(self.digests, return_inverse=True)
+
+    @property
+    def distinct_digests(self) -> np.ndarray:
+        """The digests that differ, sorted."""
+        return self._distinct[0]
+
+    @property
     def contents(self) -> np.ndarray:
-        """Every image's place among the sorted digests, [N] int64: images with the same bytes share one."""
-        return np.unique(self.digests, return_inverse=True)[1]
+        """Every image's place among the distinct digests, [N] int64: images with the same bytes share one."""
+        return self._distinct[1]
 
     @functools.cached_property
     def duplicates(self) -> list[list[int]]:

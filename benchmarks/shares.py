@@ -101,6 +101,7 @@ def compare_estimates(options: argparse.Namespace) -> None:
     import torch
 
     import args
+    import images
     import label_shift
     import mixture
     from session import Session, find_data
@@ -121,8 +122,8 @@ def compare_estimates(options: argparse.Namespace) -> None:
                 divide(options.data_dir, folder, division, seed)
             labelled, others = (sorted(folder.glob(pattern)) for pattern in ("labelled/*/*", "unlabelled/*"))
             rows = np.array([place[file.resolve()] for file in (*labelled, *others)])
-            labels = np.where(np.arange(len(rows)) < len(labelled), index.labels[rows], -1)
-            truth, unknown = index.labels[rows], labels < 0
+            labels = np.where(np.arange(len(rows)) < len(labelled), index.labels[rows], images.UNKNOWN)
+            truth, unknown = index.labels[rows], labels == images.UNKNOWN
             features = x[rows].__getitem__
             estimates = {
                 "the labels'": torch.from_numpy(np.bincount(labels[~unknown]) / len(labelled)).float(),
