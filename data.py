@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from augmentation import strong_view, weak_view
 from distributed import share
 from images import STORE_BYTES, UNKNOWN, Images, Index, digest
-from utils import DataError, Failure, UsageError, counted, csv_bytes, derive_seed, seeded
+from utils import DataError, Failure, UsageError, counted, csv_bytes, derive_seed, first_few, seeded
 
 FEWEST_PER_CLASS = 4  # a validation and a test image, and two to train on
 
@@ -29,23 +30,32 @@ FEWEST_PER_CLASS = 4  # a validation and a test image, and two to train on
 @dataclasses.dataclass(frozen=True)
 class Split:
     """Which image serves for what: sorted index arrays, [n] int64. ``unlabeled`` holds the training images without a
-    label; the set that MPL pseudo-labels is ``train``, the labelled ones included, as in the paper."""
+    label; the set that MPL pseudo-labels is ``train``, the labelled ones included, as in the paper. ``unused`` are
+    neither trained nor tested on, as copies of test images among those that nobody labelled."""
 
     labeled: np.ndarray
     unlabeled: np.ndarray
     val: np.ndarray
     test: np.ndarray
+    unused: np.ndarray
 
     PARTS = ("labeled", "unlabeled", "val", "test")
+    ALL = (*PARTS, "unused")
+
+    @classmethod
+    def of(cls, parts: Sequence[str]) -> "Split":
+        """From every image's part, [n]."""
+        named = np.array(parts, dtype=object)
+        return cls(**{part: np.flatnonzero(named == part) for part in cls.ALL})
 
     @property
     def train(self) -> np.ndarray:
         return np.union1d(self.labeled, self.unlabeled)
 
     def part_of(self, n: int) -> list[str]:
-        """Every image's part, [n]; an empty string for one that is in none."""
+        """Every image's part, [n]."""
         parts = [""] * n
-        for part in self.PARTS:
+        for part in self.ALL:
             for i in getattr(self, part):
                 parts[i] = part
         return parts
@@ -55,18 +65,25 @@ class Split:
 
 
 def require_enough(index: Index) -> None:
-    """See that every class has images for every part.
+    """Check that there are classes, and that each has images for every part.
 
     Raises:
-        DataError: naming the class that has too few.
+        DataError: naming the classes that have too few.
     """
-    sizes = np.bincount(index.labels[index.labels != UNKNOWN], minlength=len(index.classes))
-    for name, size in zip(index.classes, sizes, strict=True):
-        if size < FEWEST_PER_CLASS:
-            raise DataError(
-                f"{index.root / name}: a class needs at least {FEWEST_PER_CLASS} readable images and has {size}; "
-                "add some or move the folder away"
-            )
+    if len(index.classes) == 1:
+        raise DataError(f"{index.root}: one class only ({index.classes[0]}); at least two class folders are needed")
+    there = set(index.given_parts) - {""}
+    fewest = FEWEST_PER_CLASS - len(there & {"val", "test"})
+    counts = {part: np.zeros(len(index.classes), dtype=np.int64) for part in ("train", "val", "test")}
+    for label, part in zip(index.labels, index.given_parts or [""] * len(index), strict=True):
+        if label != UNKNOWN:
+            counts[part or "train"][label] += 1
+    small = [f"{name} ({n})" for name, n in zip(index.classes, counts["train"], strict=True) if n < fewest]
+    if small:
+        raise DataError(
+            f"{index.root}: a class needs at least {fewest} readable images{' for training' * bool(there)}, and these "
+            f"have fewer: {first_few(small)}; add some or move the folders away"
+        )
 
 
 def make_split(
@@ -78,52 +95,71 @@ def make_split(
     val_percent: float,
     test_percent: float,
     duplicates: Sequence[Sequence[int]] = (),
+    given_parts: Sequence[str] = (),
+    classes: Sequence[str] = (),
 ) -> Split:
     """Divide the images, stratified by class, with at least one of each class in every labelled part.
 
     An image's place within its class is the order of a hash of the seed and its path, so the split depends on these
     alone. Images of one duplicate group move together; a group whose labels conflict goes to the unlabelled training
-    images, where no label is believed.
+    images, where no label is believed. Validation and test images that the user's own folders set apart
+    (``given_parts``, [N]) are those, and no others are; copies of them are not trained on.
 
     Raises:
         UsageError: less than one percent of labels leaves a class without one (a share given for a percent).
         DataError: a class is too small to give every part an image.
     """
+    given = np.array([*given_parts] or [""] * len(paths), dtype=object)
+    parts = np.array(["unlabeled"] * len(paths), dtype=object)
+    is_copy = np.zeros(len(paths), dtype=bool)  # of an image that decides where its copies go
+    for group in duplicates:
+        known = [i for i in group if labels[i] != UNKNOWN]
+        kept = next((part for part in ("test", "val") if any(given[i] == part for i in known)), "")
+        conflict = len({int(labels[i]) for i in known}) > 1
+        if kept:
+            parts[[*group]] = "unused"
+            if not conflict:
+                parts[[i for i in known if given[i] == kept]] = kept
+        is_copy[[i for i in group if kept or conflict or labels[i] == UNKNOWN]] = True
+    for part in ("val", "test"):
+        parts[(given == part) & ~is_copy] = part
+
     order: dict[int, list[tuple[int, ...]]] = {int(c): [] for c in np.unique(labels[labels != UNKNOWN])}
     copies: dict[int, list[int]] = {}  # of an image with a label, among those that nobody labelled
+    free = (labels != UNKNOWN) & ~is_copy & (given != "val") & (given != "test")
     grouped = {i for group in duplicates for i in group}
-    for i in np.flatnonzero(labels != UNKNOWN).tolist():
+    for i in np.flatnonzero(free).tolist():
         if i not in grouped:
             order[int(labels[i])].append((i,))
     for group in duplicates:
-        known = tuple(i for i in group if labels[i] != UNKNOWN)
-        if len({int(labels[i]) for i in known}) == 1:
+        known = tuple(i for i in group if free[i])
+        if known:
             order[int(labels[known[0]])].append(known)
             copies[known[0]] = [i for i in group if labels[i] == UNKNOWN]
     for groups in order.values():
         groups.sort(key=lambda group: derive_seed(seed, paths[group[0]]))
 
     sizes = np.array([sum(map(len, groups)) for groups in order.values()])
-    n_test = apportion(sizes, test_percent)
-    n_val = apportion(sizes, val_percent)
-    n_labeled = apportion(sizes - n_test - n_val, num_labels_percent)
+    wanted = {
+        part: apportion(sizes, percent) if not (given == part).any() else np.zeros_like(sizes)
+        for part, percent in (("test", test_percent), ("val", val_percent))
+    }
+    wanted["labeled"] = apportion(sizes - wanted["test"] - wanted["val"], num_labels_percent)
     if num_labels_percent < 1 and (sizes * num_labels_percent / 100).min() < 0.5:
         raise UsageError(
             f"--num_labels_percent {num_labels_percent:g} leaves a class without a label: it is a percent, "
             f"did you mean {100 * num_labels_percent:g}?"
         )
-    chosen: dict[str, list[int]] = {part: [] for part in Split.PARTS}
-    for c, groups, counts in zip(order, order.values(), zip(n_test, n_val, n_labeled, strict=True), strict=True):
-        remaining = list(groups)
-        for part, count in zip(("test", "val", "labeled"), counts, strict=True):
-            taken = _take(remaining, int(count))
-            if not taken:
-                raise DataError(f"class {c} has too few different images for training, validation and test: add some")
-            chosen[part] += taken
-    placed = {i for part in chosen.values() for i in part}
-    placed |= {copy for i in (*chosen["val"], *chosen["test"]) for copy in copies.get(i, ())}  # in no part
-    chosen["unlabeled"] = [i for i in range(len(paths)) if i not in placed]
-    return Split(**{part: np.array(sorted(items), dtype=np.int64) for part, items in chosen.items()})
+    for place, (c, groups) in enumerate(order.items()):
+        for part, counts in wanted.items():
+            taken = _take(groups, int(counts[place]))
+            if counts[place] and not taken:
+                name = classes[c] if classes else c
+                raise DataError(f"class {name} has too few different images for every part: add some")
+            parts[taken] = part
+            for i in taken if part != "labeled" else ():
+                parts[copies.get(i, [])] = "unused"
+    return Split.of(parts)
 
 
 def apportion(sizes: np.ndarray, percent: float) -> np.ndarray:
@@ -165,42 +201,100 @@ def split_to_csv(index: Index, split: Split) -> bytes:
 
 
 def manifest(index: Index, split: Split) -> dict[str, Any]:
-    """What a checkpoint remembers of its split: every image's path, part and digest ([N, 16] uint8)."""
+    """What a checkpoint remembers of its split: every image's path, label ([N] int64), part and digest ([N, 16] uint8)."""
     digests = torch.from_numpy(index.digests.view(np.uint8).reshape(-1, 16).copy())
-    return {"paths": list(index.paths), "parts": split.part_of(len(index)), "digests": digests}
+    labels = torch.from_numpy(index.labels.copy())
+    return {"paths": list(index.paths), "labels": labels, "parts": split.part_of(len(index)), "digests": digests}
 
 
-def split_from_manifest(index: Index, saved: dict[str, Any]) -> tuple[Split, str]:
-    """A checkpoint's split over the images found now, and what has changed since (an empty text if nothing).
+class _Then(NamedTuple):
+    """What a manifest says of an image."""
 
-    An image is known by its bytes, so one that is renamed or copied stays in its part and is never tested on if it was
-    trained on; a path whose image was replaced by a new one keeps its part. Other images are in no part.
+    digest: bytes
+    label: int
+    part: str
+
+
+def split_from_manifest(
+    index: Index, saved: dict[str, Any], *, testing: bool = False, all_labels: bool = False
+) -> tuple[Split, list[str]]:
+    """A checkpoint's split over the images found now, and lines that say what has changed since (none if nothing).
+
+    An image is known by its bytes: one that is renamed or copied stays in its part, and is never tested on if it was
+    trained on. One that has got a label since is a labelled one now. Images never seen before join those without a
+    label, if they have none. If they have one, they are tested on when that is all that is done (``testing``), join the
+    labelled ones where every label was used (``all_labels``), and are not used otherwise.
 
     Raises:
-        DataError: none of the validation or test images are left.
+        DataError: no image is left to validate or to test on.
     """
-    then = dict(zip(saved["paths"], zip(_digest_list(saved["digests"]), saved["parts"], strict=True), strict=True))
-    part_of = {each: part for each, part in then.values() if part}
-    known = {each for each, _ in then.values()}
-    chosen: dict[str, list[int]] = {part: [] for part in Split.PARTS}
-    new, replaced, moved = [], [], []
-    for i, (path, each) in enumerate(zip(index.paths, index.digests.tolist(), strict=True)):
-        if each not in known:
-            (replaced if path in then else new).append(path)
-        elif then.get(path, ("", ""))[0] != each:
-            moved.append(path)
-        part = part_of.get(each, "") if each in known else then.get(path, ("", ""))[1]
-        if part and (index.labels[i] != UNKNOWN or part == "unlabeled"):
-            chosen[part].append(i)
+    each_then = map(_Then, _digest_list(saved["digests"]), saved["labels"].tolist(), saved["parts"])
+    then = dict(zip(saved["paths"], each_then, strict=True))
+    by_digest: dict[bytes, list[_Then]] = defaultdict(list)
+    for entry in then.values():
+        by_digest[entry.digest].append(entry)
+    conflicting = {
+        index.digests[group[0]]
+        for group in index.duplicates
+        if len({int(index.labels[i]) for i in group} - {UNKNOWN}) > 1
+    }
+    changes: dict[str, list[str]] = {what: [] for what in ("gone", "new", "renamed or copied", *LABEL_CHANGES)}
+    aside, parts = [], []
+    for path, label, content in zip(index.paths, index.labels.tolist(), index.digests.tolist(), strict=True):
+        entry = then.get(path)
+        if content not in by_digest:
+            changes["new"].append(path)
+            if label == UNKNOWN:
+                part = "unlabeled"
+            elif content in conflicting:
+                part = "unused"
+            else:
+                part = "test" if testing else "labeled" if all_labels else "unused"
+                aside += [path] * (part == "unused")
+        elif entry is not None and entry.digest == content:
+            part = entry.part
+            if label != entry.label:
+                changes[LABEL_CHANGES[(entry.label == UNKNOWN) - (label == UNKNOWN)]].append(path)
+                part = _part_of_known(label, [entry], testing)
+        else:
+            changes["renamed or copied"].append(path)
+            part = _part_of_known(label, by_digest[content], testing)
+        parts.append(part)
     here, now = set(index.paths), set(index.digests.tolist())
-    gone = [path for path, (each, _) in then.items() if path not in here and each not in now]
-    split = Split(**{part: np.array(items, dtype=np.int64) for part, items in chosen.items()})
-    for part in ("val", "test"):
-        if not chosen[part]:
-            raise DataError(f"{index.root}: none of the checkpoint's {part} images are left in it; put them back")
-    kinds = {"gone": gone, "new": new, "replaced by others": replaced, "renamed or copied": moved}
-    changes = [f"{counted(len(paths), 'image')} {what} (first: {paths[0]})" for what, paths in kinds.items() if paths]
-    return split, ", ".join(changes)
+    changes["gone"] = [path for path, entry in then.items() if path not in here and entry.digest not in now]
+    split = Split.of(parts)
+    if testing and not len(split.test):
+        raise DataError(f"{index.root}: no labelled image in it that was not trained on; put the test images back")
+    if not testing and not (len(split.val) and len(split.test)):
+        raise DataError(f"{index.root}: none of the checkpoint's validation or test images are left; put them back")
+    listed = [f"{counted(len(paths), 'image')} {what} (first: {paths[0]})" for what, paths in changes.items() if paths]
+    notes = [f"the folder has changed since the training: {', '.join(listed)}"] * bool(listed)
+    if aside:
+        notes.append(f"{counted(len(aside), 'new label')} not used: the training used a share of the labels only")
+    if testing and len(changes["new"]) == len(index):
+        notes.append("no image of the training is among them: all that have a label are tested on")
+    return split, notes
+
+
+def any_known(index: Index, saved: dict[str, Any]) -> bool:
+    """Whether a manifest knows any of these images."""
+    return bool(np.isin(index.digests, np.array(_digest_list(saved["digests"]), dtype="S16")).any())
+
+
+LABEL_CHANGES = ("with another label", "with a label now", "that lost their label")  # at 0, 1 and -1
+
+
+def _part_of_known(label: int, then: Sequence[_Then], testing: bool) -> str:
+    """The part of an image with known bytes at another path or with another label than before."""
+    parts = {entry.part for entry in then}
+    held_out = next((part for part in ("test", "val") if part in parts), None)
+    if label == UNKNOWN:
+        return "unused" if held_out else "unlabeled"
+    if held_out or "labeled" in parts:
+        return held_out or "labeled"
+    if "unlabeled" in parts and all(entry.label == UNKNOWN for entry in then):
+        return "unlabeled" if testing else "labeled"  # nobody had labelled it
+    return "unlabeled" if "unlabeled" in parts else "unused"
 
 
 def _digest_list(digests: torch.Tensor) -> list[bytes]:
@@ -219,16 +313,15 @@ class Views:
     memory for when they are drawn again.
     """
 
-    def __init__(self, images: Images, augmentation: str, *, keep: bool = False) -> None:
+    def __init__(self, images: Images, *, keep: bool = False) -> None:
+        prepare = images.prepare
         self.kept: dict[tuple[str, int, int], torch.Tensor] = {}
-        self.most = STORE_BYTES // (3 * images.size**2) if keep else 0
-        mirror = images.index.name != "digits"
+        self.most = STORE_BYTES // (3 * prepare.size**2) if keep else 0
         self.images = images
         self.digests = np.zeros((len(images), 16), np.uint8)  # of the pixels, once they are known
-        self.augmentation = augmentation
         self.transforms = {
-            "weak": weak_view(images.size, mirror=mirror),
-            "strong": strong_view(augmentation, images.size, mirror=mirror),
+            "weak": weak_view(prepare.size, mirror=prepare.mirror),
+            "strong": strong_view(prepare.augmentation, prepare.size, mirror=prepare.mirror),
         }
 
     def __call__(self, kind: str, indices: Sequence[int], draws: Sequence[int]) -> torch.Tensor:

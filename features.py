@@ -9,6 +9,7 @@ write the same numbers.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -76,7 +77,8 @@ class FeatureCache(FeatureSource):
 
     def _table(self, kind: str, draw: int) -> str:
         """The name of the table of one view, opened or made."""
-        name = f"{kind}-{self.views.augmentation}-{draw}" if kind == "strong" else f"{kind}-{draw}"
+        augmentation = self.views.images.prepare.augmentation
+        name = f"{kind}-{augmentation}-{draw}" if kind == "strong" else f"{kind}-{draw}"
         if name not in self.tables:
             n = len(self.digests)
             path = self.folder / f"{name}.f16"
@@ -143,7 +145,8 @@ def open_features(
             f"--cache_gb allows {cache_gb:g}; raise it or lower --views",
         )
     root = Path(cache_dir).expanduser()
-    network = _key(repr((fingerprint, str(encoder.precision), encoder.device.type)).encode())
+    prepared = dataclasses.replace(views.images.prepare, augmentation="")  # which is in the names of the tables
+    network = _key(repr((fingerprint, str(encoder.precision), encoder.device.type, prepared)).encode())
     folder = root / f"{network}-{_key(digests.tobytes())}"
     if not (folder / DIGESTS).exists():
         write_atomically(folder / DIGESTS, digests.tobytes())

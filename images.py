@@ -4,38 +4,60 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import io
 import mmap
 import os
+import re
 import stat
 import sys
+import time
+import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from utils import DataError, counted, resolve_path, write_atomically
+from utils import DataError, ResourceError, UsageError, counted, first_few, resolve_path, write_atomically
 
 IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+    ".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm .jp2 .avif .heic .heif".split()
 )
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000")  # whatever a file's name says
+UNREAD_SUFFIXES = frozenset(  # of images too, but nothing here reads them
+    ".jxl .cr2 .cr3 .nef .nrw .arw .srf .dng .orf .raf .rw2 .pef .srw .psd .svg .exr .hdr .tga .dcm .xcf".split()
+)
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")  # whatever a file's name says
 UNKNOWN = -1  # the label of an image that nobody labelled
 STORE_BYTES = 2**30  # of decoded images in memory: what a run needs does not grow with the folder
 MOST_PIXELS = 178_956_970  # of one image, half a gigabyte decoded: more is taken for a decompression bomb
 MOST_BYTES = 2**30  # of one file
 EVALUATION_RESIZE = 256 / 224  # the short side before the centre crop, in sides of the crop
+RACY_NS = 2_000_000_000  # a file changed so shortly before it was read may have changed again within the clock's tick
 
-Image.MAX_IMAGE_PIXELS = None  # in place of Pillow's bound, which only warns: see _opened
+PART_FOLDERS = {  # what a data set that is already divided calls its parts
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+UNLABELED_FOLDERS = ("unlabeled", "unlabelled")
+SYSTEM_FOLDERS = frozenset(  # made by network storage and operating systems, never by a person
+    [
+        *("@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found"),
+        "__macosx",
+    ]
+)
+
+Image.MAX_IMAGE_PIXELS = None  # in place of Pillow's bound, which only warns: see read_image
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # a PNG with much text is an image all the same
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding images
@@ -45,10 +67,15 @@ Image.MAX_IMAGE_PIXELS = None  # in place of Pillow's bound, which only warns: s
 class Index:
     """The images of a dataset.
 
-    ``paths`` are relative to ``root`` and sorted; those of ``unlabeled_root`` follow, as absolute paths, with the label
-    ``UNKNOWN``. ``labels`` is [N] int64. ``pixels`` ([N, H, W] uint8) stands for files in a named dataset.
-    ``digests`` ([N] 16 bytes) are the BLAKE2 hashes of the images' bytes and ``bad`` the files that cannot be read,
-    each with the reason; :func:`check_images` finds both.
+    ``paths`` are relative to ``root`` (those outside of it absolute), with slashes, the labelled images first, either
+    sorted. ``labels`` is [N] int64, ``UNKNOWN`` where nobody labelled. ``given_parts`` says of each image in which part
+    (train, val, test) the user's own folders put it; empty if they do not. ``notes`` say what was found and is not
+    used. ``pixels`` ([N, H, W] uint8) stands for files in a named dataset. ``resize`` is the short side before the
+    centre crop, in sides of the crop; ``mirror`` says whether a mirror image keeps its class.
+
+    :func:`check_images` finds ``digests`` ([N] 16 bytes, the BLAKE2 hashes of the files' bytes), ``stamps`` (what the
+    file system said of each file), ``ranges`` ([N, 2] float32, the values of images of more than 8 bits; not a number
+    for others) and ``bad``, the files that cannot be read, each with the reason.
     """
 
     name: str
@@ -56,9 +83,14 @@ class Index:
     paths: tuple[str, ...]
     labels: np.ndarray
     classes: tuple[str, ...]
-    ignored: tuple[str, ...] = ()
+    given_parts: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    resize: float = EVALUATION_RESIZE
+    mirror: bool = True
     pixels: np.ndarray | None = None
     digests: np.ndarray | None = None
+    stamps: tuple["Stamp", ...] = ()
+    ranges: np.ndarray | None = None
     bad: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
@@ -90,6 +122,12 @@ class Index:
             groups[self.contents[i]].append(i)
         return list(groups.values())
 
+    def with_classes(self, classes: Sequence[str]) -> "Index":
+        """The same images with their labels counted in another order of the classes, all of ours among them."""
+        place = np.array([classes.index(name) for name in self.classes], dtype=np.int64)
+        labels = np.where(self.labels == UNKNOWN, UNKNOWN, place[self.labels])
+        return dataclasses.replace(self, labels=labels, classes=tuple(classes))
+
 
 def dataset_name(data_dir: str) -> str:
     return os.path.basename(os.path.abspath(resolve_path(data_dir)))
@@ -98,81 +136,236 @@ def dataset_name(data_dir: str) -> str:
 def find_images(data_dir: str, unlabeled_dir: str | None = None) -> Index:
     """Index a folder that has a subfolder of images for each class, or the named dataset ``digits``, by names alone.
 
+    A folder that holds such a folder alone stands for it. ``train``, ``val`` and ``test`` folders that have class
+    folders are the parts that they are called. Images of ``unlabeled_dir`` belong to no class, wherever it lies.
+
     Raises:
-        DataError: the folder is missing or empty, or has no class folders or one class only.
+        UsageError: there is a folder called ``digits`` here, so ``digits`` could mean either.
+        DataError: the folder is missing or has no class folders, or one in which nothing can be read.
     """
     if data_dir == "digits":
+        if os.path.isdir("digits"):
+            raise UsageError(
+                "--data_dir digits: the embedded digits, or the folder digits that is here? Give ./digits for the "
+                "folder, or start elsewhere"
+            )
         return _digits()
-    root = resolve_path(data_dir)
-    if not root.is_dir():
-        raise DataError(f"--data_dir {data_dir}: no such folder; give one with a subfolder of images for each class")
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    if not folders:
-        raise DataError(f"--data_dir {data_dir}: no class folders in it; put each class's images in a subfolder")
-    paths, labels, classes, ignored = [], [], [], []
-    for folder in folders:
-        images, others = _walk(root, folder)
-        ignored += others
-        if images:
-            paths += images
-            labels += [len(classes)] * len(images)
-            classes.append(folder)
-    if not paths:
-        raise DataError(
-            f"--data_dir {data_dir}: no images in its folders (known are {' '.join(sorted(IMAGE_SUFFIXES))})"
-        )
-    if len(classes) == 1:
-        raise DataError(f"--data_dir {data_dir}: one class only ({classes[0]}); at least two class folders are needed")
-    if unlabeled_dir is not None:
-        images, others = find_unlabeled("--unlabeled_dir", unlabeled_dir)
-        ignored += others
-        paths += images
-        labels += [UNKNOWN] * len(images)
+    walk = _Walk(_require_folder("--data_dir", data_dir, "; give one with a subfolder of images for each class"))
+    unlabeled_root = None if unlabeled_dir is None else _require_folder("--unlabeled_dir", unlabeled_dir)
+    if unlabeled_root is not None:
+        walk.leave_out(unlabeled_root)
+    walk.unwrap()
+    labeled: list[tuple[str, str, str]] = []  # path, class, given part
+    without: list[str] = []  # the images that have no class
+    parts = walk.parts()
+    for folder in dict.fromkeys(["", *(folder for folder, _ in parts)]):
+        loose, _ = walk.images(folder, deep=False)
+        if loose:
+            walk.notes.append(
+                f"{counted(len(loose), 'image')} not used, for they are in no class folder (first: {loose[0]})"
+            )
+    for folder, part in parts:
+        for name in walk.folders(folder):
+            path = f"{folder}/{name}" if folder else name
+            if name.lower() in UNLABELED_FOLDERS:
+                walk.notes.append(f"not used, for it is no class: the folder {path}")
+                continue
+            found, unread = walk.images(path)
+            if found:
+                labeled += [(image, unicodedata.normalize("NFC", name), part) for image in found]
+            elif unread:
+                raise DataError(
+                    f"{walk.root / path}: nothing here reads its {counted(len(unread), 'image')} (first: {unread[0]}); "
+                    "convert them or move the folder away"
+                )
+            else:
+                walk.empty.append(path)
+    if not labeled:
+        raise DataError(f"--data_dir {data_dir}: no class folders with images in it; put each class's images in one")
+    if unlabeled_root is not None:
+        others = _Walk(unlabeled_root)
+        others.leave_out(walk.root)  # whose images are known
+        found, _ = others.images("")
+        if not found:
+            raise DataError(f"--unlabeled_dir {unlabeled_dir}: no images in it")
+        without += [walk.relative(others.root, image) for image in found]
+        walk.take_notes_of(others)
+    labeled.sort()
+    without = sorted(set(without))
+    classes = sorted({name for _, name, _ in labeled}, key=natural_order)
+    place = {name: c for c, name in enumerate(classes)}
+    given = [part for *_, part in labeled] + [""] * len(without)
     return Index(
         name=dataset_name(data_dir),
-        root=root,
-        paths=tuple(paths),
-        labels=np.array(labels, dtype=np.int64),
+        root=walk.root,
+        paths=(*(path for path, *_ in labeled), *without),
+        labels=np.array([place[name] for _, name, _ in labeled] + [UNKNOWN] * len(without), dtype=np.int64),
         classes=tuple(classes),
-        ignored=tuple(ignored),
+        given_parts=tuple(given) if any(given) else (),
+        notes=tuple(walk.said()),
     )
 
 
+def unlabeled_beside(data_dir: str) -> str | None:
+    """The folder of images that nobody labelled beside the class folders, if ``data_dir`` has one: ``unlabeled``, or a
+    ``test`` folder without class folders, as competitions have it."""
+    if data_dir == "digits" or not resolve_path(data_dir).is_dir():
+        return None
+    walk = _Walk(resolve_path(data_dir))
+    walk.unwrap()
+    parts = walk.parts()
+    for folder in dict.fromkeys(["", *(folder for folder, _ in parts)]):
+        for name in walk.folders(folder):
+            if name.lower() in UNLABELED_FOLDERS:
+                return os.path.join(walk.root, folder, name)
+    for folder, part in parts:
+        if part == "test" and not walk.folders(folder) and walk.images(folder)[0]:
+            return os.path.join(walk.root, folder)
+    return None
+
+
 def find_unlabeled(option: str, folder: str) -> tuple[list[str], list[str]]:
-    """The images that a folder holds at any depth, and its other files, as sorted absolute and relative paths.
+    """The images that a folder holds at any depth, as sorted absolute paths, and lines that say what is passed over. A
+    single file stands for itself.
 
     Raises:
         DataError: it is missing or holds none; names the ``option`` that gave it.
     """
+    path = resolve_path(folder)
+    if path.is_file():
+        return [os.path.abspath(path)], []
+    walk = _Walk(_require_folder(option, folder))
+    found, _ = walk.images("")
+    if not found:
+        raise DataError(f"{option} {folder}: no images in it")
+    return [os.path.join(os.path.abspath(walk.root), image) for image in found], walk.said()
+
+
+def _require_folder(option: str, folder: str, advice: str = "") -> Path:
     root = resolve_path(folder)
     if not root.is_dir():
-        raise DataError(f"{option} {folder}: no such folder")
-    images, others = _walk(root, "")
-    if not images:
-        raise DataError(f"{option} {folder}: no images in it")
-    return [os.path.join(os.path.abspath(root), image) for image in images], others
+        raise DataError(f"{option} {folder}: no such folder{advice}")
+    return root
 
 
-def _walk(root: Path, folder: str) -> tuple[list[str], list[str]]:
-    """The images below a folder and its other files, as sorted paths relative to ``root``; without hidden ones."""
-    images, others, pending, seen = [], [], [folder], set()
-    while pending:
-        relative = pending.pop()
-        real = os.path.realpath(root / relative)
-        if real in seen:  # a link back to a folder already visited
-            continue
-        seen.add(real)
-        for entry in os.scandir(root / relative):
-            if entry.name.startswith("."):
+def natural_order(name: str) -> tuple[list[tuple[int, str]], str]:
+    """A key that sorts ``2`` before ``10``."""
+    pieces = re.split(r"(\d+)", name)
+    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in pieces], name
+
+
+class _Walk:
+    """What lies below a folder, as paths relative to it with slashes, and what of it is passed over. Hidden files and
+    folders are not seen, each folder is visited once, whatever links lead to it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.left_out: set[str] = set()  # real paths
+        self.notes: list[str] = []
+        self.empty: list[str] = []  # class folders
+        self.other: list[str] = []  # files that are no images
+        self.unread: list[str] = []  # images of formats that nothing here reads
+        self.system: set[str] = set()
+        self.closed: set[str] = set()  # folders that may not be read
+
+    def leave_out(self, folder: Path) -> None:
+        self.left_out.add(os.path.realpath(folder))
+
+    def relative(self, root: Path, path: str) -> str:
+        """A path below another root: from ours if it lies in there, else absolute."""
+        absolute, ours = Path(os.path.abspath(root)) / path, os.path.abspath(self.root)
+        return absolute.relative_to(ours).as_posix() if absolute.is_relative_to(ours) else str(absolute)
+
+    def _entries(self, folder: str) -> list[os.DirEntry]:
+        try:
+            entries = [entry for entry in os.scandir(self.root / folder) if not entry.name.startswith(".")]
+        except PermissionError:
+            self.closed.add(folder or str(self.root))
+            return []
+        return sorted(entries, key=lambda entry: entry.name)
+
+    def folders(self, folder: str) -> list[str]:
+        """The names of a folder's subfolders."""
+        names = []
+        for entry in self._entries(folder):
+            if not entry.is_dir() or os.path.realpath(entry.path) in self.left_out:
                 continue
-            path = os.path.join(relative, entry.name)
-            if entry.is_dir():
-                pending.append(path)
-            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
-                images.append(path)
+            if entry.name.lower() in SYSTEM_FOLDERS:
+                self.system.add(f"{folder}/{entry.name}" if folder else entry.name)
             else:
-                others.append(path)
-    return sorted(images), sorted(others)
+                names.append(entry.name)
+        return names
+
+    def images(self, folder: str, *, deep: bool = True) -> tuple[list[str], list[str]]:
+        """The images in a folder, at any depth if ``deep``: those that may be readable, and those that nothing reads.
+        Both are sorted."""
+        found, unread, pending, seen = [], [], [folder], set()
+        while pending:
+            here = pending.pop()
+            real = os.path.realpath(self.root / here)
+            if real in seen or real in self.left_out:
+                continue
+            seen.add(real)
+            for entry in self._entries(here):
+                path = f"{here}/{entry.name}" if here else entry.name
+                suffix = os.path.splitext(entry.name)[1].lower()
+                if entry.is_dir():
+                    continue
+                if suffix in UNREAD_SUFFIXES or (suffix in (".heic", ".heif") and "HEIF" not in formats()):
+                    unread.append(path)
+                elif suffix in IMAGE_SUFFIXES:
+                    found.append(path)
+                else:
+                    self.other.append(path)
+            pending += [f"{here}/{name}" if here else name for name in self.folders(here)] if deep else []
+        self.unread += unread
+        return sorted(found), sorted(unread)
+
+    def unwrap(self) -> None:
+        """Go down to the folder that has the class folders, past those that hold nothing but another one, as unpacking
+        an archive makes them."""
+        outer = self.root
+        while True:
+            inner = self.folders("")
+            if len(inner) != 1 or inner[0].lower() in UNLABELED_FOLDERS or self.images("", deep=False)[0]:
+                break
+            if len(self.folders(inner[0])) < 2:
+                break
+            self.root = self.root / inner[0]
+        if self.root != outer:
+            self.notes.append(f"the class folders are those in {self.root}")
+
+    def parts(self) -> list[tuple[str, str]]:
+        """The folders that have class folders, each with the part of the data set that it is: by itself, if it is not
+        divided."""
+        named = {name: PART_FOLDERS.get(name.lower(), "") for name in self.folders("")}
+        divided = "train" in named.values() and len(set(named.values()) - {""}) > 1
+        if not divided or not any(self.folders(name) for name, part in named.items() if part == "train"):
+            return [("", "")]
+        others = [name for name, part in named.items() if not part and name.lower() not in UNLABELED_FOLDERS]
+        if others:
+            self.notes.append(f"not used, beside the parts of the data set: {first_few(others)}")
+        return [(name, part) for name, part in named.items() if part]
+
+    def take_notes_of(self, other: "_Walk") -> None:
+        self.other += other.other
+        self.unread += other.unread
+        self.system |= other.system
+        self.closed |= other.closed
+
+    def said(self) -> list[str]:
+        """Lines that say what was found and is not used."""
+        kinds = (
+            (sorted(set(self.unread)), "image", "of formats that nothing here reads passed over"),
+            (sorted(set(self.other)), "file", "of other kinds passed over"),
+            (self.empty, "folder", "without images passed over"),
+            (sorted(self.system), "system folder", "passed over"),
+            (sorted(self.closed), "folder", "that may not be read passed over"),
+        )
+        lines = [f"{counted(len(names), one)} {what} (first: {names[0]})" for names, one, what in kinds if names]
+        if any(name.lower().endswith((".heic", ".heif")) for name in self.unread):
+            lines.append("to have HEIC images read: pip install pillow-heif")
+        return self.notes + lines
 
 
 def _digits() -> Index:
@@ -186,6 +379,8 @@ def _digits() -> Index:
         paths=tuple(f"{label}/{i:04d}" for i, label in enumerate(digits.target)),
         labels=digits.target.astype(np.int64),
         classes=tuple(str(name) for name in digits.target_names),
+        resize=1.0,
+        mirror=False,
         pixels=pixels,
         digests=np.array([digest(image.tobytes()) for image in pixels]),
     )
@@ -200,17 +395,37 @@ def digest(content: bytes) -> bytes:
 # Checking them: every file is decoded once before anything depends on it
 
 
-class Finding(NamedTuple):
-    """What is known of a file: its size and time of change, the hash of its bytes, why it cannot be read if so."""
+class Stamp(NamedTuple):
+    """What the file system says of a file. As long as all of it is the same, so are the bytes: a file that takes
+    another's place has another inode or time of status change, whatever its size and date."""
 
     size: int
     mtime_ns: int
-    digest: bytes
-    reason: str
+    ctime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "Stamp":
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino % 2**63)
+
+
+class Finding(NamedTuple):
+    """What is known of a file: what the file system said of it, the hash of its bytes, the values of its pixels if they
+    have more than 8 bits (else not a number), why it cannot be read if so."""
+
+    stamp: Stamp
+    digest: bytes = b""
+    low: float = np.nan
+    high: float = np.nan
+    reason: str = ""
+
+
+NO_FILE = Stamp(-1, -1, -1, -1)
+FINDINGS_VERSION = 2  # raised whenever more is found out of a file, or other files are found readable
 
 
 def check_images(index: Index, cache_dir: str | None, *, max_bad_percent: float = 100.0) -> Index:
-    """Read every file. Returns the index of those that can be read, with ``digests`` and ``bad``.
+    """Read every file. Returns the index of those that can be read, with what was found of them.
 
     Args:
         cache_dir: where findings are kept, so that only files that are new or have changed are read; None: nowhere.
@@ -222,18 +437,25 @@ def check_images(index: Index, cache_dir: str | None, *, max_bad_percent: float 
         return index
     kept = None
     if cache_dir is not None:
-        key = digest(repr((os.path.abspath(index.root), PIL.__version__)).encode("utf-8", "surrogatepass"))
-        kept = Path(cache_dir).expanduser() / f"checked-{key.hex()}.npz"
+        about = repr((os.path.abspath(index.root), PIL.__version__, formats(), FINDINGS_VERSION))
+        kept = Path(cache_dir).expanduser() / f"checked-{digest(about.encode('utf-8', 'surrogatepass')).hex()}.npz"
     known = _load_findings(kept)
     findings = [known.get(path) for path in index.paths]
     del known
-    todo = [i for i, each in enumerate(findings) if each is None or each[:2] != _stamp(index.file(i))[:2]]
+    todo = [i for i, each in enumerate(findings) if each is None or each.stamp != _stamp(index.file(i)).stamp]
+    began = time.time_ns()
     try:
         for i, finding in zip(todo, _inspect_all([index.file(i) for i in todo]), strict=True):
             findings[i] = finding
     finally:
         if todo and kept is not None:
-            _save_findings(kept, dict(zip(index.paths, findings, strict=True)))
+            settled = {
+                path: each
+                for path, each in zip(index.paths, findings, strict=True)
+                if each is not None and each.stamp.ctime_ns < began - RACY_NS
+            }
+            with contextlib.suppress(ResourceError):  # it is read again next time
+                _save_findings(kept, settled)
     readable = np.array([not finding.reason for finding in findings])
     bad = tuple((path, each.reason) for path, each in zip(index.paths, findings, strict=True) if each.reason)
     if 100 * len(bad) > max_bad_percent * len(index):
@@ -241,24 +463,28 @@ def check_images(index: Index, cache_dir: str | None, *, max_bad_percent: float 
             f"{len(bad)} of {counted(len(index), 'file')} cannot be read as images (first: {index.root / bad[0][0]}: "
             f"{bad[0][1]}); mend or remove them, or leave them out with --max_bad_percent 100, which lists them"
         )
+    good = [each for each in findings if not each.reason]
     return dataclasses.replace(
         index,
-        paths=tuple(path for path, good in zip(index.paths, readable, strict=True) if good),
+        paths=tuple(path for path, can in zip(index.paths, readable, strict=True) if can),
         labels=index.labels[readable],
-        digests=np.array([each.digest for each in findings], dtype="S16")[readable],
+        given_parts=tuple(part for part, can in zip(index.given_parts, readable, strict=False) if can),
+        digests=np.array([each.digest for each in good], dtype="S16"),
+        stamps=tuple(each.stamp for each in good),
+        ranges=np.array([(each.low, each.high) for each in good], dtype=np.float32).reshape(-1, 2),
         bad=bad,
     )
 
 
 def _stamp(path: Path) -> Finding:
-    """What the file system says of a file; its size is -1 if it is none that can be read."""
+    """What the file system says of a file, with the reason if it is none that can be read."""
     try:
         status = path.stat()
     except OSError as error:
-        return Finding(-1, -1, b"", error.strerror)
+        return Finding(NO_FILE, reason=error.strerror)
     if not stat.S_ISREG(status.st_mode):
-        return Finding(-1, -1, b"", "not a regular file")
-    return Finding(status.st_size, status.st_mtime_ns, b"", "larger than a gigabyte" * (status.st_size > MOST_BYTES))
+        return Finding(NO_FILE, reason="not a regular file")
+    return Finding(Stamp.of(status), reason="larger than a gigabyte" * (status.st_size > MOST_BYTES))
 
 
 def _inspect(path: Path) -> Finding:
@@ -267,18 +493,35 @@ def _inspect(path: Path) -> Finding:
     if finding.reason:
         return finding
     try:
-        content = path.read_bytes()
+        stamp, content = _content(path)
     except OSError as error:
-        return Finding(-1, -1, b"", error.strerror)
-    reason = "" if content else "empty"
-    if content:
-        try:
-            with _opened(io.BytesIO(content)) as image:
-                image.draft("RGB", (256, 256))
-                to_rgb(image)
-        except Unreadable as error:
-            reason = str(error)
-    return finding._replace(digest=digest(content), reason=reason)
+        return Finding(NO_FILE, reason=error.strerror)
+    finding = Finding(stamp, digest(content))
+    try:
+        low, high = read_image(content, _look)
+    except Unreadable as error:
+        return finding._replace(reason=str(error))
+    return finding._replace(low=low, high=high)
+
+
+def _content(path: Path) -> tuple[Stamp, bytes]:
+    """A file's bytes with its stamp: of these very bytes, even if another file takes the name in between."""
+    with path.open("rb") as file:
+        return Stamp.of(os.fstat(file.fileno())), file.read()
+
+
+def _look(image: Image.Image) -> tuple[float, float]:
+    """Decode an image. Returns the values between which nearly all of its pixels lie, if they have more than 8 bits."""
+    if not is_deep(image):
+        image.draft("RGB", (256, 256))
+        to_rgb(image, None)
+        return np.nan, np.nan
+    values = np.asarray(image, dtype=np.float32)
+    values = values[np.isfinite(values)]
+    if not values.size:
+        raise Unreadable("no pixel has a finite value")
+    low, high = np.quantile(values, (0.001, 0.999))
+    return float(low), float(high)
 
 
 def _inspect_all(paths: Sequence[Path], at_once: int = 1024) -> Iterator[Finding]:
@@ -301,22 +544,24 @@ def _load_findings(path: Path | None) -> dict[str, Finding]:
     try:
         with np.load(path, allow_pickle=False) as kept:
             paths, reasons = (_unpacked(kept[name]) for name in ("paths", "reasons"))
-            numbers = [kept[name].tolist() for name in ("sizes", "mtimes", "digests")]
+            numbers = [kept[name].tolist() for name in ("stamps", "digests", "ranges")]
     except Exception:  # whatever a damaged file makes NumPy and zipfile raise: then every image is read again
         return {}
-    return {path: Finding(*rest) for path, *rest in zip(paths, *numbers, reasons, strict=True)}
+    return {
+        path: Finding(Stamp(*stamp), each, *values, reason)
+        for path, stamp, each, values, reason in zip(paths, *numbers, reasons, strict=True)
+    }
 
 
-def _save_findings(path: Path, findings: dict[str, Finding | None]) -> None:
-    known = {name: finding for name, finding in findings.items() if finding is not None}
+def _save_findings(path: Path, findings: dict[str, Finding]) -> None:
     content = io.BytesIO()
     np.savez(
         content,
-        paths=_packed(known),
-        sizes=np.array([finding.size for finding in known.values()], dtype=np.int64),
-        mtimes=np.array([finding.mtime_ns for finding in known.values()], dtype=np.int64),
-        digests=np.array([finding.digest for finding in known.values()], dtype="S16"),
-        reasons=_packed(finding.reason for finding in known.values()),
+        paths=_packed(findings),
+        stamps=np.array([finding.stamp for finding in findings.values()], dtype=np.int64).reshape(-1, 4),
+        digests=np.array([finding.digest for finding in findings.values()], dtype="S16"),
+        ranges=np.array([(finding.low, finding.high) for finding in findings.values()]).reshape(-1, 2),
+        reasons=_packed(finding.reason for finding in findings.values()),
     )
     write_atomically(path, content.getvalue())
 
@@ -338,23 +583,61 @@ class Unreadable(Exception):
     """Why a file cannot be read as an image."""
 
 
-@contextlib.contextmanager
-def _opened(file: BinaryIO) -> Iterator[Image.Image]:
-    """Open an image to be decoded in the block.
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """The formats that can be read here: Pillow's, and HEIC where ``pillow-heif`` is installed."""
+    if importlib.util.find_spec("pillow_heif") is None:
+        return FORMATS
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    return (*FORMATS, "HEIF")
+
+
+T = TypeVar("T")
+
+
+def read_image(content: bytes, use: Callable[[Image.Image], T]) -> T:
+    """What ``use`` makes of the image that some bytes are.
+
+    A JPEG that lacks nothing but its end marker is read all the same.
 
     Raises:
         Unreadable: it is too large, or a decoder raised anything over its bytes.
     """
+    if not content:
+        raise Unreadable("empty")
     try:
-        with Image.open(file, formats=FORMATS) as image:
+        return _use(content, use)
+    except Unreadable:
+        if not (content.startswith(b"\xff\xd8") and _lacks_only_its_end(content)):
+            raise
+        return _use(content + JPEG_END, use)
+
+
+JPEG_END = b"\xff\xd9"
+
+
+def _use(content: bytes, use: Callable[[Image.Image], T]) -> T:
+    try:
+        with Image.open(io.BytesIO(content), formats=formats()) as image:
             width, height = image.size
             if width * height > MOST_PIXELS:
                 raise Unreadable(f"too large ({width} x {height} pixels)")
-            yield image
+            return use(image)
     except (MemoryError, Unreadable):
         raise
     except Exception as error:  # Pillow promises no list of what hostile bytes can raise
         raise Unreadable(_reason(error)) from error
+
+
+def _lacks_only_its_end(content: bytes) -> bool:
+    """Whether a JPEG's pixels are all there: then what is put between them and an end marker changes none."""
+    try:
+        first, second = (_use(content + filler + JPEG_END, np.asarray) for filler in (b"", bytes(64)))
+    except Unreadable:
+        return False
+    return np.array_equal(first, second)
 
 
 def _reason(error: Exception) -> str:
@@ -363,14 +646,24 @@ def _reason(error: Exception) -> str:
     return (" ".join(str(error).split()) or type(error).__name__).replace("\0", "")
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image as the viewer sees it, in 8-bit RGB: rotated by its EXIF tag, deep grey values scaled rather than
-    clipped, transparency on white."""
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, dtype=np.float32)
-        top = 65535.0 if image.mode.startswith("I") else max(float(values.max()), 1.0)
-        image = Image.fromarray((np.clip(values / top, 0, 1) * 255 + 0.5).astype(np.uint8))
+def is_deep(image: Image.Image) -> bool:
+    """Whether its pixels are single values of more than 8 bits."""
+    return image.mode.startswith(("I", "F"))
+
+
+def to_rgb(image: Image.Image, value_range: tuple[float, float] | None) -> Image.Image:
+    """An image in 8-bit RGB: transparency on white, and of an image of more than 8 bits the values of ``value_range``
+    from black to white (None: from 0 to 65535).
+
+    Raises:
+        Unreadable: it has floating-point values, and which of them are black and white is not known.
+    """
+    if is_deep(image):
+        if value_range is None and image.mode.startswith("F"):
+            raise Unreadable("its floating-point values have no range, for there were none in the training")
+        low, high = value_range or (0.0, 65535.0)
+        shares = (np.nan_to_num(np.asarray(image, dtype=np.float32), nan=low) - low) / max(high - low, 1e-30)
+        image = Image.fromarray((np.clip(shares, 0, 1) * 255 + 0.5).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -378,30 +671,75 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def short_side(dataset: str, size: int) -> int:
-    """To what the short side of an image is resized before the centre of ``size`` pixels is cut out."""
-    return size if dataset == "digits" else round(size * EVALUATION_RESIZE)
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """How an image becomes what a network sees: all that its pixels depend on beside the file. It is kept in every
+    checkpoint, and is part of what kept features are known by.
+
+    The image is turned upright (EXIF), its central square is cut out and put in RGB (:func:`to_rgb`), resized to
+    ``short_side`` pixels with antialiasing, and of that the central ``size`` pixels are taken. Views are made of these
+    by ``augmentation``; ``mirror`` says whether they may be flipped. The network then subtracts ``mean`` from each
+    channel and divides it by ``std``.
+    """
+
+    size: int
+    short_side: int
+    mirror: bool
+    value_range: tuple[float, float] | None
+    augmentation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    version: int = 1  # raised whenever the same fields come to mean other pixels
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """An open image's pixels, [3, size, size] uint8."""
+        image.draft("RGB", (self.short_side, self.short_side))  # a large JPEG is decoded at a fraction of its size
+        ImageOps.exif_transpose(image, in_place=True)
+        image = central_square(image)
+        pixels = F.pil_to_tensor(to_rgb(image, self.value_range))
+        if pixels.shape[1] != self.short_side:  # tensors are resized in a fifth of Pillow's time
+            side = [self.short_side, self.short_side]
+            pixels = F.resize(pixels, side, v2.InterpolationMode(self.interpolation), antialias=True)
+        return F.center_crop(pixels, [self.size, self.size])
 
 
-def decode(path: Path, size: int, side: int) -> torch.Tensor:
-    """Read a file: the short side resized to ``side``, the centre cropped. Returns [3, size, size] uint8.
+def central_square(image: Image.Image) -> Image.Image:
+    """The middle of an image: what the centre crop would not keep is never made, however long the image is."""
+    side = min(image.size)
+    left, top = ((n - side) // 2 for n in image.size)
+    return image.crop((left, top, left + side, top + side))
+
+
+def value_range(index: Index) -> tuple[float, float] | None:
+    """From which value to which the images of more than 8 bits are shown, black to white: one range for all, so that an
+    image that is brighter than another stays so. None if there are no such images."""
+    deep = index.ranges[np.isfinite(index.ranges[:, 0])] if index.ranges is not None else []
+    if not len(deep):
+        return None
+    low, high = np.quantile(deep[:, 0], 0.005), np.quantile(deep[:, 1], 0.995)  # a few may be damaged
+    return float(low), float(high)
+
+
+def decode(path: Path, prepare: Preparation, stamp: Stamp | None = None, known: bytes = b"") -> torch.Tensor:
+    """Read a file as ``prepare`` says. Returns [3, size, size] uint8.
+
+    Args:
+        stamp, known: what the file system said of the file when it was checked, and the hash of its bytes.
 
     Raises:
-        DataError: it cannot be read as an image.
+        DataError: it cannot be read as an image, or is another one now.
     """
     try:
-        with path.open("rb") as file, _opened(file) as image:
-            image.draft("RGB", (side, side))  # a large JPEG is decoded at a fraction of its size
-            return _fit(to_rgb(image), side, size)
+        if reason := _stamp(path).reason:
+            raise Unreadable(reason)
+        now, content = _content(path)
+        if stamp is not None and now != stamp and digest(content).rstrip(b"\0") != known:  # as NumPy keeps bytes
+            raise Unreadable("it has changed since it was checked")
+        return read_image(content, prepare)
     except (OSError, Unreadable) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"{path}: cannot be read as an image ({reason}); remove or replace it") from error
-
-
-def _fit(image: Image.Image, side: int, size: int) -> torch.Tensor:
-    pixels = F.pil_to_tensor(image)  # tensors are resized with vector instructions, in a fifth of Pillow's time
-    pixels = F.resize(pixels, [side], interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-    return F.center_crop(pixels, [size, size])
 
 
 class Images(Dataset):
@@ -411,9 +749,9 @@ class Images(Dataset):
     The store is shared anonymous memory: loader workers that are forked fill and read the same one.
     """
 
-    def __init__(self, index: Index, size: int) -> None:
-        self.index = index
-        self.size, self.side = size, short_side(index.name, size)
+    def __init__(self, index: Index, prepare: Preparation) -> None:
+        self.index, self.prepare = index, prepare
+        size = prepare.size
         self._pixels: np.ndarray | None = None
         self._present: np.ndarray | None = None
         n_bytes = len(index) * 3 * size * size
@@ -437,5 +775,7 @@ class Images(Dataset):
 
     def _decode(self, i: int) -> torch.Tensor:
         if self.index.pixels is not None:
-            return _fit(Image.fromarray(self.index.pixels[i]).convert("RGB"), self.side, self.size)
-        return decode(self.index.file(i), self.size, self.side)
+            return self.prepare(Image.fromarray(self.index.pixels[i]))
+        if not self.index.stamps:
+            return decode(self.index.file(i), self.prepare)
+        return decode(self.index.file(i), self.prepare, self.index.stamps[i], self.index.digests[i])

@@ -99,6 +99,7 @@ class Backbone:
     body: nn.Module
     n_features: int
     img_size: int
+    normalization: tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel
 
     def fingerprint(self) -> str:
         """A hash of the name, the image size and every weight."""
@@ -135,7 +136,7 @@ def build_backbone(model_name: str, weights: str, img_size: int, seed: int) -> B
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--img_size {img_size}: {model_name} cannot take images of this size ({reason})") from error
-    return Backbone(model_name, body, n_features, img_size)
+    return Backbone(model_name, body, n_features, img_size, normalization)
 
 
 def _efficientnet_lite0(pretrained: bool) -> nn.Module:

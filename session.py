@@ -1,6 +1,8 @@
 """What a run works with: its data and split, its backbone, where network inputs come from, new learners."""
 
 import copy
+import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,31 +34,47 @@ def find_data(
         last: the one that the run goes on from, whose images must be the same.
 
     Raises:
-        CheckpointError: the checkpoint is of other classes (no image has been read then), or the folder of a run to go
-            on with has changed.
+        CheckpointError: the checkpoint is of other classes (no image has been read then) or, where none was named, of
+            other images; or the folder of a run to go on with has changed.
     """
     index = images.find_images(config.data_dir, config.unlabeled_dir)
     saved = last or saved
-    if saved is not None and tuple(saved["classes"]) != index.classes:
+    testing = config.mode == "test"
+    if saved is not None:
         there, here = set(saved["classes"]), set(index.classes)
-        differences = [f"which lacks {name}" for name in sorted(there - here)]
+        differences = [f"which lacks {name}" for name in sorted(there - here) if not testing]
         differences += [f"which also has {name}" for name in sorted(here - there)]
-        raise utils.CheckpointError(
-            f"the checkpoint has other classes than {config.data_dir} ({utils.first_few(differences)}); give "
-            "the folder it was trained on"
-        )
+        if differences:
+            raise utils.CheckpointError(
+                f"the checkpoint has other classes than {config.data_dir} ({utils.first_few(differences)}); give "
+                "the folder it was trained on"
+            )
+        index = index.with_classes(saved["classes"])
     index = images.check_images(
         index, config.cache_dir if config.cache_gb else None, max_bad_percent=config.max_bad_percent
     )
     if saved is not None:
-        split, changes = data.split_from_manifest(index, saved["split"])
+        split, changes = data.split_from_manifest(
+            index, saved["split"], testing=testing, all_labels=config.num_labels_percent == 100
+        )
         if changes and last is not None:
             raise utils.CheckpointError(
-                f"--resume: the folder has changed since: {changes}; put it back, or start anew with --overwrite"
+                f"--resume: {changes[0].replace('the training', 'the run began')}; put it back, or start anew with "
+                "--overwrite"
             )
-        notes = [f"the folder has changed since the training: {changes}"] if changes else []
-        return index, split, describe_data(index, split) + notes
+        if config.load_path is None and not data.any_known(index, saved["split"]):
+            raise utils.CheckpointError(
+                f"--load_best: no run was trained on the images of {config.data_dir}; one with the same classes was "
+                f"trained on {saved['folders']['data_dir']}: if you mean it, give it as --load_path"
+            )
+        return index, split, describe_data(index, split, changes)
     data.require_enough(index)
+    for part in ("val", "test"):
+        option = f"{part}_percent"
+        if part in index.given_parts and option in config.given:
+            raise utils.UsageError(
+                f"--{option} {getattr(config, option):g}: {config.data_dir} has {part} images of its own; leave it out"
+            )
     split = data.make_split(
         index.paths,
         index.labels,
@@ -65,8 +83,10 @@ def find_data(
         val_percent=config.val_percent,
         test_percent=config.test_percent,
         duplicates=index.duplicates,
+        given_parts=index.given_parts,
+        classes=index.classes,
     )
-    return index, split, describe_data(index, split)
+    return index, split, describe_data(index, split, [])
 
 
 class Session:
@@ -87,14 +107,18 @@ class Session:
         self.device, self.precision = device, precision
         self.mixtures: dict[tuple[bytes, bool], tuple[np.ndarray, torch.Tensor]] = {}  # of which labels, whose shares
         self.frozen = config.trainable == "head"
-        keep = not self.frozen and config.views > 0
-        self.views = data.Views(images.Images(index, config.img_size), config.augmentation, keep=keep)
         seed = saved["backbone"]["seed"] if saved else config.seed
         # A checkpoint of a network that learned as a whole holds all its weights.
         self.weights = "none" if saved and not self.frozen else config.weights
         self.backbone = models.build_backbone(config.model_name, self.weights, config.img_size, seed)
         self.backbone_state = {"name": self.backbone.name, "seed": seed, "fingerprint": None}
+        self.preparation = preparation(config, index, self.backbone, last or saved)
         self.notes = notes
+        if self.preparation.value_range:
+            low, high = self.preparation.value_range
+            self.notes.append(f"images of more than 8 bits: values from {low:g} to {high:g} are shown, black to white")
+        keep = not self.frozen and config.views > 0
+        self.views = data.Views(images.Images(index, self.preparation), keep=keep)
         if self.frozen:
             self.backbone_state["fingerprint"] = self.backbone.fingerprint()
             if saved and saved["backbone"]["fingerprint"] != self.backbone_state["fingerprint"]:
@@ -235,11 +259,17 @@ class Session:
 
     def identity(self) -> dict[str, Any]:
         """What every checkpoint says of the run it is from."""
+        unlabeled = self.config.unlabeled_dir
         return {
             "config": self.config.options(),
             "classes": list(self.index.classes),
             "split": data.manifest(self.index, self.split),
             "backbone": self.backbone_state,
+            "preparation": dataclasses.asdict(self.preparation),
+            "folders": {
+                "data_dir": os.path.realpath(self.index.root),
+                "unlabeled_dir": unlabeled and os.path.realpath(utils.resolve_path(unlabeled)),
+            },
         }
 
     def batches(self, schedule: data.Schedule, start: int, stop: int) -> Iterator[data.Batch]:
@@ -261,26 +291,60 @@ class Session:
                 yield batch.to(self.device, self.encode)
 
 
-def describe_data(index: images.Index, split: data.Split) -> list[str]:
-    """What was found: counts, duplicates with conflicting labels, files left out or passed over."""
+def preparation(
+    config: args.Config, index: images.Index, backbone: models.Backbone, saved: dict[str, Any] | None
+) -> images.Preparation:
+    """How images are prepared: as for the checkpoint; without one as the data set and the backbone ask for.
+
+    Raises:
+        CheckpointError: the checkpoint's images were prepared in a way that is no longer known.
+    """
+    mean, std = backbone.normalization
+    here = images.Preparation(
+        size=config.img_size,
+        short_side=round(config.img_size * index.resize),
+        mirror=index.mirror,
+        value_range=images.value_range(index),
+        augmentation=config.augmentation,
+        mean=tuple(mean),
+        std=tuple(std),
+    )
+    if saved is None:
+        return here
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in saved["preparation"].items()}
+    try:
+        there = images.Preparation(**fields)
+    except TypeError as error:
+        raise utils.CheckpointError("the checkpoint is of another version of this program: train anew") from error
+    if (there.version, there.mean, there.std) != (here.version, here.mean, here.std):
+        raise utils.CheckpointError(
+            f"the checkpoint's images were prepared in another way ({config.model_name}: mean {there.mean}, standard "
+            f"deviation {there.std}, version {there.version}; here {here.mean}, {here.std}, {here.version}): train anew"
+        )
+    return dataclasses.replace(there, augmentation=config.augmentation)
+
+
+def describe_data(index: images.Index, split: data.Split, changes: list[str]) -> list[str]:
+    """What was found: counts, classes, duplicates with conflicting labels, files left out or passed over."""
     counts = split.counts()
+    sizes = np.bincount(index.labels[index.labels != images.UNKNOWN], minlength=len(index.classes))
     notes = [
         f"{index.name}: {len(index.classes)} classes; {counts['labeled']} labelled, {counts['unlabeled']} unlabelled, "
-        f"{counts['val']} validation and {counts['test']} test images"
+        f"{counts['val']} validation and {counts['test']} test images",
+        f"classes: {utils.first_few([f'{name} ({n})' for name, n in zip(index.classes, sizes, strict=True)], 12)}",
     ]
     groups = index.duplicates
     if groups:
         conflicts = [group for group in groups if len({int(index.labels[i]) for i in group} - {images.UNKNOWN}) > 1]
-        notes.append(f"{len(groups)} groups of identical images, each kept on one side of the split")
+        notes.append(f"{utils.counted(len(groups), 'group')} of identical images, each kept on one side of the split")
         if conflicts:
             first = " and ".join(index.paths[i] for i in conflicts[0])
             notes.append(f"{len(conflicts)} of them have conflicting labels and are used without (first: {first})")
+    if len(split.unused):
+        first = index.paths[split.unused[0]]
+        notes.append(f"{utils.counted(len(split.unused), 'image')} neither trained nor tested on (first: {first})")
     if index.bad:
         path, reason = index.bad[0]
         left_out = utils.counted(len(index.bad), "unreadable file")
         notes.append(f"{left_out} left out and listed in bad_files.csv (first: {path}: {reason})")
-    if index.ignored:
-        notes.append(
-            f"{utils.counted(len(index.ignored), 'file')} of other kinds passed over (first: {index.ignored[0]})"
-        )
-    return notes
+    return [*notes, *index.notes, *changes]
