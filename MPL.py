@@ -13,7 +13,7 @@ import args
 import terminal
 
 if __name__ == "__main__":
-    terminal.prepare(silent=os.environ.get("RANK", "0") != "0")  # one of several processes speaks for all
+    terminal.prepare(silent=args.rank() > 0)  # one of several processes speaks for all
     CONFIG = args.parse()  # before torch is imported: --help and a wrong option are answered at once
     # How long an OpenMP thread spins for the others. By default so long that two runs on the same cores are ten times
     # slower than one after the other; this costs a run that has them to itself nothing measurable.
@@ -34,7 +34,7 @@ import models
 import modes
 import predict
 import utils
-from session import Session, find_data
+from session import Session, choose_checkpoint, find_data, take_over
 
 
 def main(config: args.Config) -> int:
@@ -69,14 +69,14 @@ def main(config: args.Config) -> int:
 def run(config: args.Config, signals: utils.Signals) -> None:
     """Options to data to learners to mode to results."""
     began = time.perf_counter()
-    dataset = images.dataset_name(config.data_dir)
     saved = last = None
     try:
         if config.loads:
-            path = utils.find_checkpoint(config.load_path, config.output_dir, dataset)
-            saved = utils.load_checkpoint(path, holds=utils.BEST_HOLDS)
-            config = args.inherit(config, saved["config"])
-            dataset = images.dataset_name(config.data_dir)
+            saved = choose_checkpoint(config)
+            config = take_over(config, saved)
+        elif config.unlabeled_dir is None and (beside := images.unlabeled_beside(config.data_dir)):
+            config = args.derive(config, unlabeled_dir=beside)
+        dataset = images.dataset_name(config.data_dir)
         if config.name is None:
             config = dataclasses.replace(config, name=f"{dataset}_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
         folder = utils.RunFolder.named(config.output_dir, dataset, config.name)

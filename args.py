@@ -338,21 +338,27 @@ def written(options: dict[str, Any]) -> str:
     return shlex.join(["python", "MPL.py", *words])
 
 
+OF_ONE_RUN = ("name", "resume", "overwrite", "params", "debug")  # options that are not repeated with another
+
+
 def command_line(config: Config) -> str:
     """The command that makes this run anew."""
-    passed_over = ("name", "resume", "overwrite", "params", "debug")
-    given = {key: getattr(config, key) for key in config.given if key not in passed_over}
+    given = {key: getattr(config, key) for key in config.given if key not in OF_ONE_RUN}
     if given.get("storage"):
         given["storage"] = without_password(given["storage"])
     return written({"name": config.name} | given)
+
+
+def rank() -> int:
+    """This process's number among those that torchrun started; 0 if it started none."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose error is one line."""
 
     def error(self, message: str) -> NoReturn:
-        spoken = os.environ.get("RANK", "0") == "0"  # one of several processes speaks for all
-        self.exit(2, f"{self.prog}: {message}\n" * spoken)
+        self.exit(2, f"{self.prog}: {message}\n" * (rank() == 0))  # one of several processes speaks for all
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -393,7 +399,8 @@ def parse(argv: list[str] | None = None) -> Config:
     given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
     try:
         config = configure(**(load_params(given["params"]) if "params" in given else {}) | given)
-        _check_shared(config, int(os.environ.get("WORLD_SIZE", "1")))
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            _check_shared(config, int(os.environ["WORLD_SIZE"]))
         return config
     except ValueError as error:
         parser.error(str(error))
@@ -405,7 +412,8 @@ def defaults(data_dir: str, **given: Any) -> dict[str, Any]:
 
 
 def load_params(path: str) -> dict[str, Any]:
-    """The options in a file such as a search's best_params.json.
+    """The options in a file: a search's best_params.json, or a run's config.json, of which its name and what it did
+    with an earlier run are left out.
 
     Raises:
         ValueError: the file is missing or holds something else.
@@ -421,7 +429,7 @@ def load_params(path: str) -> dict[str, Any]:
     for key, value in given.items():
         if key not in known or isinstance(value, list | dict):
             raise ValueError(f"--params {path}: {key} is no option")
-    return given
+    return {key: value for key, value in given.items() if value not in (None, False) and key not in OF_ONE_RUN}
 
 
 def configure(**given: Any) -> Config:
@@ -489,8 +497,17 @@ def inherit(config: Config, saved: dict[str, Any]) -> Config:
     if differ:
         listed = ", ".join(f"--{key} {getattr(config, key)} (there {saved[key]})" for key in differ)
         raise ValueError(f"the checkpoint is of another kind: {listed}; leave these options out")
-    inherited = {key: saved[key] for key in INHERITED if key not in config.given}
-    config = replace(config, **inherited)
+    return derive(config, **{key: saved[key] for key in INHERITED if key not in config.given})
+
+
+def derive(config: Config, **known: Any) -> Config:
+    """The configuration with these options in place of defaults, and the defaults that then follow.
+
+    Raises:
+        ValueError: naming an option that contradicts another.
+    """
+    given = {key: getattr(config, key) for key in config.given}
+    config = _resolve(Config(**known | given, given=config.given))
     _check_together(config)
     return config
 

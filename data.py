@@ -201,7 +201,7 @@ def split_to_csv(index: Index, split: Split) -> bytes:
 
 
 def manifest(index: Index, split: Split) -> dict[str, Any]:
-    """What a checkpoint remembers of its split: every image's path, label ([N] int64), part and digest ([N, 16] uint8)."""
+    """What a checkpoint remembers of its split: each image's path, label ([N] int64), part, digest ([N, 16] uint8)."""
     digests = torch.from_numpy(index.digests.view(np.uint8).reshape(-1, 16).copy())
     labels = torch.from_numpy(index.labels.copy())
     return {"paths": list(index.paths), "labels": labels, "parts": split.part_of(len(index)), "digests": digests}

@@ -206,6 +206,14 @@ def find_images(data_dir: str, unlabeled_dir: str | None = None) -> Index:
     )
 
 
+def innermost(data_dir: str) -> Path:
+    """The folder that has the class folders, past those that only wrap it."""
+    walk = _Walk(resolve_path(data_dir))
+    if data_dir != "digits" and walk.root.is_dir():
+        walk.unwrap()
+    return walk.root
+
+
 def unlabeled_beside(data_dir: str) -> str | None:
     """The folder of images that nobody labelled beside the class folders, if ``data_dir`` has one: ``unlabeled``, or a
     ``test`` folder without class folders, as competitions have it."""

@@ -89,6 +89,80 @@ def find_data(
     return index, split, describe_data(index, split, [])
 
 
+def choose_checkpoint(config: args.Config) -> dict[str, Any]:
+    """The checkpoint that ``--load_path`` or ``--load_best`` means. Where several may be meant, those of the classes in
+    ``--data_dir`` count, and of these those that were trained on it; ``--load_best`` is the best of them.
+
+    Raises:
+        CheckpointError: there is none, or it remains open which; lists them.
+    """
+    paths = utils.find_checkpoints(config.load_path, config.output_dir)
+    if config.load_path is not None and len(paths) == 1:
+        return utils.load_checkpoint(paths[0], holds=utils.BEST_HOLDS)
+    about, faults = {}, []
+    for path in paths:
+        try:
+            saved = utils.load_checkpoint(path, holds=utils.BEST_HOLDS)
+        except utils.CheckpointError as fault:
+            faults.append(fault)
+            continue
+        about[path] = tuple(saved["classes"]), saved["folders"]["data_dir"], saved["score"]
+    if not about:
+        raise faults[0]
+    fitting, same = about, {}
+    if config.load_path is None or "data_dir" in config.given:
+        index = images.find_images(config.data_dir, config.unlabeled_dir)
+        here, root = set(index.classes), os.path.realpath(index.root)
+        fitting = {
+            path: each
+            for path, each in about.items()
+            if here == set(each[0]) or (config.mode == "test" and here < set(each[0]))
+        }
+        same = {path: each for path, each in fitting.items() if each[1] == root}
+    if config.load_path is None and same:
+        return utils.load_checkpoint(max(same, key=lambda path: same[path][2]))
+    unsure = same or fitting
+    if len(unsure) == 1 and (same or config.predict_dir is None):  # else its images are compared later on
+        return utils.load_checkpoint(next(iter(unsure)))
+    option = "--load_best" if config.load_path is None else f"--load_path {config.load_path}"
+    listed = [
+        f"{path.parent.parent.name}/{path.parent.name} ({utils.first_few([*classes])}; trained on {folder})"
+        for path, (classes, folder, _) in (unsure or about).items()
+    ]
+    what = "these runs may be meant" if unsure else f"no run has the classes of {config.data_dir}; there are"
+    raise utils.CheckpointError(f"{option}: {what}: {utils.first_few(listed)}; name one, as in --load_path DATASET/RUN")
+
+
+def take_over(config: args.Config, saved: dict[str, Any]) -> args.Config:
+    """The configuration with what the user did not give taken over from a checkpoint, its data set included.
+
+    Raises:
+        DataError: the folder that it was trained on is neither where it was nor where its name leads from here.
+        ValueError: an option was given that contradicts the checkpoint.
+    """
+    given = config
+    config = args.inherit(config, saved["config"])
+    if config.predict_dir is not None:
+        return config
+    if (
+        "data_dir" in given.given
+        and os.path.realpath(images.innermost(config.data_dir)) != saved["folders"]["data_dir"]
+    ):
+        beside = images.unlabeled_beside(config.data_dir)  # the checkpoint's own belongs to another data set
+        return config if "unlabeled_dir" in given.given else args.derive(config, unlabeled_dir=beside)
+    for key in ("data_dir", "unlabeled_dir"):
+        there, value = saved["folders"][key], getattr(config, key)
+        if key in given.given or value in (None, "digits") or utils.resolve_path(value).is_dir():
+            continue
+        if not os.path.isdir(there):
+            raise utils.DataError(
+                f"--{key} {value} (taken over from the checkpoint, which was trained on {there}): no such folder; "
+                f"give --{key}"
+            )
+        config = dataclasses.replace(config, **{key: there})
+    return config
+
+
 class Session:
     """What a run works with: the data, the backbone, where network inputs come from, and new learners."""
 

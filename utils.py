@@ -23,7 +23,7 @@ import torch
 
 BEST = "best_student.pth"
 LAST = "last.pth"
-_BOTH_HOLD = ("config", "classes", "split", "backbone")
+_BOTH_HOLD = ("config", "classes", "split", "backbone", "preparation", "folders")
 BEST_HOLDS = (*_BOTH_HOLD, "score", "learners")
 LAST_HOLDS = (*_BOTH_HOLD, "steps_done", "state", "meter", "history", "best")
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")  # how a cell begins that a spreadsheet would take for more than text
@@ -401,6 +401,8 @@ def load_checkpoint(path: Path, *, holds: Sequence[str] = ()) -> dict[str, Any]:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, EOFError) as error:
         raise CheckpointError(f"{path} holds what no checkpoint of this program does: do not trust it") from error
+    if isinstance(state, dict) and "split" in state and not state.keys() >= set(_BOTH_HOLD):
+        raise CheckpointError(f"{path} was made by an earlier version of this program: train anew")
     if not isinstance(state, dict) or not state.keys() >= set(holds):
         raise CheckpointError(
             f"{path} is not the checkpoint that is needed here ({BEST} is for testing and finetuning)"
@@ -408,8 +410,9 @@ def load_checkpoint(path: Path, *, holds: Sequence[str] = ()) -> dict[str, Any]:
     return state
 
 
-def find_checkpoint(load_path: str | None, output_dir: str, dataset: str) -> Path:
-    """The file that ``--load_path`` names; without one, this dataset's checkpoint with the best validation score.
+def find_checkpoints(load_path: str | None, output_dir: str) -> list[Path]:
+    """The files that ``--load_path`` may mean, more than one if data sets have runs of the same name; without it those
+    of all runs.
 
     ``load_path`` may be ``/checkpoints/flowers/exp``, ``checkpoints/flowers/exp``, ``flowers/exp``, ``exp`` or a file.
 
@@ -417,17 +420,18 @@ def find_checkpoint(load_path: str | None, output_dir: str, dataset: str) -> Pat
         CheckpointError: nothing is found; says where was looked.
     """
     root = Path(output_dir).expanduser() / "checkpoints"
+    datasets = sorted(root.iterdir()) if root.is_dir() else []
     if load_path is None:
-        found = sorted((root / dataset).glob(f"*/{BEST}"))
+        runs = [run for dataset in datasets if dataset.is_dir() for run in sorted(dataset.iterdir())]
+        found = [run / BEST for run in runs if (run / BEST).is_file()]
         if not found:
-            raise CheckpointError(f"--load_best: no run in {root / dataset} yet; train one or give --load_path")
-        return max(found, key=lambda path: load_checkpoint(path, holds=BEST_HOLDS)["score"])
+            raise CheckpointError(f"--load_best: no run in {root} yet; train one or give --load_path")
+        return found
     relative = load_path.lstrip("/").removeprefix("checkpoints/")
-    tried = [resolve_path(load_path), root / relative, root / dataset / relative, *sorted(root.glob(f"*/{relative}"))]
-    for path in tried:
-        file = path / BEST if path.is_dir() else path
-        if file.is_file():
-            return file
+    for tried in ([resolve_path(load_path)], [root / relative], [dataset / relative for dataset in datasets]):
+        files = [path / BEST if path.is_dir() else path for path in tried]
+        if found := [file for file in files if file.is_file()]:
+            return found
     raise CheckpointError(f"--load_path {load_path}: no {BEST} there or under {root}; `ls {root}/*` shows the runs")
 
 
