@@ -87,7 +87,7 @@ def run(config: args.Config, signals: utils.Signals) -> None:
             last = utils.load_checkpoint(folder.last_checkpoint(), holds=utils.LAST_HOLDS)
             args.require_same(config, last["config"])
     except ValueError as error:
-        raise utils.CheckpointError(str(error)) from error
+        raise (utils.CheckpointError if config.loads or config.resume else utils.UsageError)(str(error)) from error
 
     device = distributed.local_device(utils.pick_device(config.device))
     precision = utils.pick_precision(config.amp, device)

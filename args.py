@@ -429,7 +429,9 @@ def load_params(path: str) -> dict[str, Any]:
     for key, value in given.items():
         if key not in known or isinstance(value, list | dict):
             raise ValueError(f"--params {path}: {key} is no option")
-    return {key: value for key, value in given.items() if value not in (None, False) and key not in OF_ONE_RUN}
+    return {
+        key: value for key, value in given.items() if value is not None and value is not False and key not in OF_ONE_RUN
+    }
 
 
 def configure(**given: Any) -> Config:

@@ -1,11 +1,14 @@
 """Trained networks for use without this program: ``--export onnx`` or ``torch``, and ``model_card.md`` beside it.
 
-What is exported takes uint8 images [N, 3, S, S] (the short side resized, the centre cut out; the normalisation is
-inside) and gives probabilities [N, C]. It is compared with the networks it came from on real images.
+What is exported takes uint8 images [N, 3, S, S] as :class:`images.Preparation` makes them (the normalisation is inside)
+and gives probabilities [N, C]. It is compared with the networks it came from on real images of all classes. The card
+has a script that prepares images with Pillow alone, to within a grey level.
 """
 
 import copy
+import dataclasses
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -17,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-import images
+import label_shift
 import metrics
 import train
 import utils
@@ -66,29 +69,37 @@ def write(session: Session, learners: Mapping[str, Learner], results: Path) -> l
     heads = [each.model if each.ema is None else each.ema.module for each in used.values()]
     model = Classifier(copy.deepcopy(body), copy.deepcopy(heads)).cpu().float().eval().requires_grad_(False)
     model = model.to(memory_format=torch.contiguous_format)
-    rows = session.split.test[:COMPARED]
+    rows = _some_of_each_class(session)
     pictures = session.views("plain", rows, [0] * len(rows))
     path = results / FILES[kind]
     batch = torch.export.Dim("batch", min=1, max=4096)
     program = torch.export.export(model, (pictures[:2],), dynamic_shapes={"images": {0: batch}})
     if kind == "onnx":
-        about = {"classes": session.index.classes} | _preparation(session)
-        there = _write_onnx(program, {key: json.dumps(value) for key, value in about.items()}, path, pictures)
+        there = _write_onnx(program, {key: json.dumps(value) for key, value in _about(session).items()}, path, pictures)
     else:
-        torch.export.save(program, path)
+        torch.export.save(program, path, extra_files={"about.json": json.dumps(_about(session))})
         there = torch.export.load(path).module()(pictures)
     here = train.ensemble(train.infer([*used.values()], session.source, rows))
     same = int((there.argmax(-1) == here.argmax(-1)).sum())
     print(
-        f"exported: {path} ({' and '.join(used)}); on {len(rows)} test images it gives {same} labels as here, "
+        f"exported: {path} ({' and '.join(used)}); on {len(rows)} images of all classes it gives {same} labels as "
+        f"here, "
         f"probabilities within {float((there - here).abs().max()):.1g}"
     )
     return [path]
 
 
-def _preparation(session: Session) -> dict[str, Any]:
-    size = session.config.img_size
-    return {"img_size": size, "short_side": images.short_side(session.index.name, size)}
+def _some_of_each_class(session: Session) -> np.ndarray:
+    """Rows of images to compare on: of the test images, or of all where there are none, each class's first ones."""
+    rows = session.split.test if len(session.split.test) else np.arange(len(session.index))
+    rows = np.random.default_rng(0).permutation(rows)
+    place = label_shift.place_in_class(session.index.labels[rows])
+    return np.sort(rows[np.argsort(place, kind="stable")][:COMPARED])
+
+
+def _about(session: Session) -> dict[str, Any]:
+    """What whoever uses an exported file has to know: its classes, and how images are prepared for it."""
+    return {"classes": session.index.classes, "preparation": dataclasses.asdict(session.preparation)}
 
 
 def _write_onnx(
@@ -139,8 +150,9 @@ Confidences become the most honest divided by temperature $temperature (that is,
 
 ## Use
 
-Images are turned upright (EXIF), put on white where transparent, resized by bicubic interpolation with antialiasing
-until the short side has $short_side pixels, and the central $img_size × $img_size pixels are cut out, as uint8 RGB.
+Images are turned upright (EXIF), put on white where transparent and in RGB, their central square is resized to
+$short_side × $short_side pixels ($interpolation, with antialiasing), and of that the central $size × $size pixels are
+taken, as uint8.$deep
 $use
 To label a folder with this program:
 
@@ -154,27 +166,53 @@ METHODS = {
 }
 USE = {
     None: "",
-    "onnx": Template("""
+    "onnx": """
+    import json, sys
     import numpy, onnxruntime
     from PIL import Image, ImageOps
 
-    def prepared(path, side=$short_side, size=$img_size):
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-        scale = side / min(image.size)
-        image = image.resize([max(side, int(n * scale)) for n in image.size], Image.Resampling.BICUBIC)
-        left, top = (round((n - size) / 2) for n in image.size)
-        return numpy.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
+    def prepared(path, about):  # an image file as the network sees it, uint8 [3, size, size]
+        size, side = about["size"], about["short_side"]
+        image = Image.open(path)
+        image.draft("RGB", (side, side))  # a large JPEG is decoded at a fraction of its size
+        image = ImageOps.exif_transpose(image)
+        short = min(image.size)
+        left, top = ((n - short) // 2 for n in image.size)
+        image = image.crop((left, top, left + short, top + short))
+        if image.mode.startswith(("I", "F")):  # more than 8 bits
+            low, high = about["value_range"] or (0.0, 65535.0)
+            values = numpy.nan_to_num(numpy.asarray(image, numpy.float32), nan=low)
+            image = Image.fromarray((((values - low) / max(high - low, 1e-30)).clip(0, 1) * 255 + 0.5).astype("uint8"))
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB").resize((side, side), Image.Resampling[about["interpolation"].upper()])
+        start = round((side - size) / 2)
+        return numpy.asarray(image)[start : start + size, start : start + size].transpose(2, 0, 1)
 
     model = onnxruntime.InferenceSession("model.onnx")
-    (probabilities,) = model.run(None, {"images": prepared("image.jpg")[None]})
-"""),
-    "torch": Template("""
+    about = {key: json.loads(value) for key, value in model.get_modelmeta().custom_metadata_map.items()}
+    for path in sys.argv[1:]:
+        (probabilities,) = model.run(None, {"images": prepared(path, about["preparation"])[None]})
+        best = int(probabilities[0].argmax())
+        print(path, about["classes"][best], round(float(probabilities[0, best]), 4))
+""",
+    "torch": """
+    import json
     import torch
 
-    model = torch.export.load("model.pt2").module()
-    probabilities = model(images)  # uint8 [N, 3, $img_size, $img_size]
-"""),
+    files = {"about.json": ""}
+    model = torch.export.load("model.pt2", extra_files=files).module()
+    classes = json.loads(files["about.json"])["classes"]
+    probabilities = model(images)  # of uint8 images [N, 3, size, size], prepared as said above: [N, classes]
+    names = [classes[best] for best in probabilities.argmax(1)]
+""",
 }
+
+
+def plain(text: str) -> str:
+    """A text that Markdown takes for nothing but text, on one line."""
+    return re.sub(r"([\\`*_{}\[\]()#+!|<>~&$-])", r"\\\1", " ".join(text.split()))
 
 
 def write_card(session: Session, figures: dict[str, Any], results: Path) -> Path:
@@ -182,18 +220,23 @@ def write_card(session: Session, figures: dict[str, Any], results: Path) -> Path
     config, counts = session.config, figures["counts"]
     f1 = figures["per_class"]["f1"]
     worst = sorted(range(len(f1)), key=f1.__getitem__)[:3]
-    preparation = _preparation(session)
-    use = USE[config.export]
+    preparation = session.preparation
+    deep = (
+        " Of images with more than 8 bits the values from {:g} to {:g} are shown, black to white."
+        if preparation.value_range
+        else ""
+    )
     card = CARD.substitute(
-        preparation,
-        name=config.name,
+        dataclasses.asdict(preparation),
+        deep=deep.format(*preparation.value_range or ()),
+        name=plain(config.name),
         n_classes=len(session.index.classes),
-        classes=", ".join(session.index.classes),
+        classes=", ".join(map(plain, session.index.classes)),
         model_name=config.model_name,
         weights=config.weights,
         trainable="a linear layer on frozen features" if session.frozen else "the whole network",
         method=METHODS[tuple(name for name in figures["test"] if name != "ensemble")],
-        dataset=session.index.name,
+        dataset=plain(session.index.name),
         **{part: f"{n:,}" for part, n in counts.items()},
         scores="\n".join(
             f"| {name.replace('_', ' ')} | {own['accuracy']:.1%} "
@@ -202,8 +245,8 @@ def write_card(session: Session, figures: dict[str, Any], results: Path) -> Path
             for name, own in figures["test"].items()
         ),
         temperature=f"{figures['temperature']:.2f}",
-        worst=", ".join(f"{session.index.classes[i]} ({f1[i]:.2f})" for i in worst),
-        use=use.substitute(preparation) if use else "",
+        worst=", ".join(f"{plain(session.index.classes[i])} ({f1[i]:.2f})" for i in worst),
+        use=USE[config.export],
         command=figures["commands"]["label a folder of images"],
     )
     path = results / "model_card.md"

@@ -52,8 +52,8 @@ class Stream:
     processor that gains nothing, and a network whose threads are interrupted waits for the slowest.
     """
 
-    def __init__(self, index: images.Index, size: int, *, ahead: bool) -> None:
-        self.index, self.size, self.side = index, size, images.short_side(index.name, size)
+    def __init__(self, index: images.Index, prepare: images.Preparation, *, ahead: bool) -> None:
+        self.index, self.prepare = index, prepare
         self.ahead = ahead
         self.threads = max(1, torch.get_num_threads())
         self.pool = ThreadPoolExecutor(self.threads)
@@ -80,7 +80,7 @@ class Stream:
         decoded, unreadable = {}, []
         for i in rows.tolist():
             try:
-                decoded[i] = images.decode(self.index.file(i), self.size, self.side)
+                decoded[i] = images.decode(self.index.file(i), self.prepare)
             except utils.DataError as error:
                 unreadable.append((self.index.paths[i], str(error)))
         return decoded, unreadable
@@ -106,17 +106,16 @@ def label_folder(
         labels=np.full(len(paths), images.UNKNOWN),
         classes=tuple(saved["classes"]),
     )
-    nothing = np.array([], dtype=np.int64)
     session = Session(
         dataclasses.replace(config, cache_gb=0.0),  # what is looked at once is not kept
         index,
-        Split(nothing, nothing, nothing, nothing),
+        Split.of(["unused"] * len(paths)),
         [],
         device,
         precision,
         saved,
     )
-    stream = session.views.images = Stream(index, config.img_size, ahead=device.type != "cpu")
+    stream = session.views.images = Stream(index, session.preparation, ahead=device.type != "cpu")
     learners = session.loaded()
     print(
         f"{utils.counted(len(index), 'image')} in {config.predict_dir}, {' and '.join(learners)} of {config.load_path}"

@@ -140,19 +140,15 @@ def take_over(config: args.Config, saved: dict[str, Any]) -> args.Config:
         DataError: the folder that it was trained on is neither where it was nor where its name leads from here.
         ValueError: an option was given that contradicts the checkpoint.
     """
-    given = config
     config = args.inherit(config, saved["config"])
     if config.predict_dir is not None:
         return config
-    if (
-        "data_dir" in given.given
-        and os.path.realpath(images.innermost(config.data_dir)) != saved["folders"]["data_dir"]
-    ):
-        beside = images.unlabeled_beside(config.data_dir)  # the checkpoint's own belongs to another data set
-        return config if "unlabeled_dir" in given.given else args.derive(config, unlabeled_dir=beside)
+    elsewhere = os.path.realpath(images.innermost(config.data_dir)) != saved["folders"]["data_dir"]
+    if "data_dir" in config.given and elsewhere and "unlabeled_dir" not in config.given:
+        return dataclasses.replace(config, unlabeled_dir=images.unlabeled_beside(config.data_dir))
     for key in ("data_dir", "unlabeled_dir"):
         there, value = saved["folders"][key], getattr(config, key)
-        if key in given.given or value in (None, "digits") or utils.resolve_path(value).is_dir():
+        if key in config.given or value in (None, "digits") or utils.resolve_path(value).is_dir():
             continue
         if not os.path.isdir(there):
             raise utils.DataError(
