@@ -6,6 +6,7 @@ where a run was interrupted changes an image.
 
 import dataclasses
 import functools
+import hashlib
 import signal
 import sys
 from collections import defaultdict
@@ -205,6 +206,13 @@ def manifest(index: Index, split: Split) -> dict[str, Any]:
     digests = torch.from_numpy(index.digests.view(np.uint8).reshape(-1, 16).copy())
     labels = torch.from_numpy(index.labels.copy())
     return {"paths": list(index.paths), "labels": labels, "parts": split.part_of(len(index)), "digests": digests}
+
+
+def fingerprint(index: Index, split: Split) -> str:
+    """A hash of every image's path, bytes, label and part."""
+    about = hashlib.sha256(index.digests.tobytes() + index.labels.tobytes())
+    about.update("\0".join([*index.paths, *split.part_of(len(index))]).encode("utf-8", "surrogateescape"))
+    return about.hexdigest()
 
 
 class _Then(NamedTuple):

@@ -294,8 +294,11 @@ class _Walk:
 
     def folders(self, folder: str) -> list[str]:
         """The names of a folder's subfolders."""
+        return self._folders_among(self._entries(folder), folder)
+
+    def _folders_among(self, entries: list[os.DirEntry], folder: str) -> list[str]:
         names = []
-        for entry in self._entries(folder):
+        for entry in entries:
             if not entry.is_dir() or os.path.realpath(entry.path) in self.left_out:
                 continue
             if entry.name.lower() in SYSTEM_FOLDERS:
@@ -314,7 +317,8 @@ class _Walk:
             if real in seen or real in self.left_out:
                 continue
             seen.add(real)
-            for entry in self._entries(here):
+            entries = self._entries(here)
+            for entry in entries:
                 path = f"{here}/{entry.name}" if here else entry.name
                 suffix = os.path.splitext(entry.name)[1].lower()
                 if entry.is_dir():
@@ -325,7 +329,9 @@ class _Walk:
                     found.append(path)
                 else:
                     self.other.append(path)
-            pending += [f"{here}/{name}" if here else name for name in self.folders(here)] if deep else []
+            pending += (
+                [f"{here}/{name}" if here else name for name in self._folders_among(entries, here)] if deep else []
+            )
         self.unread += unread
         return sorted(found), sorted(unread)
 
@@ -692,11 +698,11 @@ class Preparation:
 
     size: int
     short_side: int
-    mirror: bool
-    value_range: tuple[float, float] | None
-    augmentation: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mirror: bool = True
+    value_range: tuple[float, float] | None = None
+    augmentation: str = "transfer"
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
     interpolation: str = "bicubic"
     version: int = 1  # raised whenever the same fields come to mean other pixels
 

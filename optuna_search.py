@@ -28,6 +28,7 @@ import torch
 from optuna.trial import TrialState
 
 import args
+import data
 import modes
 import utils
 from args import Config
@@ -182,12 +183,15 @@ def lock_from_the_start(engine: sqlalchemy.Engine) -> None:
 class Budget:
     """The slots of a study in a database, one a trial, and how they are taken and given back."""
 
-    def __init__(self, config: Config, url: str) -> None:
+    def __init__(self, config: Config, url: str, images: str) -> None:
         """Open the study called ``--name``, or make it.
+
+        Args:
+            images: what tells the data and their split from others (:func:`data.fingerprint`).
 
         Raises:
             UsageError: the database cannot be used.
-            CheckpointError: the study is one of other options.
+            CheckpointError: the study is one of other options or images.
         """
         self.config, self.url = config, url
         self.unborn: dict[int, float] = {}  # trials without a sign of life, and when they were first seen
@@ -221,7 +225,13 @@ class Budget:
         )
         known = self.study.user_attrs.get("options")
         if known is None:
+            self.study.set_user_attr("images", images)
             self.study.set_user_attr("options", options)
+        elif self.study.user_attrs.get("images") != images:
+            raise utils.CheckpointError(
+                f"the study {config.name} was started on other images, labels or parts of them, so its trials cannot "
+                f"be compared with new ones: put {config.data_dir} back, or give another --name"
+            )
         elif differ := [key for key in options if known.get(key) != options[key]]:
             listed = ", ".join(f"--{key} {options[key]} (there {known.get(key)})" for key in differ)
             raise utils.CheckpointError(f"the study {config.name} was started with other options: {listed}")
@@ -328,7 +338,7 @@ def helpers(config: Config, url: str) -> Iterator[None]:
 
 def join(session: Session, signals: utils.Signals) -> None:
     """Work on a study that another process has started and will report."""
-    budget = Budget(session.config, session.config.storage)
+    budget = Budget(session.config, session.config.storage, data.fingerprint(session.index, session.split))
     sessions, _ = rehearsals(session)
     objective = functools.partial(score_trial, sessions=sessions, signals=signals)
     budget.work(objective, time.monotonic() + session.config.timeout)
@@ -343,7 +353,7 @@ def search(session: Session, results: Path, signals: utils.Signals) -> Config:
     config = session.config
     began = time.monotonic()
     url = database(config, results)
-    budget = Budget(config, url)
+    budget = Budget(config, url, data.fingerprint(session.index, session.split))
     total_steps = modes.plan_training(config, session.split).total_steps
     budget.fill(as_given(config, total_steps))
     sessions, note = rehearsals(session)

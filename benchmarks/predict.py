@@ -41,8 +41,8 @@ def main() -> None:
     paths, _ = images.find_unlabeled("--folder", options.folder)
     backbone = models.build_backbone(config.model_name, config.weights, config.img_size, saved["backbone"]["seed"])
     encode = models.Encoder(backbone, device, precision)
-    side = images.short_side("", config.img_size)
-    batch = torch.stack([images.decode(Path(path), config.img_size, side) for path in paths[:128]])
+    prepare = images.Preparation(config.img_size, round(config.img_size * images.EVALUATION_RESIZE))
+    batch = torch.stack([images.decode(Path(path), prepare) for path in paths[:128]])
     rates: dict[str, list[float]] = {"predict_dir": [], "backbone alone": []}
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):

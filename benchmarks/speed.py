@@ -120,7 +120,7 @@ class Frozen:
     def __init__(self, model_name: str, weights: str) -> None:
         self.index = photographs(512, 224)
         self.rows = np.arange(len(self.index))
-        self.views = data.Views(images.Images(self.index, 224), "transfer")
+        self.views = data.Views(images.Images(self.index, images.Preparation(224, 256)))
         self.views("weak", self.rows, self.rows)  # an image is decoded, and its pixels hashed, once in a training
         self.backbone = models.build_backbone(model_name, weights, 224, seed=0)
         self.steps = itertools.count()
@@ -174,7 +174,7 @@ def frozen(model_name: str, weights: str, rounds: int) -> dict[str, float]:
 def small_images() -> tuple[nn.Module, data.Batch]:
     """WRN-28-2 at 32 pixels, all of it learning: 64 labelled and 256 unlabelled images a step."""
     index = photographs(512, 32)
-    views = data.Views(images.Images(index, 32), "randaugment")
+    views = data.Views(images.Images(index, images.Preparation(32, 37, augmentation="randaugment")))
     rows = np.arange(len(index))
     body = models.build_backbone("wrn_28_2", "none", 32, seed=0).body
     return body, data.Schedule(rows[:128], rows, 64, 256, 0, 0).batch(0, index.labels, views)

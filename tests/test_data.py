@@ -107,7 +107,10 @@ def test_images_are_found_sorted_and_everything_else_is_passed_over(tmp_path):
     assert index.classes == ("class 0", "class 1", "class 2")
     assert Counter(index.labels.tolist()) == {0: 6, 1: 5, 2: 5}
     assert list(index.paths) == sorted(index.paths)
-    assert index.ignored == ("class 1/notes.txt",)
+    assert index.notes == (
+        "1 file of other kinds passed over (first: class 1/notes.txt)",
+        "1 folder without images passed over (first: empty)",
+    )
     assert images.check_images(index, None).duplicates == [[0, 5]]
 
 
@@ -149,20 +152,21 @@ def test_unusual_images_are_read_as_a_viewer_shows_them(tmp_path):
     clear.save(tmp_path / "clear.png")
     turned.save(tmp_path / "turned.png", exif=exif)
     red.save(tmp_path / "animated.gif", save_all=True, append_images=[Image.new("RGB", (40, 40), "blue")])
-    centre = {p.name: images.decode(p, 16, 18)[:, 8, 8].tolist() for p in tmp_path.iterdir()}
+    centre = {p.name: images.decode(p, images.Preparation(16, 18))[:, 8, 8].tolist() for p in tmp_path.iterdir()}
     assert centre["deep.png"] == [128, 128, 128]
     assert centre["clear.png"] == [255, 255, 255]
     assert centre["cmyk.tif"] == pytest.approx([200, 30, 30], abs=6)
     assert centre["animated.gif"] == pytest.approx([200, 30, 30], abs=30)  # the first picture
     assert centre["palette.gif"] == pytest.approx([200, 30, 30], abs=30)
-    turned = images.decode(tmp_path / "turned.png", 16, 18)
+    turned = images.decode(tmp_path / "turned.png", images.Preparation(16, 18))
     assert int(turned[0, 1, 8]) < 40
     assert int(turned[0, -2, 8]) > 215
 
 
 @pytest.mark.parametrize("augmentation", ["transfer", "randaugment"])
 def test_a_view_depends_on_image_and_draw_alone(colours, augmentation):
-    views = data.Views(images.Images(images.find_images(str(colours)), 32), augmentation)
+    prepare = images.Preparation(32, 37, augmentation=augmentation)
+    views = data.Views(images.Images(images.find_images(str(colours)), prepare))
     torch.manual_seed(1)
     together = views("strong", [0, 1, 2, 3], [7, 7, 8, 9])
     torch.manual_seed(2)
@@ -177,15 +181,16 @@ def test_a_view_depends_on_image_and_draw_alone(colours, augmentation):
 
 def test_evaluation_views_are_the_decoded_image(colours):
     index = images.find_images(str(colours))
-    views = data.Views(images.Images(index, 32), "transfer")
-    assert torch.equal(views("plain", [5], [0])[0], images.decode(index.file(5), 32, images.short_side(index.name, 32)))
+    prepare = images.Preparation(32, 37)
+    views = data.Views(images.Images(index, prepare))
+    assert torch.equal(views("plain", [5], [0])[0], images.decode(index.file(5), prepare))
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(colours):
     index = images.find_images(str(colours))
     split = data.make_split(index.paths, index.labels, seed=0, **(SHARES | {"num_labels_percent": 20.0}))
     schedule = data.Schedule(split.labeled, split.train, 4, 6, 0, 3)
-    views = data.Views(images.Images(index, 16), "transfer")
+    views = data.Views(images.Images(index, images.Preparation(16, 18)))
     runs = [list(data.fresh_batches(schedule, index.labels, views, 2, 6, num_workers=n, pin=False)) for n in (0, 2)]
     assert len(runs[0]) == 4
     for one, other in zip(*runs, strict=True):

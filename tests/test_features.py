@@ -19,7 +19,7 @@ def parts(colours):
     index = images.check_images(images.find_images(str(colours)), None)
     backbone = models.build_backbone("wrn_10_1", "none", 16, seed=0)
     encoder = models.Encoder(backbone, torch.device("cpu"), None)
-    return data.Views(images.Images(index, 16), "transfer"), encoder, backbone.fingerprint()
+    return data.Views(images.Images(index, images.Preparation(16, 18))), encoder, backbone.fingerprint()
 
 
 def opened(parts, folder, n_views=3, cache_gb=1.0):
@@ -55,7 +55,7 @@ def test_renamed_and_copied_images_keep_their_features(parts, colours, tmp_path)
             shutil.copy(file, folder / f"copy of {file.name}")
         folder.rename(folder.with_name(f"my {folder.name}"))
     index = images.check_images(images.find_images(str(tmp_path / "renamed")), None)
-    again, _ = opened((data.Views(images.Images(index, 16), "transfer"), *parts[1:]), tmp_path / "cache")
+    again, _ = opened((data.Views(images.Images(index, images.Preparation(16, 18))), *parts[1:]), tmp_path / "cache")
     assert again.folder == source.folder
     name = {digest: i for i, digest in enumerate(index.digests)}
     kind, indices, draws = WANTED
@@ -72,7 +72,7 @@ def test_a_folder_that_grows_keeps_its_features(parts, colours, tmp_path):
     whole.rotate(90).save(grown / "class 0" / "new.png")
     (grown / "class 1" / "003.png").unlink()
     index = images.check_images(images.find_images(str(grown)), None)
-    views = data.Views(images.Images(index, 16), "transfer")
+    views = data.Views(images.Images(index, images.Preparation(16, 18)))
     again, _ = opened((views, *parts[1:]), cache)
     assert again.folder != source.folder
     seen = []
@@ -104,9 +104,14 @@ def test_everything_that_matters_is_in_the_key(parts, tmp_path, colours):
     halves = models.Encoder(models.build_backbone("wrn_10_1", "none", 16, 0), torch.device("cpu"), torch.bfloat16)
     folders.add(opened((views, halves, fingerprint), tmp_path)[0].folder)
     other = images.check_images(images.find_images("digits"), None)
-    folders.add(opened((data.Views(images.Images(other, 16), "transfer"), encoder, fingerprint), tmp_path)[0].folder)
-    assert len(folders) == 4
-    paper = data.Views(views.images, "randaugment")
+    folders.add(
+        opened((data.Views(images.Images(other, images.Preparation(16, 18))), encoder, fingerprint), tmp_path)[0].folder
+    )
+    for other in ({"short_side": 20}, {"mirror": False}, {"value_range": (0.0, 1.0)}, {"mean": (0.0, 0.0, 0.0)}):
+        changed = data.Views(images.Images(views.images.index, dataclasses.replace(views.images.prepare, **other)))
+        folders.add(opened((changed, encoder, fingerprint), tmp_path)[0].folder)
+    assert len(folders) == 8
+    paper = data.Views(images.Images(views.images.index, images.Preparation(16, 18, augmentation="randaugment")))
     shared = opened((paper, encoder, fingerprint), tmp_path)[0]
     shared("strong", [0], [0])
     shared("weak", [0], [0])

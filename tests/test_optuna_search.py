@@ -69,6 +69,7 @@ def test_folds_validate_every_image_once_and_keep_copies_together():
         val=np.flatnonzero(np.isin(np.arange(60) % 20, (8, 9))),
         test=np.array([19, 39, 59]),
         unlabeled=np.flatnonzero((np.arange(60) % 20 > 9) & (np.arange(60) % 20 < 19)),
+        unused=np.array([], dtype=np.int64),
     )
     parts = optuna_search.folds(split, labels, contents, 3, seed=0)
     assert sorted(np.concatenate([part.val for part in parts])) == sorted({*split.labeled, *split.val})
@@ -87,7 +88,7 @@ sys.path.insert(0, sys.argv[1])
 import args, optuna_search
 optuna_search.HEARTBEAT_SECONDS, optuna_search.GRACE_SECONDS = 1, 3
 config = args.configure(data_dir="d", name="s", optuna_mode=True, n_trials=int(sys.argv[4]), storage=sys.argv[2])
-budget = optuna_search.Budget(config, config.storage)
+budget = optuna_search.Budget(config, config.storage, "")
 budget.fill({})
 def objective(trial):
     x = trial.suggest_float("x", 0, 1)
@@ -123,7 +124,7 @@ def test_workers_that_reach_for_the_same_slot_at_once_do_not_share_it(tmp_path):
     url = f"sqlite:///{tmp_path / 'study.db'}"
     command = [sys.executable, "-c", WORKER, ROOT, url, "hurried", "40"]
     same = args.configure(data_dir="d", name="s", optuna_mode=True, n_trials=40, storage=url)
-    optuna_search.Budget(same, url).fill({})
+    optuna_search.Budget(same, url, "").fill({})
     workers = [subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
     taken = []
     for worker in workers:
@@ -135,7 +136,7 @@ def test_workers_that_reach_for_the_same_slot_at_once_do_not_share_it(tmp_path):
 
 def test_a_worker_killed_before_its_first_heartbeat_loses_no_trial(tmp_path, monkeypatch):
     monkeypatch.setattr(optuna_search, "GRACE_SECONDS", 1)
-    budget = optuna_search.Budget(config(n_trials=3), f"sqlite:///{tmp_path / 'study.db'}")
+    budget = optuna_search.Budget(config(n_trials=3), f"sqlite:///{tmp_path / 'study.db'}", "")
     budget.fill({})
     with pytest.warns(UserWarning, match="Heartbeat"):
         budget.study.ask()  # what a worker does first; then it dies
@@ -147,7 +148,7 @@ def test_a_worker_killed_before_its_first_heartbeat_loses_no_trial(tmp_path, mon
 
 
 def test_a_trial_that_fails_fails_alone(tmp_path, capsys):
-    budget = optuna_search.Budget(config(n_trials=4), f"sqlite:///{tmp_path / 'study.db'}")
+    budget = optuna_search.Budget(config(n_trials=4), f"sqlite:///{tmp_path / 'study.db'}", "")
     budget.fill({})
 
     def objective(trial):

@@ -54,7 +54,7 @@ def test_a_folder_is_labelled_as_the_same_images_in_the_dataset_were(trained, co
 def test_images_are_decoded_when_asked_for_or_one_batch_ahead(colours, ahead):
     paths, _ = images.find_unlabeled("--predict_dir", str(colours))
     index = images.Index("", Path("/"), tuple(paths), np.full(60, images.UNKNOWN), ("a", "b"))
-    stream = Stream(index, 8, ahead=ahead)
+    stream = Stream(index, images.Preparation(8, 9), ahead=ahead)
     asked, ask = [], stream._ask
     stream._ask = lambda rows: asked.extend(rows.tolist()) or ask(rows)
     seen = []
@@ -63,7 +63,10 @@ def test_images_are_decoded_when_asked_for_or_one_batch_ahead(colours, ahead):
         assert not unreadable
         assert len(asked) == min(60, len(seen) + 16 * ahead)
     assert asked == list(range(60))
-    assert all(torch.equal(image, images.decode(Path(path), 8, 9)) for image, path in zip(seen, paths, strict=True))
+    assert all(
+        torch.equal(image, images.decode(Path(path), images.Preparation(8, 9)))
+        for image, path in zip(seen, paths, strict=True)
+    )
 
 
 def test_it_streams_past_what_it_cannot_read_and_keeps_odd_names(trained, colours, tmp_path, monkeypatch):

@@ -127,7 +127,9 @@ def test_the_exported_network_gives_the_same_probabilities(nasty):
             nasty.cwd / "data",
         )
     ).stdout
-    n, same, worst = re.search(r"on (\d+) test images it gives (\d+) labels as here, .* within (\S+)", out).groups()
+    n, same, worst = re.search(
+        r"on (\d+) images of all classes it gives (\d+) labels as here, .* within (\S+)", out
+    ).groups()
     assert n == same
     assert float(worst) < 1e-4
     import onnx
@@ -139,7 +141,7 @@ def test_the_exported_network_gives_the_same_probabilities(nasty):
     assert there == pytest.approx(model(torch.from_numpy(images)).numpy(), abs=1e-4)
     about = {each.key: json.loads(each.value) for each in onnx.load(path).metadata_props}
     assert about["classes"] == ['<b>x & "y"', "class 1", "class 2"]
-    assert (about["img_size"], about["short_side"]) == (16, 18)
+    assert (about["preparation"]["size"], about["preparation"]["short_side"]) == (16, 18)
 
 
 @pytest.mark.parametrize("trainable", ["head", "all"])
