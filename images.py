@@ -181,7 +181,8 @@ def find_images(data_dir: str, unlabeled_dir: str | None = None) -> Index:
             else:
                 walk.empty.append(path)
     if not labeled:
-        raise DataError(f"--data_dir {data_dir}: no class folders with images in it; put each class's images in one")
+        lacks = f"no images in its class folders ({first_few(walk.empty)})" if walk.empty else "no class folders in it"
+        raise DataError(f"--data_dir {data_dir}: {lacks}; put each class's images in a subfolder")
     if unlabeled_root is not None:
         others = _Walk(unlabeled_root)
         others.leave_out(walk.root)  # whose images are known

@@ -1,5 +1,6 @@
 """The feature cache."""
 
+import dataclasses
 import multiprocessing
 import shutil
 
@@ -103,10 +104,8 @@ def test_everything_that_matters_is_in_the_key(parts, tmp_path, colours):
     folders.add(opened((views, encoder, "other weights"), tmp_path)[0].folder)
     halves = models.Encoder(models.build_backbone("wrn_10_1", "none", 16, 0), torch.device("cpu"), torch.bfloat16)
     folders.add(opened((views, halves, fingerprint), tmp_path)[0].folder)
-    other = images.check_images(images.find_images("digits"), None)
-    folders.add(
-        opened((data.Views(images.Images(other, images.Preparation(16, 18))), encoder, fingerprint), tmp_path)[0].folder
-    )
+    digits = data.Views(images.Images(images.find_images("digits"), images.Preparation(16, 18)))
+    folders.add(opened((digits, encoder, fingerprint), tmp_path)[0].folder)
     for other in ({"short_side": 20}, {"mirror": False}, {"value_range": (0.0, 1.0)}, {"mean": (0.0, 0.0, 0.0)}):
         changed = data.Views(images.Images(views.images.index, dataclasses.replace(views.images.prepare, **other)))
         folders.add(opened((changed, encoder, fingerprint), tmp_path)[0].folder)

@@ -63,10 +63,8 @@ def test_images_are_decoded_when_asked_for_or_one_batch_ahead(colours, ahead):
         assert not unreadable
         assert len(asked) == min(60, len(seen) + 16 * ahead)
     assert asked == list(range(60))
-    assert all(
-        torch.equal(image, images.decode(Path(path), images.Preparation(8, 9)))
-        for image, path in zip(seen, paths, strict=True)
-    )
+    prepare = images.Preparation(8, 9)
+    assert all(torch.equal(image, images.decode(Path(path), prepare)) for image, path in zip(seen, paths, strict=True))
 
 
 def test_it_streams_past_what_it_cannot_read_and_keeps_odd_names(trained, colours, tmp_path, monkeypatch):
