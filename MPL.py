@@ -72,8 +72,8 @@ def run(config: args.Config, signals: utils.Signals) -> None:
     saved = last = None
     try:
         if config.loads:
-            saved = choose_checkpoint(config)
-            config = take_over(config, saved)
+            path, saved = choose_checkpoint(config)
+            config = dataclasses.replace(take_over(config, saved), load_path=str(path))
         elif config.unlabeled_dir is None and (beside := images.unlabeled_beside(config.data_dir)):
             config = args.derive(config, unlabeled_dir=beside)
         dataset = images.dataset_name(config.data_dir)

@@ -276,11 +276,11 @@ def split_from_manifest(
     if not testing and not (len(split.val) and len(split.test)):
         raise DataError(f"{index.root}: none of the checkpoint's validation or test images are left; put them back")
     listed = [f"{counted(len(paths), 'image')} {what} (first: {paths[0]})" for what, paths in changes.items() if paths]
+    if testing and len(changes["new"]) == len(index):
+        return split, ["no image of the training is among them: all that have a label are tested on"]
     notes = [f"the folder has changed since the training: {', '.join(listed)}"] * bool(listed)
     if aside:
         notes.append(f"{counted(len(aside), 'new label')} not used: the training used a share of the labels only")
-    if testing and len(changes["new"]) == len(index):
-        notes.append("no image of the training is among them: all that have a label are tested on")
     return split, notes
 
 

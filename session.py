@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def find_data(
                 f"--resume: {changes[0].replace('the training', 'the run began')}; put it back, or start anew with "
                 "--overwrite"
             )
-        if config.load_path is None and not data.any_known(index, saved["split"]):
+        if saved is not last and "load_path" not in config.given and not data.any_known(index, saved["split"]):
             raise utils.CheckpointError(
                 f"--load_best: no run was trained on the images of {config.data_dir}; one with the same classes was "
                 f"trained on {saved['folders']['data_dir']}: if you mean it, give it as --load_path"
@@ -89,7 +90,7 @@ def find_data(
     return index, split, describe_data(index, split, [])
 
 
-def choose_checkpoint(config: args.Config) -> dict[str, Any]:
+def choose_checkpoint(config: args.Config) -> tuple[Path, dict[str, Any]]:
     """The checkpoint that ``--load_path`` or ``--load_best`` means. Where several may be meant, those of the classes in
     ``--data_dir`` count, and of these those that were trained on it; ``--load_best`` is the best of them.
 
@@ -98,7 +99,7 @@ def choose_checkpoint(config: args.Config) -> dict[str, Any]:
     """
     paths = utils.find_checkpoints(config.load_path, config.output_dir)
     if config.load_path is not None and len(paths) == 1:
-        return utils.load_checkpoint(paths[0], holds=utils.BEST_HOLDS)
+        return paths[0], utils.load_checkpoint(paths[0], holds=utils.BEST_HOLDS)
     about, faults = {}, []
     for path in paths:
         try:
@@ -120,10 +121,12 @@ def choose_checkpoint(config: args.Config) -> dict[str, Any]:
         }
         same = {path: each for path, each in fitting.items() if each[1] == root}
     if config.load_path is None and same:
-        return utils.load_checkpoint(max(same, key=lambda path: same[path][2]))
+        best = max(same, key=lambda path: same[path][2])
+        return best, utils.load_checkpoint(best)
     unsure = same or fitting
     if len(unsure) == 1 and (same or config.predict_dir is None):  # else its images are compared later on
-        return utils.load_checkpoint(next(iter(unsure)))
+        (path,) = unsure
+        return path, utils.load_checkpoint(path)
     option = "--load_best" if config.load_path is None else f"--load_path {config.load_path}"
     listed = [
         f"{path.parent.parent.name}/{path.parent.name} ({utils.first_few([*classes])}; trained on {folder})"
