@@ -1,4 +1,4 @@
-"""An image reaches the networks in one way: in training, in testing, from any folder, and by the exported file's card."""
+"""An image reaches the networks in one way: in training, in testing, from any folder, and by the card of an export."""
 
 import csv
 import json

@@ -1,0 +1,450 @@
+"""Folders as people have them, and what is known of an image through every round trip."""
+
+import csv
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, make_folder
+from PIL import Image
+
+import data
+import images
+import utils
+from utils import DataError, UsageError
+
+RUN = [*TINY, "--num_epochs", "2", "--warmup_epoch_num", "0"]
+
+
+def picture(path: Path, seed: int = 0) -> Path:
+    """A small image of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng([seed, *path.name.encode(), *path.parent.name.encode()]).integers(0, 255, (9, 9, 3))
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return path
+
+
+def pictures(folder: Path, n: int, seed: int = 0) -> None:
+    for i in range(n):
+        picture(folder / f"{i:03}.png", seed)
+
+
+def found(root: Path, unlabeled: Path | None = None) -> images.Index:
+    return images.find_images(str(root), unlabeled and str(unlabeled))
+
+
+def split_of(index: images.Index, **shares: float) -> data.Split:
+    shares = {"num_labels_percent": 100.0, "val_percent": 0.8, "test_percent": 6.0} | shares
+    return data.make_split(
+        index.paths,
+        index.labels,
+        seed=0,
+        duplicates=index.duplicates,
+        given_parts=index.given_parts,
+        classes=index.classes,
+        **shares,
+    )
+
+
+def checked(root: Path, unlabeled: Path | None = None) -> images.Index:
+    return images.check_images(found(root, unlabeled), None)
+
+
+def part_by_path(index: images.Index, split: data.Split) -> dict[str, str]:
+    return dict(zip(index.paths, split.part_of(len(index)), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding
+
+
+def test_a_data_set_that_is_divided_keeps_its_parts(tmp_path):
+    for part, n in (("train", 9), ("valid", 4), ("Test", 5)):
+        for name in ("cat", "dog"):
+            pictures(tmp_path / "d" / part / name, n, seed=n)
+    shutil.copy(tmp_path / "d/Test/cat/000.png", tmp_path / "d/train/cat/copy.png")  # a test image that leaked
+    index = checked(tmp_path / "d")
+    assert index.classes == ("cat", "dog")
+    parts = part_by_path(index, split_of(index))
+    for path, part in parts.items():
+        folder = path.split("/")[0]
+        expected = {"train": "labeled", "valid": "val", "Test": "test"}[folder]
+        assert part == ("unused" if path == "train/cat/copy.png" else expected)
+
+
+def test_what_a_divided_data_set_lacks_is_drawn_from_its_training_images(tmp_path):
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            pictures(tmp_path / "d" / part / name, 9, seed=len(part))
+    index = checked(tmp_path / "d")
+    split = split_of(index)
+    assert len(split.val) == 2
+    assert all(index.paths[i].startswith("train/") for i in [*split.val, *split.labeled])
+    assert len(split.test) == 18
+
+
+def test_a_percent_for_a_part_that_the_folder_gives_is_refused(cli, tmp_path):
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            pictures(tmp_path / "d" / part / name, 9)
+    message = cli.one_line_error(2, "--data_dir", tmp_path / "d", *RUN, "--test_percent", "10")
+    assert "has test images of its own" in message
+
+
+def test_classes_called_like_a_part_are_classes(tmp_path):
+    for name in ("train", "bus", "tram"):
+        pictures(tmp_path / "d" / name, 2)
+    assert found(tmp_path / "d").classes == ("bus", "train", "tram")
+
+
+def test_a_folder_of_images_without_labels_beside_the_classes_is_no_class(cli, tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=9)
+    pictures(root / "Unlabeled" / "deep", 7)
+    pictures(root, 3)
+    assert images.unlabeled_beside(str(root)) == str(root / "Unlabeled")
+    out = cli.inside("--name", "a", "--data_dir", root, *RUN).stdout
+    assert "2 classes; 14 labelled, 7 unlabelled" in out
+    assert "classes: class 0 (9), class 1 (9)" in out
+    assert "3 images not used, for they are in no class folder (first: 000.png)" in out
+    cli.inside("--name", "b", "--data_dir", root, "--unlabeled_dir", root / "Unlabeled", *RUN)
+    tables = [(cli.cwd / f"results/{name}/predictions.csv").read_bytes() for name in "ab"]
+    assert tables[0] == tables[1]
+
+
+def test_a_test_folder_without_classes_holds_images_without_labels(tmp_path):
+    for name in ("cat", "dog"):
+        pictures(tmp_path / "d" / "train" / name, 9)
+    pictures(tmp_path / "d" / "test", 5, seed=1)
+    beside = images.unlabeled_beside(str(tmp_path / "d"))
+    assert beside == str(tmp_path / "d" / "test")
+    index = found(tmp_path / "d", Path(beside))
+    assert index.classes == ("cat", "dog")
+    assert (index.labels == images.UNKNOWN).sum() == 5
+
+
+def test_the_unlabelled_folder_may_hold_the_labelled_one(tmp_path):
+    root = make_folder(tmp_path / "photos" / "labelled", classes=2, images=4)
+    pictures(tmp_path / "photos" / "more", 6)
+    index = found(root, tmp_path / "photos")
+    assert (index.labels == images.UNKNOWN).sum() == 6
+    assert len(index) == 14
+
+
+def test_an_archive_that_was_unpacked_into_a_folder_of_its_name_is_found(tmp_path):
+    make_folder(tmp_path / "flowers" / "flowers", classes=2, images=2)
+    index = found(tmp_path / "flowers")
+    assert index.classes == ("class 0", "class 1")
+    assert index.name == "flowers"
+    assert any("the class folders are those in" in note for note in index.notes)
+
+
+def test_what_network_storage_and_systems_leave_in_a_folder_is_passed_over_and_said(tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=3)
+    pictures(root / "class 0" / "@eaDir" / "000.png", 2)
+    pictures(root / "__MACOSX", 2)
+    index = found(root)
+    assert len(index) == 6
+    assert "2 system folders passed over (first: __MACOSX)" in index.notes
+
+
+def test_formats_that_nothing_reads_are_counted_and_never_make_a_class_vanish(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "formats", lambda: images.FORMATS)
+    root = make_folder(tmp_path / "d", classes=2, images=3)
+    (root / "class 0" / "raw.CR2").write_bytes(b"raw")
+    (root / "empty").mkdir()
+    assert found(root).notes == (
+        "1 image of formats that nothing here reads passed over (first: class 0/raw.CR2)",
+        "1 folder without images passed over (first: empty)",
+    )
+    (root / "horse").mkdir()
+    (root / "horse" / "a.HEIC").write_bytes(b"heic")
+    with pytest.raises(DataError, match="horse: nothing here reads its 1 image"):
+        found(root)
+
+
+def test_avif_is_read(tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=3)
+    (root / "bird").mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((9, 9, 3), 40 * i, np.uint8)).save(root / "bird" / f"{i}.avif")
+    index = checked(root)
+    assert index.classes == ("bird", "class 0", "class 1")
+    assert not index.bad
+
+
+def test_a_subfolder_that_may_not_be_read_is_passed_over(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "d", classes=2, images=3)
+    (root / "class 0" / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    index = found(root)
+    assert len(index) == 6
+    assert "1 folder that may not be read passed over (first: class 0/closed)" in index.notes
+
+
+def test_classes_are_in_natural_order_and_one_in_either_unicode_form(tmp_path):
+    for name in ("10", "2", "1", "A\u0308pfel", "a"):
+        pictures(tmp_path / "d" / name, 2)
+    assert found(tmp_path / "d").classes == ("1", "2", "10", "a", "\u00c4pfel") or found(tmp_path / "d").classes == (
+        "1",
+        "2",
+        "10",
+        "\u00c4pfel",
+        "a",
+    )
+    assert images.natural_order("a10") > images.natural_order("a9b")
+
+
+def test_every_class_that_is_too_small_is_named(tmp_path):
+    for name, n in (("a", 9), ("b", 2), ("c", 9), ("d", 1)):
+        pictures(tmp_path / "d" / name, n)
+    with pytest.raises(DataError, match=r"b \(2\), d \(1\)"):
+        data.require_enough(found(tmp_path / "d"))
+
+
+def test_digits_beside_a_folder_of_that_name_are_refused(tmp_path, monkeypatch):
+    make_folder(tmp_path / "digits", classes=2, images=3)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"\./digits"):
+        images.find_images("digits")
+    assert images.find_images("./digits").mirror
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking
+
+
+def test_a_file_that_takes_anothers_place_is_read_again_whatever_its_size_and_date(tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=4)
+    one, other = root / "class 0" / "000.png", root / "class 1" / "000.png"
+    for path in (one, other):
+        path.with_suffix(".bmp").write_bytes(b"")
+        Image.open(path).save(path.with_suffix(".bmp"))
+        path.unlink()
+    one, other = one.with_suffix(".bmp"), other.with_suffix(".bmp")
+    assert one.stat().st_size == other.stat().st_size
+    for path in root.rglob("*.*"):
+        os.utime(path, ns=(1, 1))
+    settle = images.RACY_NS
+    try:
+        images.RACY_NS = -(10**18)  # as if all of it had happened long ago
+        before = images.check_images(found(root), str(tmp_path / "cache")).digests
+        aside = one.rename(tmp_path / "aside")
+        other.rename(one)
+        aside.rename(other)
+        after = images.check_images(found(root), str(tmp_path / "cache")).digests
+    finally:
+        images.RACY_NS = settle
+    assert before[0] == after[4]
+    assert before[4] == after[0]
+
+
+def test_a_file_that_was_just_written_is_not_believed_to_stay(tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=4)
+    images.check_images(found(root), str(tmp_path / "cache"))
+    (kept,) = (tmp_path / "cache").iterdir()
+    assert images._load_findings(kept) == {}
+
+
+def test_an_image_that_changes_while_the_run_uses_it_is_refused(tmp_path):
+    index = checked(make_folder(tmp_path / "d", classes=2, images=4))
+    store = images.Images(index, images.Preparation(16, 18))
+    os.utime(index.file(0), ns=(5, 5))  # touched: the bytes are the same
+    assert store[0].shape == (3, 16, 16)
+    Image.new("RGB", (20, 20)).save(index.file(1))
+    with pytest.raises(DataError, match="changed since it was checked"):
+        store[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Round trips
+
+
+def again(index: images.Index, before: images.Index, split: data.Split, **how: bool) -> dict[str, str]:
+    return part_by_path(index, data.split_from_manifest(index, data.manifest(before, split), **how)[0])
+
+
+@pytest.mark.parametrize("how", [{}, {"testing": True}, {"all_labels": True}])
+def test_a_split_comes_back_with_copies_in_the_unlabelled_folder(tmp_path, how):
+    lab, pool = make_folder(tmp_path / "lab", classes=2, images=8), tmp_path / "pool"
+    pictures(pool, 9)
+    for c in (0, 1):
+        for i in range(8):
+            shutil.copy(lab / f"class {c}" / f"{i:03}.png", pool / f"{c}{i}.png")
+    index = checked(lab, pool)
+    split = split_of(index)
+    parts = part_by_path(index, split)
+    assert list(parts.values()).count("unused") == 4  # the copies of validation and test images
+    assert again(index, index, split, **how) == parts
+
+
+def test_every_unlabelled_path_has_its_row_and_finetuning_all_its_labels(cli, tmp_path):
+    lab, pool = make_folder(tmp_path / "lab", classes=2, images=8), tmp_path / "pool"
+    pictures(pool, 9)
+    for c in (0, 1):
+        for i in range(8):
+            shutil.copy(lab / f"class {c}" / f"{i:03}.png", pool / f"{c}{i}.png")
+    first = cli.inside("--name", "e", "--data_dir", lab, "--unlabeled_dir", pool, *RUN).stdout
+    assert "12 labelled" in first
+    for mode in ("--test_mode", "--finetune_mode"):
+        name = mode.strip("-")
+        out = cli.inside("--name", name, mode, "--load_path", "e", "--data_dir", lab, *RUN[-4:]).stdout
+        assert "12 labelled" in out
+    for name in ("e", "test_mode", "finetune_mode"):
+        with (cli.cwd / f"results/{name}/predictions.csv").open(newline="", encoding="utf-8-sig") as file:
+            listed = {row["path"] for row in csv.DictReader(file)}
+        assert {str(path) for path in pool.iterdir()} <= listed, name
+
+
+def test_labels_that_came_since_the_training_are_learned_from(tmp_path):
+    lab, pool = make_folder(tmp_path / "lab", classes=2, images=8), tmp_path / "pool"
+    pictures(pool, 9)
+    index = checked(lab, pool)
+    split = split_of(index)
+    (pool / "000.png").rename(lab / "class 0" / "from the pool.png")
+    picture(lab / "class 1" / "new.png")
+    now = checked(lab, pool)
+    parts = again(now, index, split, all_labels=True)
+    assert parts["class 0/from the pool.png"] == parts["class 1/new.png"] == "labeled"
+    manifest = data.manifest(index, split)
+    some, notes = data.split_from_manifest(now, manifest, all_labels=False)
+    assert part_by_path(now, some)["class 1/new.png"] == "unused"
+    assert "1 new label not used: the training used a share of the labels only" in notes
+    tested = again(now, index, split, testing=True)
+    assert tested["class 1/new.png"] == "test"  # never trained on
+    assert tested["class 0/from the pool.png"] == "unlabeled"  # trained on, without its label
+
+
+def test_labels_hidden_from_the_training_stay_hidden(tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=20)
+    index = checked(root)
+    split = split_of(index, num_labels_percent=10.0)
+    hidden = index.paths[split.unlabeled[0]]
+    (root / hidden).rename(root / "class 0" / "renamed.png")
+    now = checked(root)
+    for how in ({}, {"testing": True}, {"all_labels": True}):
+        assert again(now, index, split, **how)["class 0/renamed.png"] == "unlabeled"
+
+
+def test_a_corrected_label_is_used_and_said(tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=20)
+    index = checked(root)
+    split = split_of(index)
+    wrong = index.paths[split.labeled[0]]
+    (root / wrong).rename(root / "class 1" / "corrected.png")
+    now = checked(root)
+    assert again(now, index, split)["class 1/corrected.png"] == "labeled"
+
+
+def test_a_test_folder_of_its_own_is_tested_whatever_its_files_are_called(cli, tmp_path):
+    train = make_folder(tmp_path / "p" / "train", classes=2, images=12)
+    test = make_folder(tmp_path / "p" / "test", classes=2, images=6, seed=9)
+    shutil.copy(train / "class 0" / "000.png", test / "class 0" / "copy of a training image.png")
+    cli.inside("--name", "e", "--data_dir", train, *RUN)
+    with (cli.cwd / "results/e/split.csv").open(newline="", encoding="utf-8-sig") as file:
+        part = {row["path"]: row["split"] for row in csv.DictReader(file)}["class 0/000.png"]
+    out = cli.inside("--name", "t", "--test_mode", "--load_path", "e", "--data_dir", test).stdout
+    assert f"{12 + (part == 'test')} test images" in out
+    only_one = tmp_path / "p" / "one"
+    shutil.copytree(test / "class 1", only_one / "class 1")
+    out = cli.inside("--name", "u", "--test_mode", "--load_path", "e", "--data_dir", only_one).stdout
+    assert "6 test images" in out
+    assert "no image of the training is among them: all that have a label are tested on" in out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which run is meant
+
+
+def test_the_run_that_is_meant_is_decided_by_classes_and_data(cli, tmp_path):
+    for place, names in (("p/train", ("cat", "dog")), ("q/train", ("apple", "pear")), ("z", ("cat", "dog"))):
+        for name in names:
+            pictures(tmp_path / place / name, 9, seed=len(place))
+    for name, place in (("p", "p/train"), ("q", "q/train"), ("exp", "p/train")):
+        cli.inside("--name", name, "--data_dir", tmp_path / place, *RUN)
+    shutil.move(cli.cwd / "results/exp", cli.cwd / "kept")
+    cli.inside("--name", "exp", "--data_dir", tmp_path / "z", *RUN)
+
+    assert_uses(cli, "q/train", ["apple", "pear"], "--load_best", "--data_dir", tmp_path / "q/train")
+    message = cli.one_line_error(4, "--name", "t", "--test_mode", "--load_path", "exp")
+    assert "train/exp (cat, dog; trained on " in message
+    assert "z/exp (cat, dog; trained on " in message
+    for place in ("p/train", "z"):  # of two runs with these classes, the one that was trained there
+        out = cli.inside("--name", f"t{place[0]}", "--test_mode", "--load_path", "exp", "--data_dir", tmp_path / place)
+        assert "no image of the training" not in out.stdout
+    message = cli.one_line_error(4, "--name", "t", "--test_mode", "--load_path", "e?p")
+    assert "no best_student.pth there" in message  # a path is no pattern
+    (tmp_path / "other").mkdir()
+    for name in ("apple", "pear"):
+        pictures(tmp_path / "other" / name, 9, seed=77)
+    message = cli.one_line_error(4, "--name", "t", "--test_mode", "--load_best", "--data_dir", tmp_path / "other")
+    assert "no run was trained on the images of" in message
+
+
+def assert_uses(cli, what: str, classes: list[str], *options: object) -> None:
+    name = what.replace("/", "-")
+    cli.inside("--name", name, "--test_mode", *options)
+    state = utils.read_csv(cli.cwd / f"results/{name}/predictions.csv")
+    assert {row["true_label"] for row in state} <= {*classes, ""}
+
+
+def test_a_data_set_that_moved_with_the_working_folder_is_found_where_it_was(cli, tmp_path, monkeypatch):
+    make_folder(cli.cwd / "photos", classes=2, images=9)
+    cli.inside("--name", "e", "--data_dir", "photos", *RUN)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    path = cli.cwd / "checkpoints/photos/e/best_student.pth"
+    cli.cwd = elsewhere
+    cli.inside("--name", "t", "--test_mode", "--load_path", path)
+    shutil.move(tmp_path / "photos", tmp_path / "gone")
+    message = cli.one_line_error(3, "--name", "u", "--test_mode", "--load_path", path)
+    assert f"taken over from the checkpoint, which was trained on {tmp_path}/photos" in message
+
+
+def test_what_follows_from_inherited_options_is_inherited_with_them(tmp_path):
+    import args
+
+    saved = args.configure(data_dir="digits").options()
+    config = args.inherit(args.configure(load_path="exp", data_dir="elsewhere", test_mode=True), saved)
+    assert (config.targets, config.lambda_u) == ("teacher", 0.27)
+    config = args.inherit(args.configure(load_path="exp", finetune_mode=True), args.configure(data_dir="d").options())
+    assert (config.targets, config.lambda_u, config.unlabeled_batch_size) == ("mixture", 3.0, 64)
+
+
+def test_a_runs_config_is_a_file_of_options(cli, tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=9)
+    cli.inside("--name", "e", "--data_dir", root, *RUN, "--lr", "0.01", "--ema", "0")
+    cli.inside("--name", "f", "--params", cli.cwd / "results/e/config.json")
+    configs = [utils.json.loads((cli.cwd / f"results/{name}/config.json").read_text()) for name in "ef"]
+    differ = {key for key in configs[0] if configs[0][key] != configs[1][key]}
+    assert differ == {"name", "params"}
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_line(cli, tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=9)
+    cli.inside("--name", "e", "--data_dir", root, *RUN)
+    path = cli.cwd / "checkpoints/d/e/best_student.pth"
+    state = utils.load_checkpoint(path)
+    del state["preparation"]
+    utils.save_checkpoint(path, state)
+    message = cli.one_line_error(4, "--name", "t", "--test_mode", "--load_path", "e")
+    assert "earlier version of this program: train anew" in message
+
+
+def test_a_study_goes_on_with_the_same_images_only(cli, tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=9)
+    study = ["--name", "s", "--data_dir", root, *RUN, "--optuna_mode", "--trial_seeds", "1"]
+    cli.inside(*study, "--n_trials", "1")
+    before = (cli.cwd / "results/s/split.csv").read_bytes()
+    (root / "class 0" / "000.png").rename(root / "class 1" / "x.png")
+    message = cli.inside(*study, "--n_trials", "2", "--resume", check=4).stderr
+    assert "was started on other images" in message
+    assert (cli.cwd / "results/s/split.csv").read_bytes() == before
