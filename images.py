@@ -469,7 +469,7 @@ def check_images(index: Index, cache_dir: str | None, *, max_bad_percent: float 
                 for path, each in zip(index.paths, findings, strict=True)
                 if each is not None and each.stamp.ctime_ns < began - RACY_NS
             }
-            with contextlib.suppress(ResourceError):  # it is read again next time
+            with contextlib.suppress(ResourceError):  # else they are read again next time
                 _save_findings(kept, settled)
     readable = np.array([not finding.reason for finding in findings])
     bad = tuple((path, each.reason) for path, each in zip(index.paths, findings, strict=True) if each.reason)
@@ -560,12 +560,12 @@ def _load_findings(path: Path | None) -> dict[str, Finding]:
         with np.load(path, allow_pickle=False) as kept:
             paths, reasons = (_unpacked(kept[name]) for name in ("paths", "reasons"))
             numbers = [kept[name].tolist() for name in ("stamps", "digests", "ranges")]
+        return {
+            path: Finding(Stamp(*stamp), each, *values, reason)
+            for path, stamp, each, values, reason in zip(paths, *numbers, reasons, strict=True)
+        }
     except Exception:  # whatever a damaged file makes NumPy and zipfile raise: then every image is read again
         return {}
-    return {
-        path: Finding(Stamp(*stamp), each, *values, reason)
-        for path, stamp, each, values, reason in zip(paths, *numbers, reasons, strict=True)
-    }
 
 
 def _save_findings(path: Path, findings: dict[str, Finding]) -> None:
