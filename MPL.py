@@ -132,12 +132,12 @@ def find_start(config: args.Config, agents: list[tuple[str, int, float]]) -> Sta
     start = Start(config, folder, loaded, saved)
     if not config.resume:
         return start
-    if config.mode not in ("optuna", "test") and (folder.checkpoints / utils.LAST).exists():
+    if config.mode in ("optuna", "test") and (config.storage or any(folder.written().values())):
+        return start._replace(keep=True)
+    if (folder.checkpoints / utils.LAST).exists():
         last = utils.load_checkpoint(folder.checkpoints / utils.LAST, holds=utils.LAST_HOLDS)
         args.require_same(config, last["config"])
         return start._replace(last=last, keep=True)
-    if config.mode == "optuna" and any(folder.written().values()):
-        return start._replace(keep=True)
     begun = folder.begun_options()
     if begun is not None:
         args.require_same(config, begun)

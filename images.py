@@ -17,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import PIL
+import psutil
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
@@ -408,7 +409,8 @@ class Images(Dataset):
     """Decoded images by index, [3, size, size] uint8; each is decoded once if all fit in ``STORE_BYTES`` and in a
     quarter of the free memory.
 
-    The store is shared anonymous memory: loader workers that are forked fill and read the same one.
+    The store is shared anonymous memory: loader workers that are forked fill and read the same one. Those that are
+    spawned decode for themselves.
     """
 
     def __init__(self, index: Index, size: int) -> None:
@@ -417,14 +419,14 @@ class Images(Dataset):
         self._pixels: np.ndarray | None = None
         self._present: np.ndarray | None = None
         n_bytes = len(index) * 3 * size * size
-        if n_bytes <= min(STORE_BYTES, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4):
+        if n_bytes <= min(STORE_BYTES, psutil.virtual_memory().available / 4):
             self._pixels = np.frombuffer(mmap.mmap(-1, n_bytes), np.uint8).reshape(len(index), 3, size, size)
             self._present = np.frombuffer(mmap.mmap(-1, len(index)), np.uint8)
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getstate__(self) -> dict[str, object]:  # a spawned worker decodes for itself
+    def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_pixels": None, "_present": None}
 
     def __getitem__(self, i: int) -> torch.Tensor:

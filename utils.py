@@ -285,9 +285,9 @@ class RunFolder:
                 there = self.written()
                 for what, files in there.items():
                     if files and not (keep or overwrite):
-                        ways = "--resume goes on with it, --overwrite" if trains else "--overwrite"
                         raise CheckpointError(
-                            f"{getattr(self, what)} exists: {ways} replaces it; or use another --name"
+                            f"{getattr(self, what)} exists: {'--resume goes on with it, ' * trains}"
+                            "--overwrite replaces it; or use another --name"
                         )
                 self._remove_torn()
                 old = there["results"] + there["checkpoints"] * trains if overwrite else []
@@ -310,12 +310,13 @@ class RunFolder:
         for folder, names in ((self.results, (*IN_RESULTS, JOB)), (self.checkpoints, IN_CHECKPOINTS)):
             for path in folder.glob(".*.tmp"):
                 match = re.fullmatch(r"\.(.+)\.(\d+)\.tmp", path.name)  # as write_atomically calls it
-                if (
-                    match
-                    and match[1] in names
-                    and (int(match[2]) == os.getpid() or not psutil.pid_exists(int(match[2])))
-                ):
+                if match and match[1] in names and not _runs(int(match[2])):
                     path.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process that left its number somewhere still runs; this one has only just taken over the number."""
+    return pid != os.getpid() and psutil.pid_exists(pid)
 
 
 def _version(path: Path) -> tuple[int, ...]:
