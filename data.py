@@ -4,10 +4,12 @@ Every random draw is a pure function of (seed, step) or of (pixels, view): neith
 where a run was interrupted changes an image.
 """
 
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -366,14 +368,15 @@ def _start_method() -> str:
 
 
 def _send(batch: Batch | Failure) -> Batch | Failure:
-    """In a worker: put a batch into shared memory, or where that is full, as in a container, leave it as arrays, which
-    go through a pipe in a tenth of a second."""
+    """In a worker: put a batch into shared memory. Where that is small, as in a container, leave it as arrays, which go
+    through a pipe: 30 MB take a twentieth of a second."""
     if isinstance(batch, Failure):
         return batch
-    try:
-        return Batch(*(each if each is None else each.share_memory_() for each in batch))
-    except RuntimeError:
-        return Batch(*(each if each is None else each.numpy() for each in batch))
+    n_bytes = sum(each.nbytes for each in batch if each is not None)
+    with contextlib.suppress(RuntimeError):  # another worker took the room
+        if not os.path.isdir("/dev/shm") or shutil.disk_usage("/dev/shm").free > 2 * n_bytes:
+            return Batch(*(each if each is None else each.share_memory_() for each in batch))
+    return Batch(*(each if each is None else each.numpy() for each in batch))
 
 
 def _receive(batch: Batch) -> Batch:

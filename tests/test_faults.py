@@ -138,6 +138,40 @@ def start_with_workers(cli: Cli, data_dir: Path) -> tuple[subprocess.Popen, list
     return process, workers
 
 
+SMALL_SHARED_MEMORY = """
+import runpy, sys, torch
+def full(tensor):
+    raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+torch.Tensor.share_memory_ = full
+sys.path[:0] = [sys.argv[1]]
+sys.argv[:2] = ["MPL.py"]
+runpy.run_path(sys.path[0] + "/MPL.py", run_name="__main__")
+"""
+
+
+def test_workers_end_with_the_main_process_though_what_they_send_is_never_read(cli, colours):
+    """Batches that go through a pipe, for want of shared memory, wait in it: a worker would wait for ever."""
+    run = ["--name", "a", "--data_dir", colours, *RUN, "--img_size", "96", "--num_epochs", "5000", "--num_workers", "2"]
+    command = [sys.executable, "-c", SMALL_SHARED_MEMORY, ROOT, *cli.command(*run)[2:]]
+    process = subprocess.Popen(command, cwd=cli.cwd, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("mpl "):
+            break
+    until = time.monotonic() + 60
+    while len(workers := children(process.pid)) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2)  # in which the pipe fills up
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 30
+    while any(map(running, workers)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert len(workers) >= 2
+    assert not any(map(running, workers))
+
+
 def test_a_dead_loader_worker_ends_the_run_with_a_message(cli, colours):
     process, workers = start_with_workers(cli, colours)
     os.kill(workers[0], signal.SIGKILL)

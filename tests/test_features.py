@@ -2,6 +2,7 @@
 
 import multiprocessing
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -205,7 +206,8 @@ def _fill(parts, folder, seed):
 
 
 def test_several_processes_may_fill_one_cache(parts, tmp_path):
-    context = multiprocessing.get_context("spawn")
+    quickest = "fork" if sys.platform == "linux" else "spawn"
+    context = multiprocessing.get_context(quickest)
     torch.set_num_threads(1)
     fillers = [context.Process(target=_fill, args=(parts, tmp_path, seed)) for seed in range(3)]
     for process in fillers:
