@@ -26,6 +26,11 @@ import signal
 import time
 import traceback
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
 
 import data
 import distributed
@@ -66,45 +71,88 @@ def main(config: args.Config) -> int:
 # One run
 
 
+class Start(NamedTuple):
+    """Where a run begins."""
+
+    config: args.Config
+    folder: utils.RunFolder
+    loaded: Path | None = None  # the checkpoint that gives split and weights ...
+    saved: dict[str, Any] | None = None  # ... and what it holds
+    last: dict[str, Any] | None = None  # the checkpoint that the run goes on from
+    keep: bool = False  # whether it goes on with what is in the folder, if only with its beginning
+
+
 def run(config: args.Config, signals: utils.Signals) -> None:
     """Options to data to learners to mode to results."""
     began = time.perf_counter()
-    saved = last = None
-    try:
-        if config.loads:
-            path, saved = choose_checkpoint(config)
-            config = dataclasses.replace(take_over(config, saved), load_path=str(path))
-        elif config.unlabeled_dir is None and (beside := images.unlabeled_beside(config.data_dir)):
-            config = args.derive(config, unlabeled_dir=beside)
-        dataset = images.dataset_name(config.data_dir)
-        if config.name is None:
-            config = dataclasses.replace(config, name=f"{dataset}_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
-        folder = utils.RunFolder.named(config.output_dir, dataset, config.name)
-        if distributed.restarted():
-            goes_on = (folder.checkpoints / utils.LAST).exists()
-            config = dataclasses.replace(config, resume=goes_on, overwrite=not goes_on)
-        if config.resume and not config.optuna_mode:
-            last = utils.load_checkpoint(folder.last_checkpoint(), holds=utils.LAST_HOLDS)
-            args.require_same(config, last["config"])
-    except ValueError as error:
-        raise (utils.CheckpointError if config.loads or config.resume else utils.UsageError)(str(error)) from error
-
     device = distributed.local_device(utils.pick_device(config.device))
     precision = utils.pick_precision(config.amp, device)
-    if config.predict_dir is not None:
-        with folder.claim(keep=False, overwrite=config.overwrite):
-            write_config(config, folder)
-            predict.label_folder(config, saved, folder, device, precision)
-        return
+    if config.export is not None:
+        import export
+
+        export.require_packages(config.export)
     with distributed.joined(device):
+        agents = distributed.agents()
+        try:
+            start = find_start(config, agents)
+        except ValueError as error:
+            raise (utils.CheckpointError if config.loads or config.resume else utils.UsageError)(str(error)) from error
+        if start.config.predict_dir is not None:
+            label_folder(start, device, precision)
+            return
         with distributed.one_first():
-            index, split, notes = find_data(config, saved, last)
-        session = Session(config, index, split, notes, device, precision, saved, last)
+            index, split, notes = find_data(start.config, start.saved, start.last)
+        session = Session(start.config, index, split, notes, device, precision, start.saved, start.last)
         if distributed.rank():
             distributed.leave_with_the_first()
             assist(session, signals)
         else:
-            lead(session, folder, signals, began)
+            lead(session, start, agents, signals, began)
+
+
+def find_start(config: args.Config, agents: list[tuple[str, int, float]]) -> Start:
+    """The checkpoints that the options name, and the options that follow from them.
+
+    Raises:
+        ValueError: they contradict a checkpoint's.
+        CheckpointError: there is none, or none that fits.
+    """
+    loaded = saved = None
+    if config.loads:
+        loaded, saved = choose_checkpoint(config)
+        config = dataclasses.replace(take_over(config, saved), load_path=str(loaded))
+    elif config.unlabeled_dir is None and (beside := images.unlabeled_beside(config.data_dir)):
+        config = args.derive(config, unlabeled_dir=beside)
+    dataset = images.dataset_name(config.data_dir)
+    if config.name is None:
+        config = dataclasses.replace(config, name=f"{dataset}_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+    folder = utils.RunFolder.named(config.output_dir, dataset, config.name)
+    if distributed.restarted() and distributed.tell(folder.begun_by(agents)):
+        config = dataclasses.replace(config, resume=True, overwrite=False)
+    start = Start(config, folder, loaded, saved)
+    if not config.resume:
+        return start
+    if config.mode in ("optuna", "test") and (config.storage or any(folder.written().values())):
+        return start._replace(keep=True)
+    if (folder.checkpoints / utils.LAST).exists():
+        last = utils.load_checkpoint(folder.checkpoints / utils.LAST, holds=utils.LAST_HOLDS)
+        args.require_same(config, last["config"])
+        return start._replace(last=last, keep=True)
+    begun = folder.begun_options()
+    if begun is not None:
+        args.require_same(config, begun)
+    print(f"--resume: {folder.results} has nothing to go on from yet, so the run begins anew", flush=True)
+    return start._replace(config=dataclasses.replace(config, resume=False), keep=begun is not None)
+
+
+def label_folder(start: Start, device: torch.device, precision: torch.dtype | None) -> None:
+    """Label ``--predict_dir``. What another run of the name has left stays until that is done."""
+    config, folder = start.config, start.folder
+    images.find_unlabeled("--predict_dir", config.predict_dir)
+    with folder.claim(keep=start.keep, overwrite=config.overwrite, trains=False) as remove_old:
+        predict.label_folder(config, start.saved, folder, device, precision)
+        remove_old()
+        write_config(config, folder)
 
 
 def assist(session: Session, signals: utils.Signals) -> None:
@@ -117,14 +165,26 @@ def assist(session: Session, signals: utils.Signals) -> None:
     outcome.predict_unlabeled(session, learners)
 
 
-def lead(session: Session, folder: utils.RunFolder, signals: utils.Signals, began: float) -> None:
+def lead(
+    session: Session, start: Start, agents: list[tuple[str, int, float]], signals: utils.Signals, began: float
+) -> None:
     """Hold the folder and do all that is to be done in it."""
-    config = session.config
+    config, folder = session.config, start.folder
     try:
         with contextlib.ExitStack() as stack:
             with distributed.failure_told():
-                stack.enter_context(folder.claim(keep=config.resume, overwrite=config.overwrite))
-            carry_out(session, folder, signals, began)
+                claim = folder.claim(
+                    keep=start.keep, overwrite=config.overwrite, trains=config.mode != "test", spare=start.loaded
+                )
+                remove_old = stack.enter_context(claim)
+
+            def begin() -> None:
+                """From here on the folder is this run's."""
+                remove_old()
+                folder.note_agents(agents)
+                write_beginning(session, folder)
+
+            carry_out(session, folder, begin, signals, began)
     except utils.InUseError:
         if not config.optuna_mode or config.storage is None:
             raise
@@ -133,47 +193,56 @@ def lead(session: Session, folder: utils.RunFolder, signals: utils.Signals, bega
         optuna_search.join(session, signals)  # the one who holds the folder reports
 
 
-def carry_out(session: Session, folder: utils.RunFolder, signals: utils.Signals, began: float) -> None:
-    """Show, search, train, test, report: what a run does in its folder."""
+def carry_out(
+    session: Session, folder: utils.RunFolder, begin: Callable[[], None], signals: utils.Signals, began: float
+) -> None:
+    """Show, search, train, test, report: what a run does in its folder. It may ``begin`` when nothing can fail any more
+    that fails at the start."""
     config = session.config
-    if config.export is not None:
-        import export
-
-        export.require_packages(config.export)
     print(config.describe())
     for line in session.notes:
         print(line)
-    if not config.resume:
-        write_config(config, folder)
-        utils.write_atomically(folder.results / "split.csv", data.split_to_csv(session.index, session.split))
-        if session.index.bad:
-            listed = utils.csv_bytes([("path", "reason"), *session.index.bad])
-            utils.write_atomically(folder.results / "bad_files.csv", listed)
     if config.print_model:
         print(models.describe(session.network("student").model, session.backbone, config.trainable == "head"))
-    if config.show_images:
-        import outcome
-
-        outcome.draw_samples(session, folder)
-    defaults = None
-    if config.optuna_mode:
+    trained = defaults = None
+    if config.mode == "optuna":
         import optuna_search
         import outcome
 
+        begin()
         tuned = optuna_search.search(session, folder.results, signals)
         print("training once with the options as given, and once with the best:")
         _, defaults = outcome.score(session, modes.fit(session, None, signals))
         session = session.configured(tuned)
         write_config(tuned, folder)
-    trained = None if config.mode == "test" else modes.fit(session, folder, signals)
+        trained = modes.fit(session, folder, signals)
+    elif config.mode == "test":
+        begin()
+    else:
+        trained = modes.fit(session, folder, signals, on_start=begin)
     seconds_train = time.perf_counter() - began
     import outcome  # only now: what draws takes seconds to import
 
     outcome.conclude(session, folder, trained, defaults, began, seconds_train)
 
 
+def write_beginning(session: Session, folder: utils.RunFolder) -> None:
+    """Options and split, which a run that goes on has written before."""
+    config = session.config
+    if not config.resume or not (folder.results / utils.CONFIG).exists():
+        write_config(config, folder)
+        utils.write_atomically(folder.results / "split.csv", data.split_to_csv(session.index, session.split))
+        if session.index.bad:
+            listed = utils.csv_bytes([("path", "reason"), *session.index.bad])
+            utils.write_atomically(folder.results / "bad_files.csv", listed)
+    if config.show_images:
+        import outcome
+
+        outcome.draw_samples(session, folder)
+
+
 def write_config(config: args.Config, folder: utils.RunFolder) -> None:
-    for name in ("config.json", "commandline_args.txt"):
+    for name in (utils.CONFIG, "commandline_args.txt"):
         utils.write_json(folder.results / name, config.options())
 
 

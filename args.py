@@ -153,7 +153,13 @@ class Config:
     test_views: int = option(
         0, "data", "weak and as many strong views an image, averaged with it when it is predicted", low=0, high=64
     )
-    cache_dir: str = option("~/.cache/transfermpl", "data", "where features of frozen backbones are kept between runs")
+    cache_dir: str | None = option(
+        None,
+        "data",
+        "where features of frozen backbones are kept between runs",
+        kind=str,
+        shown="~/.cache/transfermpl, or what your system has for it",
+    )
     cache_gb: float = option(10.0, "data", "bound of --cache_dir (0: keep nothing)", low=0, unit="GiB")
     num_workers: int = option(0, "data", "processes that prepare fresh views", low=0, high=256)
 

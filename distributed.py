@@ -8,9 +8,11 @@ given.
 import contextlib
 import datetime
 import os
+import platform
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -42,6 +44,19 @@ def own() -> tuple[int, ...]:
 def restarted() -> bool:
     """Whether torchrun started the job anew after a process of it died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def agents() -> list[tuple[str, int, float]]:
+    """The processes of torchrun that have started the ranks, one a machine: what this job has that no other ever had,
+    and keeps when it is restarted. Each is (machine, process, when it was started); none without torchrun."""
+    if not launched():
+        return []
+    agent = psutil.Process(os.getppid())
+    mine = (platform.node(), agent.pid, agent.create_time())
+    everyones = [mine] * world()
+    if world() > 1:
+        dist.all_gather_object(everyones, mine)
+    return sorted(set(everyones))
 
 
 @contextlib.contextmanager

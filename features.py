@@ -10,21 +10,27 @@ write the same numbers.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
-import shutil
+import weakref
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 
 from data import Views
 from models import Encoder
-from utils import write_atomically
+from utils import ResourceError, cache_folder, write_atomically
 
 GIB = 2**30
+TAG = "CACHEDIR.TAG"  # marks a folder that this cache has made, for backup programs also (bford.info/cachedir)
+TAGGED = b"""Signature: 8a477f597d28d172789f06886806bc55
+# Features of images, kept by TransferMPL. They may be removed: what is needed is computed again.
+"""
 DIGESTS = "images"  # the file that says whose features a folder holds: the images' digests in the order of the rows
 
 
@@ -39,15 +45,25 @@ class FeatureSource:
 
 
 class FeatureCache(FeatureSource):
-    """The same source, with what it computed kept in ``folder``, and what ``others`` hold of the same images."""
+    """The same source, with what it computed kept in ``folder``, and what ``others`` hold of the same images.
+
+    Where a view finds no room any more, its features are not kept.
+    """
 
     def __init__(self, views: Views, encoder: Encoder, folder: Path, others: Sequence[Path] = ()) -> None:
+        """
+        Raises:
+            OSError: the folder cannot be written to.
+        """
         super().__init__(views, encoder)
         self.folder, self.others = folder, others
+        user = folder / f"used by {os.getpid()}"
+        user.touch()
+        weakref.finalize(self, _leave, user, os.getpid())
         self.row = row_type(encoder.n_features)
         index = views.images.index
         self.digests, self.rows = index.distinct_digests, index.contents
-        self.tables: dict[str, np.ndarray] = {}
+        self.tables: dict[str, np.ndarray | None] = {}  # None: not kept
         self.verified: dict[str, np.ndarray] = {}
 
     def __call__(self, kind: str, indices: Sequence[int], draws: Sequence[int]) -> torch.Tensor:
@@ -63,13 +79,16 @@ class FeatureCache(FeatureSource):
             features[missing] = fresh.cpu().numpy().astype(np.float16)
             for i in np.flatnonzero(missing):
                 table = self.tables[self._table(kind, draws[i])]
-                table["features"][rows[i]] = features[i]
-                table["check"][rows[i]] = _check(features[i])
+                if table is not None:
+                    table["features"][rows[i]] = features[i]
+                    table["check"][rows[i]] = _check(features[i])
         return torch.from_numpy(features).to(self.encoder.device).float()
 
     def _read(self, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which rows of a table are missing, [n] bool, and the rows, [n, D] float16."""
         table, verified = self.tables[name], self.verified[name]
+        if table is None:
+            return np.ones(len(rows), dtype=bool), np.zeros((len(rows), self.encoder.n_features), dtype=np.float16)
         features = table["features"][rows]
         for i in np.flatnonzero(~verified[rows]):
             verified[rows[i]] = table["check"][rows[i]] == _check(features[i])
@@ -82,11 +101,16 @@ class FeatureCache(FeatureSource):
         if name not in self.tables:
             n = len(self.digests)
             path = self.folder / f"{name}.f16"
-            new = not path.exists() or path.stat().st_size != n * self.row.itemsize
-            if new:
-                _make_file(path, n * self.row.itemsize)
-            self.tables[name] = np.memmap(path, dtype=self.row, mode="r+", shape=(n,))
             self.verified[name] = np.zeros(n, dtype=bool)
+            try:
+                new = not path.exists() or path.stat().st_size != n * self.row.itemsize
+                if new:
+                    _make_file(path, n * self.row.itemsize)
+                self.tables[name] = np.memmap(path, dtype=self.row, mode="r+", shape=(n,))
+            except OSError as error:
+                if all(table is not None for table in self.tables.values()):
+                    print(f"{path}: {error.strerror}; the run goes on, with features that are not kept", flush=True)
+                self.tables[name], new = None, False
             for other in self.others if new else ():
                 with contextlib.suppress(OSError, ValueError):  # it never had this view, or was just removed
                     self._take_over(name, other)
@@ -114,15 +138,32 @@ def _check(row: np.ndarray) -> int:
 
 def _make_file(path: Path, n_bytes: int) -> None:
     """Reserve a file of zeros. The space is taken now, because a full disk later would kill a process that writes to
-    mapped memory."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    mapped memory.
+
+    Raises:
+        OSError: there is no room, or no folder any more.
+    """
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, n_bytes)
+            try:
+                os.posix_fallocate(file.fileno(), 0, n_bytes)
+            except (AttributeError, OSError) as error:
+                if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+                for start in range(0, n_bytes, 2**20):  # not on Linux, or on a file system that cannot
+                    file.write(bytes(min(2**20, n_bytes - start)))
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _leave(user: Path, pid: int) -> None:
+    """Take away the file that says that a process uses a folder, unless this is a worker forked from it."""
+    if os.getpid() == pid:
+        with contextlib.suppress(OSError):
+            user.unlink()
 
 
 def open_features(
@@ -131,8 +172,8 @@ def open_features(
     """The source of features and a line that says what is kept where: of the images, and of ``n_views`` weak and as
     many strong views of each.
 
-    With ``cache_gb`` 0 nothing is kept. Features of other runs that were used least recently are removed to stay within
-    ``cache_gb`` GiB.
+    With ``cache_gb`` 0 nothing is kept, nor where the cache cannot be written to. Features of other runs that were used
+    least recently are removed to stay within ``cache_gb`` GiB.
     """
     if not cache_gb:
         return FeatureSource(views, encoder), "features are computed whenever they are needed"
@@ -144,18 +185,29 @@ def open_features(
             f"features are computed whenever they are needed: {n_views} views take {needed / GIB:.1f} GiB and "
             f"--cache_gb allows {cache_gb:g}; raise it or lower --views",
         )
-    root = Path(cache_dir).expanduser()
+    root = cache_folder(cache_dir)
     prepared = dataclasses.replace(views.images.prepare, augmentation="")  # which is in the names of the tables
     network = _key(repr((fingerprint, str(encoder.precision), encoder.device.type, prepared)).encode())
     folder = root / f"{network}-{_key(digests.tobytes())}"
-    if not (folder / DIGESTS).exists():
-        write_atomically(folder / DIGESTS, digests.tobytes())
-    os.utime(folder)
-    kept = _folder_bytes(folder)
-    _make_room(root, folder, cache_gb * GIB - max(needed, kept))
+    try:
+        for name, content in ((TAG, TAGGED), (DIGESTS, digests.tobytes())):
+            if not (folder / name).exists():
+                write_atomically(folder / name, content)
+        os.utime(folder)
+        others = [each for each in root.glob(f"{network}-*") if each != folder]
+        source = FeatureCache(views, encoder, folder, others)
+        kept = _folder_bytes(folder)
+        with contextlib.suppress(OSError):  # another process removes the same
+            _make_room(root, folder, cache_gb * GIB - max(needed, kept))
+    except (OSError, ResourceError) as error:
+        cause = error.__cause__ or error
+        return (
+            FeatureSource(views, encoder),
+            f"features are computed whenever they are needed: {root} cannot be used ({cause.strerror}); "
+            "give another --cache_dir to keep them",
+        )
     what = f"features of {n_views} weak and strong views an image" if n_views else "the images' features"
-    others = [each for each in root.glob(f"{network}-*") if each != folder]
-    return FeatureCache(views, encoder, folder, others), f"{what} are kept in {folder} ({kept / GIB:.2f} GiB so far)"
+    return source, f"{what} are kept in {folder} ({kept / GIB:.2f} GiB so far)"
 
 
 def _key(content: bytes) -> str:
@@ -167,12 +219,39 @@ def _folder_bytes(folder: Path) -> int:
 
 
 def _make_room(root: Path, keep: Path, allowed: float) -> None:
-    """Remove the folders used least recently until the others fit in ``allowed`` bytes."""
-    others = sorted((f for f in root.iterdir() if f.is_dir() and f != keep), key=lambda f: f.stat().st_mtime)
-    sizes = {folder: _folder_bytes(folder) for folder in others}
-    for folder in others:
+    """Remove the folders used least recently until the others fit in ``allowed`` bytes: those that this cache has made,
+    and that no running process uses."""
+    others = [folder for folder in root.iterdir() if folder != keep and _is_ours(folder)]
+    sizes = {folder: _folder_bytes(folder) for folder in sorted(others, key=lambda each: each.stat().st_mtime)}
+    for folder in list(sizes):
         if sum(sizes.values()) <= allowed:
             return
-        with contextlib.suppress(OSError):
-            shutil.rmtree(folder)
-        sizes.pop(folder)
+        if not any(map(_is_used, folder.glob("used by *[0-9]"))):
+            _remove(folder)
+            del sizes[folder]
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return (folder / TAG).read_bytes() == TAGGED
+    except OSError:
+        return False
+
+
+def _is_used(user: Path) -> bool:
+    """Whether the process that left this file still runs, and none that has got its number since."""
+    try:
+        return psutil.Process(int(user.name.split()[-1])).create_time() < user.stat().st_mtime + 1
+    except (psutil.NoSuchProcess, OSError):
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
+def _remove(folder: Path) -> None:
+    """Remove what the cache has written in one of its folders, the tag last, and the folder if that empties it."""
+    with contextlib.suppress(OSError):  # open elsewhere, which Windows minds, or another process was faster
+        for pattern in ("*.f16", "*.tmp", "used by *[0-9]", DIGESTS, TAG):
+            for path in folder.glob(pattern):
+                path.unlink()
+        folder.rmdir()

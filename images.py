@@ -21,6 +21,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import PIL
+import psutil
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 from torch.utils.data import Dataset
@@ -439,7 +440,7 @@ NO_FILE = Stamp(-1, -1, -1, -1)
 FINDINGS_VERSION = 2  # raised whenever more is found out of a file, or other files are found readable
 
 
-def check_images(index: Index, cache_dir: str | None, *, max_bad_percent: float = 100.0) -> Index:
+def check_images(index: Index, cache_dir: str | Path | None, *, max_bad_percent: float = 100.0) -> Index:
     """Read every file. Returns the index of those that can be read, with what was found of them.
 
     Args:
@@ -453,7 +454,7 @@ def check_images(index: Index, cache_dir: str | None, *, max_bad_percent: float 
     kept = None
     if cache_dir is not None:
         about = repr((os.path.abspath(index.root), PIL.__version__, formats(), FINDINGS_VERSION))
-        kept = Path(cache_dir).expanduser() / f"checked-{digest(about.encode('utf-8', 'surrogatepass')).hex()}.npz"
+        kept = Path(cache_dir) / f"checked-{digest(about.encode('utf-8', 'surrogatepass')).hex()}.npz"
     known = _load_findings(kept)
     findings = [known.get(path) for path in index.paths]
     del known
@@ -761,7 +762,8 @@ class Images(Dataset):
     """Decoded images by index, [3, size, size] uint8; each is decoded once if all fit in ``STORE_BYTES`` and in a
     quarter of the free memory.
 
-    The store is shared anonymous memory: loader workers that are forked fill and read the same one.
+    The store is shared anonymous memory: loader workers that are forked fill and read the same one. Those that are
+    spawned decode for themselves.
     """
 
     def __init__(self, index: Index, prepare: Preparation) -> None:
@@ -770,14 +772,14 @@ class Images(Dataset):
         self._pixels: np.ndarray | None = None
         self._present: np.ndarray | None = None
         n_bytes = len(index) * 3 * size * size
-        if n_bytes <= min(STORE_BYTES, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4):
+        if n_bytes <= min(STORE_BYTES, psutil.virtual_memory().available / 4):
             self._pixels = np.frombuffer(mmap.mmap(-1, n_bytes), np.uint8).reshape(len(index), 3, size, size)
             self._present = np.frombuffer(mmap.mmap(-1, len(index)), np.uint8)
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getstate__(self) -> dict[str, object]:  # a spawned worker decodes for itself
+    def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_pixels": None, "_present": None}
 
     def __getitem__(self, i: int) -> torch.Tensor:

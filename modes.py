@@ -84,12 +84,14 @@ def fit(
     folder: RunFolder | None,
     signals: Signals,
     *,
+    on_start: Callable[[], None] = lambda: None,
     on_score: Callable[[int, float], None] | None = None,
 ) -> dict[str, models.Learner]:
     """Train in the session's mode. Returns the learners with their best weights; those that are scored come first.
 
     Args:
         folder: where history and checkpoints go; None keeps nothing.
+        on_start: called when all is ready for the first step.
         on_score: hears each epoch's validation score, in place of a progress bar.
     """
     config, val = session.config, session.split.val
@@ -113,6 +115,7 @@ def fit(
         identity=session.identity(),
     )
     first = keeper.go_on(session.last) if session.last else 0
+    on_start()
     log = record.open_tensorboard(folder.results / "tensorboard") if config.tensorboard and folder else None
     with record.Progress(plan.total_steps, first, config.num_epochs, quiet=on_score is not None) as progress:
 

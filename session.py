@@ -52,7 +52,7 @@ def find_data(
             )
         index = index.with_classes(saved["classes"])
     index = images.check_images(
-        index, config.cache_dir if config.cache_gb else None, max_bad_percent=config.max_bad_percent
+        index, utils.cache_folder(config.cache_dir) if config.cache_gb else None, max_bad_percent=config.max_bad_percent
     )
     if saved is not None:
         split, changes = data.split_from_manifest(

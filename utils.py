@@ -4,14 +4,13 @@ import contextlib
 import csv
 import ctypes
 import errno
-import fcntl
 import hashlib
 import io
 import json
 import os
 import pickle
 import platform
-import shutil
+import re
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import filelock
+import platformdirs
+import psutil
 import torch
 
 BEST = "best_student.pth"
@@ -138,8 +140,10 @@ def processor_is_fast_in_bf16() -> bool:
     Intel's without matrix units have these instructions too, but convolutions in them take as long or longer."""
     if torch.cpu._is_amx_tile_supported():
         return True
-    cpuinfo = Path("/proc/cpuinfo")
-    vendor = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
+    try:
+        vendor = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        vendor = platform.processor()
     return torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in vendor
 
 
@@ -171,11 +175,30 @@ def keep_freed_memory() -> None:
 def resolve_path(path: str) -> Path:
     """A path as it stands if it exists; else a leading slash is dropped, as in ``/datasets/flowers``."""
     plain = Path(path).expanduser()
-    if not plain.exists() and plain.is_absolute():
+    if not plain.exists() and plain.root:  # Windows calls no path absolute that lacks a drive
         relative = Path(*plain.parts[1:])
         if relative.exists():
             return relative
     return plain
+
+
+def cache_folder(path: str | None) -> Path:
+    """Where what later runs can use again is kept: ``path``, or if that is not given the system's place for it."""
+    return Path(path).expanduser() if path else platformdirs.user_cache_path("transfermpl", appauthor=False)
+
+
+CONFIG = "config.json"
+JOB = ".job"  # the agents of the torchrun job that has begun the run
+# What a run writes, by name: whatever else is in its folders is somebody else's, and stays.
+IN_RESULTS = (
+    *(CONFIG, "commandline_args.txt", "split.csv", "bad_files.csv", "history.csv"),
+    *("metrics.json", "predictions.csv", "report.html", "graphs.png", "calibration.png", "mistakes.png"),
+    *("disagreements.png", "samples.png", "Student_CM.png", "Teacher_CM.png", "Teacher and Student_CM.png"),
+    *("Model 1_CM.png", "Model 2_CM.png", "Both models_CM.png", "model_card.md", "model.onnx", "model.onnx.data"),
+    *("model.pt2", "study.db", "study.db-journal", "best_params.json", "optuna_history.png", "optuna_timeline.png"),
+    *("optuna_slices.png", "optuna_importances.png", "optuna_parallel.png", "tensorboard/events.out.tfevents.*"),
+)
+IN_CHECKPOINTS = (BEST, LAST)
 
 
 @dataclass(frozen=True)
@@ -190,64 +213,154 @@ class RunFolder:
         root = Path(output_dir).expanduser()
         return cls(root / "results" / name, root / "checkpoints" / dataset / name)
 
-    def last_checkpoint(self) -> Path:
-        """The file to go on from.
+    def written(self) -> dict[str, list[Path]]:
+        """The files of a run that are there, those in ``results`` and those in ``checkpoints``."""
+        return {
+            "results": [path for name in IN_RESULTS for path in self.results.glob(name) if path.is_file()],
+            "checkpoints": [path for name in IN_CHECKPOINTS for path in self.checkpoints.glob(name) if path.is_file()],
+        }
+
+    def begun_options(self) -> dict[str, Any] | None:
+        """The options of a run that has no checkpoint to go on from yet, so that it begins anew; None if there is none.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: what is there is no such beginning.
         """
-        path = self.checkpoints / LAST
-        if not path.exists():
-            raise CheckpointError(f"--resume: no {path} to go on from; use --overwrite in place of --resume")
-        return path
+        there = self.written()
+        if not there["results"] and not there["checkpoints"]:
+            return None
+        try:
+            options = json.loads((self.results / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            options = None
+        if not isinstance(options, dict) or (self.results / "metrics.json").exists():
+            raise CheckpointError(
+                f"--resume: no {self.checkpoints / LAST} to go on from; use --overwrite in place of --resume"
+            )
+        return options
+
+    def begun_by(self, agents: Sequence[tuple[str, int, float]]) -> bool:
+        """Whether one of these agents of torchrun (see :func:`distributed.agents`) has begun the run that is there."""
+        try:
+            known = json.loads((self.results / JOB).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return any(
+            (host, pid) == (here, its) and abs(began - since) < 5  # seconds: the clock may have been set meanwhile
+            for host, pid, began in known
+            for here, its, since in agents
+        )
+
+    def note_agents(self, agents: Sequence[tuple[str, int, float]]) -> None:
+        """Leave word of whose run this is to those whom the same agents may start in place of this process."""
+        if agents:
+            write_json(self.results / JOB, agents)
+        else:
+            (self.results / JOB).unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def claim(self, *, keep: bool, overwrite: bool) -> Iterator[None]:
-        """Make the folders and hold them, so that no other process trains under this name.
+    def claim(
+        self, *, keep: bool, overwrite: bool, trains: bool = True, spare: Path | None = None
+    ) -> Iterator[Callable[[], None]]:
+        """Make the results folder and hold it, so that no other process runs under this name.
+
+        Yields what removes the files of the run that is overwritten: for when the new one can no longer fail to start.
+        Files written since the claim stay. However the block ends, it leaves no empty folder that was not there before.
+
+        Args:
+            keep: go on with what is there.
+            overwrite: replace what is there.
+            trains: whether the run writes checkpoints; else those that are there stay.
+            spare: the checkpoint that the run starts from, which stays until it is written anew.
 
         Raises:
             CheckpointError: the name is taken and neither ``keep`` nor ``overwrite`` is given, or another process holds
                 it.
         """
-        existed = self.results.exists()
-        self.results.mkdir(parents=True, exist_ok=True)
-        with (self.results / ".lock").open("a+") as lock:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which, unlike flock's, no forked worker holds on to
-            except OSError as error:
-                lock.seek(0)
-                raise InUseError(f"{self.results} is in use by process {lock.read().strip() or '?'}") from error
-            if existed and not (keep or overwrite):
-                raise CheckpointError(
-                    f"{self.results} exists: --resume goes on with it, --overwrite replaces it; or use another --name"
-                )
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
-            if existed and overwrite:
-                for path in self.results.iterdir():
-                    if path.name != ".lock":
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
-                shutil.rmtree(self.checkpoints, ignore_errors=True)
-            for torn in (
-                *self.results.glob(".*.tmp"),
-                *self.checkpoints.glob(".*.tmp"),
-            ):  # by a process that was killed
-                torn.unlink()
-            try:
-                yield
-            except DataError:
-                if not existed:
-                    self.discard()
-                raise
+        chains = [(folder, *folder.parents) for folder in (self.results, self.checkpoints)]
+        missing = [folder for chain in chains for folder in chain if not folder.exists()]
+        try:
+            self.results.mkdir(parents=True, exist_ok=True)
+            with _held(self.results):
+                there = self.written()
+                for what, files in there.items():
+                    if files and not (keep or overwrite):
+                        raise CheckpointError(
+                            f"{getattr(self, what)} exists: {'--resume goes on with it, ' * trains}"
+                            "--overwrite replaces it; or use another --name"
+                        )
+                self._remove_torn()
+                old = there["results"] + there["checkpoints"] * trains if overwrite else []
+                old = {path: _version(path) for path in old if spare is None or path.resolve() != spare.resolve()}
 
-    def discard(self) -> None:
-        """Remove what this run made, and the folders above where that leaves them empty."""
-        shutil.rmtree(self.results, ignore_errors=True)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        for folder in (self.results.parent, self.checkpoints.parent, self.checkpoints.parent.parent):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+                def remove() -> None:
+                    for path, version in old.items():
+                        with contextlib.suppress(FileNotFoundError):
+                            if _version(path) == version:
+                                path.unlink()
+
+                yield remove
+        finally:
+            for folder in missing:
+                with contextlib.suppress(OSError):  # not empty, or not made
+                    folder.rmdir()
+
+    def _remove_torn(self) -> None:
+        """Remove what a process left that was killed while it wrote."""
+        for folder, names in ((self.results, (*IN_RESULTS, JOB)), (self.checkpoints, IN_CHECKPOINTS)):
+            for path in folder.glob(".*.tmp"):
+                match = re.fullmatch(r"\.(.+)\.(\d+)\.tmp", path.name)  # as write_atomically calls it
+                if match and match[1] in names and not _runs(int(match[2])):
+                    path.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process that left its number somewhere still runs; this one has only just taken over the number."""
+    return pid != os.getpid() and psutil.pid_exists(pid)
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """What tells a file from one that has taken its place."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """A lock on a folder that ends with this process, however that ends. Where the file system has none it says so.
+
+    Raises:
+        InUseError: another process holds it.
+    """
+    path = folder / ".lock"
+    while True:
+        lock = path.open("a+b")
+        try:
+            free = filelock.lock_descriptor(lock.fileno(), blocking=False)
+        except OSError:
+            print(f"{folder}: locks do not work there, so see to it that no second run uses this --name", flush=True)
+            free = True
+        if not free:
+            with lock:
+                lock.seek(1)  # Windows lets nobody read the byte that is locked
+                raise InUseError(f"{folder} is in use by process {lock.read().decode() or '?'}")
+        if os.fstat(lock.fileno()).st_nlink:
+            break
+        lock.close()  # its holder, who has just left, had removed it
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lock.close)  # a loader's worker would hold on to it
+    try:
+        lock.truncate(0)
+        lock.write(f" {os.getpid()}".encode())
+        lock.flush()
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()  # while it is held, so that nobody else's is; Windows removes no open file
+        lock.close()
+        with contextlib.suppress(OSError):
+            if os.name == "nt":
+                path.unlink()
 
 
 def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
@@ -270,11 +383,7 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None]) ->
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync_folder(path.parent)
     except OSError as error:
         raise ResourceError(
             f"cannot write {path}: {error.strerror}; free space or permissions, then --resume"
@@ -282,6 +391,16 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None]) ->
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have a new name in a folder outlive a loss of power, where that can be asked for: Windows opens no folder."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def csv_bytes(rows: Iterable[Sequence[object]]) -> bytes:
@@ -447,13 +566,16 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """SIGINT, SIGTERM and SIGHUP: in training they wait for the end of the step; a second one does not."""
+    """SIGINT, SIGTERM and, where there is one, SIGHUP: in training they wait for the end of the step; a second one does
+    not."""
 
     def __init__(self) -> None:
         self.pending: int | None = None
         self._deferred = False
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            ignored = name == "SIGHUP" and number and signal.getsignal(number) == signal.SIG_IGN  # as under nohup
+            if number and not ignored:
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: object) -> None:

@@ -200,6 +200,29 @@ def test_batches_do_not_depend_on_the_number_of_workers(colours):
         assert all(torch.equal(a, b) for a, b in zip(one[:4], other[:4], strict=True))
 
 
+@pytest.mark.parametrize("how", ["spawned", "without shared memory"])
+def test_batches_do_not_depend_on_how_workers_start_and_send_them(colours, monkeypatch, how):
+    index = images.find_images(str(colours))
+    split = data.make_split(index.paths, index.labels, seed=0, **(SHARES | {"num_labels_percent": 20.0}))
+    targets = np.random.default_rng(0).random((len(index), 3), dtype=np.float32)
+    schedule = data.Schedule(split.labeled, split.train, 4, 60, 0, 3, targets)
+    views = data.Views(images.Images(index, 32), "transfer")  # batches larger than a pipe
+    alone = list(data.fresh_batches(schedule, index.labels, views, 2, 5, num_workers=0, pin=False))
+    if how == "spawned":
+        monkeypatch.setattr(data, "_start_method", lambda: "spawn")
+    else:
+        monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # workers are forked from this process
+        monkeypatch.setattr(data, "_start_method", lambda: "fork")
+    workers = list(data.fresh_batches(schedule, index.labels, views, 2, 5, num_workers=1, pin=False))
+    assert len(workers) == 3
+    for one, other in zip(alone, workers, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def full(tensor):
+    raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+
 def test_a_stream_passes_over_everything_before_it_repeats():
     first = data.stream(10, 0, 30, seed=4)
     for start in range(0, 30, 10):

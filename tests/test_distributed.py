@@ -172,6 +172,17 @@ def test_a_killed_process_is_restarted_and_the_run_ends_as_if_it_had_not_been(al
         assert ours == theirs
 
 
+def test_a_restart_overwrites_nothing_that_the_first_start_did_not(alone):
+    alone.inside("--name", "old", "--data_dir", alone.colours, *STEPWISE, "--num_epochs", "2")
+    files = [path for top in ("results", "checkpoints") for path in (alone.cwd / top).rglob("old/*")]
+    before = {path: path.read_bytes() for path in files}
+    torchrun_alone = torchrun(alone, 1, "--name", "old", *STEPWISE, "--num_epochs", "2", launcher=["--max-restarts=1"])
+    done = subprocess.run(torchrun_alone, cwd=alone.cwd, capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0
+    assert done.stderr.count("MPL.py: results/old exists") == 2
+    assert {path: path.read_bytes() for path in files} == before
+
+
 def test_a_killed_process_ends_the_job_with_a_message(alone):
     process = subprocess.Popen(
         torchrun(alone, 2, "--name", "lost", "--num_epochs", "100000", *STEPWISE),
@@ -196,6 +207,7 @@ def test_a_killed_process_ends_the_job_with_a_message(alone):
 
 def test_all_leave_with_the_same_exit_code(alone):
     (alone.cwd / "results" / "taken").mkdir(parents=True)
+    (alone.cwd / "results" / "taken" / "config.json").write_text("{}")
     said = shared(alone, 2, "--name", "taken", *STEPWISE, check=4).stderr
     assert said.count("exitcode  : 4 ") == 2
     assert said.count("MPL.py: results/taken exists") == 1

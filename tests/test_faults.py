@@ -27,7 +27,10 @@ from conftest import ROOT, TINY, Cli, make_folder
 from PIL import Image
 
 import data
+import export
 import images
+import models
+import predict
 import record
 import utils
 
@@ -135,6 +138,40 @@ def start_with_workers(cli: Cli, data_dir: Path) -> tuple[subprocess.Popen, list
     return process, workers
 
 
+SMALL_SHARED_MEMORY = """
+import runpy, sys, torch
+def full(tensor):
+    raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+torch.Tensor.share_memory_ = full
+sys.path[:0] = [sys.argv[1]]
+sys.argv[:2] = ["MPL.py"]
+runpy.run_path(sys.path[0] + "/MPL.py", run_name="__main__")
+"""
+
+
+def test_workers_end_with_the_main_process_though_what_they_send_is_never_read(cli, colours):
+    """Batches that go through a pipe, for want of shared memory, wait in it: a worker would wait for ever."""
+    run = ["--name", "a", "--data_dir", colours, *RUN, "--img_size", "96", "--num_epochs", "5000", "--num_workers", "2"]
+    command = [sys.executable, "-c", SMALL_SHARED_MEMORY, ROOT, *cli.command(*run)[2:]]
+    process = subprocess.Popen(command, cwd=cli.cwd, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("mpl "):
+            break
+    until = time.monotonic() + 60
+    while len(workers := children(process.pid)) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2)  # in which the pipe fills up
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 30
+    while any(map(running, workers)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert len(workers) >= 2
+    assert not any(map(running, workers))
+
+
 def test_a_dead_loader_worker_ends_the_run_with_a_message(cli, colours):
     process, workers = start_with_workers(cli, colours)
     os.kill(workers[0], signal.SIGKILL)
@@ -178,6 +215,118 @@ def test_no_worker_outlives_its_run_and_the_lock_dies_with_its_holder(cli, colou
     while any(map(running, workers)) and time.monotonic() < until:
         time.sleep(0.1)
     assert not any(map(running, workers))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Only what this very run has made is removed
+
+
+def contents(cli: Cli) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in cli.listed() if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def exp(tmp_path_factory, colours) -> Path:
+    """A folder in which a run called exp was trained."""
+    cli = Cli(tmp_path_factory.mktemp("exp"))
+    cli.inside("--name", "exp", "--data_dir", colours, *RUN)
+    return cli.cwd
+
+
+@pytest.fixture
+def trained(cli, exp) -> Cli:
+    shutil.copytree(exp, cli.cwd, dirs_exist_ok=True)
+    return cli
+
+
+def test_a_start_that_fails_removes_nothing_that_was_there(trained, colours, tmp_path):
+    named = ["--name", "exp", "--overwrite"]
+    (tmp_path / "results" / "exp").rename(tmp_path / "kept")
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "pictures" / "a.png")
+    before = contents(trained)
+    label = ["--name", "exp", "--test_mode", "--load_path", "exp", "--predict_dir"]
+    assert "no such folder" in trained.one_line_error(3, *label, tmp_path / "typo")
+    assert "checkpoints/colours/exp exists" in trained.one_line_error(4, *label, tmp_path / "pictures")
+    (tmp_path / "kept").rename(tmp_path / "results" / "exp")
+    before = contents(trained)
+    trained.one_line_error(3, *named, "--data_dir", tmp_path / "typo")
+    trained.one_line_error(4, *named, "--data_dir", colours, *RUN, "--weights", tmp_path / "typo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models.Learner, "__init__", raises(torch.OutOfMemoryError("no memory for the network")))
+        trained.one_line_error(6, *named, "--data_dir", colours, *RUN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict, "predict", raises(torch.OutOfMemoryError("no memory for the images")))
+        trained.one_line_error(6, *label, tmp_path / "pictures", "--overwrite")
+    assert contents(trained) == before
+
+
+def raises(error: Exception):
+    def function(*_, **__):
+        raise error
+
+    return function
+
+
+def test_an_image_that_is_gone_at_the_end_costs_neither_weights_nor_history(cli, tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "data" / "d")
+    finish = record.Keeper.finish
+
+    def and_then_the_disk_is_gone(keeper, done):
+        finish(keeper, done)
+        for path in root.rglob("*.png"):
+            path.unlink()
+
+    monkeypatch.setattr(record.Keeper, "finish", and_then_the_disk_is_gone)
+    monkeypatch.setattr(images.Images, "__getitem__", lambda store, i: store._decode(i))  # nothing stays in memory
+    message = cli.inside("--name", "a", "--data_dir", root, *RUN, "--views", "0", check=3).stderr
+    assert ".png" in message
+    there = {path.name for path in cli.listed() if path.is_file()}
+    assert there >= {"best_student.pth", "last.pth", "history.csv", "split.csv", "config.json"}
+
+
+def test_checkpoints_whose_results_were_moved_away_are_not_overwritten(trained, colours, tmp_path):
+    (tmp_path / "results" / "exp").rename(tmp_path / "kept")
+    before = contents(trained)
+    message = trained.one_line_error(4, "--name", "exp", "--data_dir", colours, *RUN, "--seed", "9")
+    assert "checkpoints/colours/exp exists" in message
+    assert contents(trained) == before
+
+
+def test_overwriting_keeps_what_the_program_did_not_write(trained, colours, tmp_path):
+    notes = [tmp_path / "results/exp/notes.txt", tmp_path / "checkpoints/colours/exp/mine/weights.pth"]
+    for path in notes:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    old = (tmp_path / "checkpoints/colours/exp/best_student.pth").read_bytes()
+    trained.inside("--name", "exp", "--overwrite", "--test_mode", "--load_path", "exp")
+    assert (tmp_path / "checkpoints/colours/exp/best_student.pth").read_bytes() == old
+    assert not (tmp_path / "results/exp/history.csv").exists()
+    trained.inside("--name", "exp", "--overwrite", "--data_dir", colours, *RUN, "--seed", "9")
+    assert (tmp_path / "checkpoints/colours/exp/best_student.pth").read_bytes() != old
+    assert [path.read_text() for path in notes] == ["mine", "mine"]
+
+
+def test_a_run_without_a_checkpoint_yet_begins_anew_when_it_is_resumed(cli, colours, monkeypatch):
+    run = ["--data_dir", colours, *RUN]
+    cli.inside("--name", "whole", *run)
+    assert "begins anew" in cli.inside("--name", "cut", *run, "--resume").stdout  # nothing is there at all
+    assert faults.equal(*(faults.outcome(cli.cwd, name) for name in ("whole", "cut")))
+    with monkeypatch.context() as patch:
+        patch.setattr(record.Keeper, "close_step", raises(utils.Interrupted(signal.SIGTERM)))
+        cli.inside("--name", "early", *run, check=143)
+    assert not list((cli.cwd / "checkpoints").rglob("early/last.pth"))
+    assert "--lr 0.5 (there" in cli.inside("--name", "early", *run, "--resume", "--lr", "0.5", check=4).stderr
+    assert "begins anew" in cli.inside("--name", "early", *run, "--resume").stdout
+    assert faults.equal(*(faults.outcome(cli.cwd, name) for name in ("whole", "early")))
+    (cli.cwd / "checkpoints/colours/early/last.pth").unlink()
+    assert "no checkpoints/colours/early/last.pth" in cli.inside("--name", "early", *run, "--resume", check=4).stderr
+
+
+def test_the_packages_of_an_export_are_missed_before_anything_is_read(cli, colours, monkeypatch):
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    monkeypatch.setattr(images, "check_images", raises(AssertionError("images were read")))
+    assert "pip install onnx" in cli.one_line_error(2, "--data_dir", colours, *RUN, "--export", "onnx")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

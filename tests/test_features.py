@@ -3,6 +3,7 @@
 import dataclasses
 import multiprocessing
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -132,8 +133,73 @@ def test_the_bound_is_kept_and_told(parts, tmp_path):
     first("strong", [0], [0])
     views, encoder, _ = parts
     second, _ = opened((views, encoder, "newer"), tmp_path, n_views=1, cache_gb=4 * n_bytes / 2**30)
-    assert not first.folder.exists()
+    assert first.folder.exists()  # while it is used
+    of_first, first = first.folder, None
+    opened((views, encoder, "newer"), tmp_path, n_views=1, cache_gb=4 * n_bytes / 2**30)
+    assert not of_first.exists()
     assert second.folder.exists()
+
+
+def test_only_folders_that_the_cache_has_made_are_removed_and_of_them_its_own_files(parts, tmp_path):
+    views, encoder, _ = parts
+    n_bytes = len(views.images) * features.row_type(64).itemsize
+    strangers = {
+        tmp_path / "thesis" / "figures.f16": bytes(10 * n_bytes),
+        tmp_path / "thesis" / "images": b"drawn by hand",
+        tmp_path / "browser" / "CACHEDIR.TAG": features.TAGGED.splitlines()[0] + b"\n# of another program\n",
+        tmp_path / "0123456789abcdef-0123456789abcdef" / "images": b"before there were tags",
+    }
+    source = opened(parts, tmp_path, n_views=1, cache_gb=4 * n_bytes / 2**30)[0]
+    source("weak", [0], [0])
+    source("strong", [0], [0])
+    mine = source.folder
+    strangers[mine / "notes.txt"] = b"which network this was"
+    for path, content in strangers.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    del source
+    _, note = opened((views, encoder, "newer"), tmp_path, n_views=1, cache_gb=4 * n_bytes / 2**30)
+    assert "are kept in" in note
+    assert {path: path.read_bytes() for path in strangers} == strangers
+    assert [path.name for path in mine.iterdir()] == ["notes.txt"]
+
+
+def test_a_cache_that_cannot_be_written_to_costs_a_line_and_no_run(parts, tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "cache", "/proc/self/cache"):
+        source, note = opened(parts, place)
+        assert not isinstance(source, features.FeatureCache)
+        assert str(place) in note
+        assert "cannot be used" in note
+
+
+def test_a_disk_that_fills_up_costs_a_line_and_no_run(parts, tmp_path, monkeypatch, capsys):
+    source, _ = opened(parts, tmp_path)
+    source("strong", [4], [2])
+
+    def full(path, n_bytes):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(features, "_make_file", full)
+    fresh = features.FeatureSource(*parts[:2])(*WANTED)
+    for _ in range(2):
+        torch.testing.assert_close(source(*WANTED), fresh, rtol=1e-3, atol=1e-3)  # float16
+    said = capsys.readouterr().out
+    assert said.count("No space left on device; the run goes on") == len(said.splitlines()) == 1
+
+
+def test_a_file_is_filled_with_zeros_where_its_space_cannot_be_reserved(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(95, "Operation not supported")
+
+    for missing in (True, False):
+        with monkeypatch.context() as patch:
+            if missing:
+                patch.delattr("os.posix_fallocate", raising=False)
+            else:
+                patch.setattr("os.posix_fallocate", unsupported, raising=False)
+            features._make_file(tmp_path / "table", 2**20 + 5)
+        assert (tmp_path / "table").read_bytes() == bytes(2**20 + 5)
 
 
 def _fill(parts, folder, seed):
@@ -144,7 +210,8 @@ def _fill(parts, folder, seed):
 
 
 def test_several_processes_may_fill_one_cache(parts, tmp_path):
-    context = multiprocessing.get_context("fork")
+    quickest = "fork" if sys.platform == "linux" else "spawn"
+    context = multiprocessing.get_context(quickest)
     torch.set_num_threads(1)
     fillers = [context.Process(target=_fill, args=(parts, tmp_path, seed)) for seed in range(3)]
     for process in fillers:

@@ -106,7 +106,7 @@ def test_what_cannot_be_labelled_is_said_in_one_line(trained, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"")
     assert "no file in it can be read" in predict(trained, tmp_path / "bad", "b", check=3).stderr
-    assert not (trained.cwd / "results/b").exists()
+    assert "a.png" in (trained.cwd / "results/b/bad_files.csv").read_text()
     assert "goes with --test_mode" in trained.one_line_error(2, "--predict_dir", tmp_path)
 
 

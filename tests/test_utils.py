@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 
@@ -80,7 +81,118 @@ def test_a_failed_start_removes_what_it_made(tmp_path):
     folder = utils.RunFolder.named(str(tmp_path / "out"), "d", "exp")
     with pytest.raises(utils.DataError), folder.claim(keep=False, overwrite=False):
         raise utils.DataError("bad")
-    assert not list((tmp_path / "out").iterdir())
+    assert not list(tmp_path.iterdir())
+
+
+def put(folder, *names):
+    for name in names:
+        path = (folder.checkpoints if name.endswith(".pth") else folder.results) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+
+
+def left(root):
+    return {path.name for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return utils.RunFolder.named(str(tmp_path), "d", "exp")
+
+
+def test_what_a_failed_run_has_written_stays(folder, tmp_path):
+    def fail():
+        put(folder, "config.json", "last.pth")
+        raise utils.DataError("bad")
+
+    with pytest.raises(utils.DataError), folder.claim(keep=False, overwrite=False):
+        fail()
+    assert left(tmp_path) == {"config.json", "last.pth"}
+
+
+THEIRS = ("notes.txt", "figures/Student_CM.png", "tensorboard/notes", ".notes.md.1.tmp", "epoch 3.pth")
+OURS = ("config.json", "Both models_CM.png", "tensorboard/events.out.tfevents.1.host", "best_student.pth", "last.pth")
+
+
+def test_to_overwrite_is_to_remove_the_files_of_a_run_and_nothing_else(folder, tmp_path):
+    put(folder, *THEIRS, *OURS)
+    with folder.claim(keep=False, overwrite=True) as remove_old:
+        assert left(tmp_path) >= {path.split("/")[-1] for path in OURS}  # until the new run begins
+        put(folder, "config.json")
+        remove_old()
+    assert left(tmp_path) == {path.split("/")[-1] for path in (*THEIRS, "config.json")}
+
+
+def test_a_run_that_writes_no_checkpoints_or_starts_from_one_does_not_remove_it(folder, tmp_path):
+    put(folder, *OURS)
+    with folder.claim(keep=False, overwrite=True, trains=False) as remove_old:
+        remove_old()
+    assert left(tmp_path) == {"best_student.pth", "last.pth"}
+    with folder.claim(keep=False, overwrite=True, spare=folder.checkpoints / utils.BEST) as remove_old:
+        remove_old()
+    assert left(tmp_path) == {"best_student.pth"}
+
+
+@pytest.mark.parametrize("name", ["config.json", "best_student.pth"])
+def test_a_name_is_taken_if_either_of_its_folders_holds_a_run(folder, name):
+    put(folder, name)
+    with pytest.raises(utils.CheckpointError, match="--overwrite"), folder.claim(keep=False, overwrite=False):
+        pass
+
+
+def test_torn_files_are_removed_if_they_are_a_runs_and_nobody_writes_them(folder, tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    living = os.getppid()
+    put(folder, f".config.json.{dead.pid}.tmp", f".config.json.{living}.tmp", f".mine.json.{dead.pid}.tmp", ".x.tmp")
+    with folder.claim(keep=False, overwrite=False):
+        pass
+    assert left(tmp_path) == {f".config.json.{living}.tmp", f".mine.json.{dead.pid}.tmp", ".x.tmp"}
+
+
+def test_a_file_system_without_locks_costs_a_line_and_no_run(folder, monkeypatch, capsys):
+    def none(*_, **__):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(utils.filelock, "lock_descriptor", none)
+    with folder.claim(keep=False, overwrite=False):
+        assert capsys.readouterr().out.count("locks do not work there") == 1
+
+
+def test_what_begins_at_the_same_path_is_told_from_what_was_there(folder, tmp_path):
+    put(folder, "predictions.csv", "graphs.png")
+    with folder.claim(keep=False, overwrite=True) as remove_old:
+        utils.write_atomically(folder.results / "predictions.csv", b"predictions.csv")
+        remove_old()
+    assert left(tmp_path) == {"predictions.csv"}
+
+
+def test_a_folder_belongs_to_the_job_whose_agents_began_it(folder):
+    folder.results.mkdir(parents=True)
+    folder.note_agents([("a", 1, 100.0), ("b", 2, 100.0)])
+    assert folder.begun_by([("c", 3, 100.0), ("b", 2, 100.5)])
+    assert not folder.begun_by([("b", 2, 900.0)])  # another process that got the number later
+    assert not folder.begun_by([])
+    folder.note_agents([])
+    assert not folder.begun_by([("b", 2, 100.0)])
+
+
+def test_the_system_says_where_what_is_kept_belongs_unless_the_user_does(monkeypatch, tmp_path):
+    assert utils.cache_folder(str(tmp_path)) == tmp_path
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "transfermpl" in utils.cache_folder(None).parts
+
+
+def test_where_there_is_no_hangup_the_other_signals_are_waited_for(monkeypatch):
+    monkeypatch.delattr(signal, "SIGHUP", raising=False)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with (signals := utils.Signals()).deferred():
+            signal.raise_signal(signal.SIGTERM)
+        assert signals.pending == signal.SIGTERM
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_paths_with_the_originals_leading_slash_fall_back_to_the_working_folder(tmp_path, monkeypatch):
