@@ -92,9 +92,10 @@ def run(config: args.Config, signals: utils.Signals) -> None:
     device = distributed.local_device(utils.pick_device(config.device))
     precision = utils.pick_precision(config.amp, device)
     if config.predict_dir is not None:
+        paths = predict.find(config)
         with folder.claim(keep=False, overwrite=config.overwrite):
             write_config(config, folder)
-            predict.label_folder(config, saved, folder, device, precision)
+            predict.label_folder(config, paths, saved, folder, device, precision)
         return
     with distributed.joined(device):
         with distributed.one_first():
@@ -114,7 +115,7 @@ def assist(session: Session, signals: utils.Signals) -> None:
     trained = None if session.config.mode == "test" else modes.fit(session, None, signals)
     session, learners = outcome.made_ready(session, trained)
     outcome.score(session, learners)
-    outcome.predict_unlabeled(session, learners)
+    outcome.predict_training(session, learners)
 
 
 def lead(session: Session, folder: utils.RunFolder, signals: utils.Signals, began: float) -> None:

@@ -42,7 +42,7 @@ def shared(cli, n, *options, check=0):
 
 
 def history(cli, name):
-    with (cli.cwd / "results" / name / "history.csv").open(newline="") as file:
+    with (cli.cwd / "results" / name / "history.csv").open(newline="", encoding="utf-8-sig") as file:
         return list(csv.DictReader(file))
 
 

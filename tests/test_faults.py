@@ -36,7 +36,7 @@ RUN = [*TINY, "--num_epochs", "6", "--warmup_epoch_num", "1"]
 
 
 def table(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
 
 

@@ -18,7 +18,7 @@ EPOCHS = ["--num_epochs", "3"]
 
 
 def rows(path):
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         return list(csv.DictReader(file))
 
 
