@@ -279,7 +279,7 @@ def write_predictions(
 
 
 def list_bad(results: Path, bad: Iterable[tuple[str, str]]) -> None:
-    """Write the paths of files that could not be read, with the reasons, to bad_files.csv, after those already there."""
+    """Add the paths of files that cannot be read, with the reasons, to bad_files.csv."""
     path = results / "bad_files.csv"
     listed = {row["path"]: row["reason"] for row in utils.read_csv(path)} if path.exists() else {}
     rows = [("path", "reason"), *(listed | dict(bad)).items()]
@@ -299,9 +299,8 @@ def result_table(figures: dict[str, Any]) -> str:
     for place, block in enumerate(blocks):
         lines += ["without tuning:"] * place
         for name, *cells in score_rows(block):
-            lines.append(
-                f"{name:10} " + " ".join(f"{cell:>{n}}" for cell, n in zip(cells, (9, 9, 9, 7, 11), strict=True))
-            )
+            widths = zip(cells, (9, 9, 9, 7, 11), strict=True)
+            lines.append(f"{name:10} " + " ".join(f"{cell:>{width}}" for cell, width in widths))
     if figures["test"]:
         final, tested = list(figures["test"].items())[-1]
         lines.append(f"95 % interval, {final}: {metrics.interval(tested['accuracy'], counts['test'])}")

@@ -239,7 +239,7 @@ class RunFolder:
             try:
                 yield
             except DataError:
-                if not existed:
+                if not existed and not (self.checkpoints.exists() or (self.results / "metrics.json").exists()):
                     self.discard()
                 raise
 
