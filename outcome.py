@@ -151,7 +151,7 @@ def conclude(
         ending.failures.insert(0, gone(missing, results, figures["commands"]))
     written: list[Path] = []
     with ending.attempt("the pictures", needed=False):
-        for name, draw in visualization.pictures(results).items():
+        for name, draw in visualization.pictures(results):
             with ending.attempt(name, needed=False):
                 written.append(draw())
     for name, draw in failures(session, results, predicted).items():
@@ -268,11 +268,13 @@ def draw_samples(session: Session, folder: RunFolder, columns: int = 8, views: i
     def pictures(kind: str, draw: int) -> np.ndarray:
         return session.views(kind, chosen, [draw] * len(chosen)).permute(0, 2, 3, 1).numpy()
 
+    names, key = visualization.drawable(session.index.classes)
     visualization.draw_samples(
         pictures("plain", 0),
         np.stack([pictures("weak", v) for v in range(views)]),
         np.stack([pictures("strong", v) for v in range(views)]),
-        [visualization.drawable(session.index.classes)[0][session.index.labels[i]] for i in chosen],
+        [names[session.index.labels[i]] for i in chosen],
         folder.results / "samples.png",
+        key.strip(),
     )
     print(f"samples: {folder.results / 'samples.png'}")

@@ -15,7 +15,7 @@ import statistics
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -49,6 +49,7 @@ STYLE = {
 }
 PLAIN = STYLE | {"axes.grid": False}
 FONT = "DejaVu Sans"  # which comes with matplotlib
+BOXES = "Last Resort"  # this one too: it has a box for every character there is
 TITLES = {
     "student": "Student",
     "teacher": "Teacher",
@@ -65,33 +66,29 @@ LOSSES = {
 }
 
 
-def pictures(results: Path) -> dict[str, Callable[[], Path]]:
-    """What draws each picture of a run folder and returns its path, by the name of the file: the curves and, where
-    images were tested, confusion matrices and calibration."""
+def pictures(results: Path) -> Iterator[tuple[str, Callable[[], Path]]]:
+    """The name of each picture of a run folder and what draws it: the curves and, where images were tested, confusion
+    matrices and calibration."""
     figures = json.loads((results / "metrics.json").read_text())
     classes = figures["classes"]
     title = f"{figures['dataset']}, {figures['model_name']}, {figures['counts']['labeled']} labels"
-    drawn: dict[str, Callable[..., Path]] = {}
     if (results / "history.csv").exists():
-        drawn["graphs.png"] = functools.partial(draw_curves, utils.read_csv(results / "history.csv"), title)
-    if figures["test"]:
-        rows = utils.read_csv(results / "predictions.csv", split="test")
-        truth = [row["true_label"] for row in rows]
-        votes = {name: f"{name}_vote" for name in figures["test"] if name != "ensemble"}
-        columns = {TITLES[name]: column for name, column in votes.items()}
-        if len(votes) > 1:
-            columns[TITLES["switch" if "model_1" in votes else "train"]] = "predicted_label"
-        for heading, column in columns.items():
-            predicted = [row[column] for row in rows]
-            drawn[f"{heading}_CM.png"] = functools.partial(
-                draw_confusion, truth, predicted, classes, f"{heading}, {title}"
-            )
-        probabilities = np.array([[float(row[f"p_{name}"]) for name in classes] for row in rows])
-        labels = np.array([classes.index(name) for name in truth])
-        drawn["calibration.png"] = functools.partial(
-            draw_calibration, probabilities, labels, figures["temperature"], title
-        )
-    return {name: functools.partial(draw, path=results / name) for name, draw in drawn.items()}
+        name = "graphs.png"
+        yield name, lambda: draw_curves(utils.read_csv(results / "history.csv"), title, results / name)
+    if not figures["test"]:
+        return
+    rows = utils.read_csv(results / "predictions.csv", split="test")
+    truth = [row["true_label"] for row in rows]
+    columns = {TITLES[name]: f"{name}_vote" for name in figures["test"] if name != "ensemble"}
+    if len(columns) > 1:
+        columns[TITLES["switch" if "model_1" in figures["test"] else "train"]] = "predicted_label"
+    for heading, column in columns.items():
+        predicted, path = [row[column] for row in rows], results / f"{heading}_CM.png"
+        yield path.name, functools.partial(draw_confusion, truth, predicted, classes, f"{heading}, {title}", path)
+    probabilities = np.array([[float(row[f"p_{name}"]) for name in classes] for row in rows])
+    labels = np.array([classes.index(name) for name in truth])
+    path = results / "calibration.png"
+    yield path.name, functools.partial(draw_calibration, probabilities, labels, figures["temperature"], title, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,6 +101,8 @@ def fonts_for(characters: str) -> tuple[list[str], set[str]]:
     missing = set(characters) - set(map(chr, _charmap(font_manager.findfont(FONT)))) - {"\n"}
     fonts = [FONT]
     for font in font_manager.fontManager.ttflist if missing else ():
+        if font.name.startswith(BOXES):
+            continue
         if found := missing & set(map(chr, _charmap(font.fname))):
             fonts.append(font.name)
             missing -= found
@@ -136,7 +135,9 @@ def _lettered(*texts: str) -> list[str]:
 
 
 def shortened(name: str, length: int) -> str:
-    """At most so many characters of a name, its end among them: names that begin alike often differ there."""
+    """At most so many letters' width of a name, its end among them: names that begin alike often differ there."""
+    if _width(name) > len(name):
+        length //= 2
     end = length // 3
     return name if len(name) <= length else f"{name[: length - 1 - end]}…{name[-end:]}"
 
@@ -146,11 +147,12 @@ def _width(text: str) -> int:
     return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
 
 
-def _fit(text: Text, inches: float) -> None:
-    """Make the letters of a text smaller if it is wider than that."""
-    wide = text.get_window_extent(text.figure.canvas.get_renderer()).width / text.figure.dpi
-    if wide > inches:
-        text.set_fontsize(text.get_fontsize() * inches / wide)
+def _fit(texts: Sequence[Text], inches: float) -> None:
+    """Make the letters of texts smaller, alike, if one of them is wider than that."""
+    renderer = texts[0].figure.canvas.get_renderer()
+    widest = max(text.get_window_extent(renderer).width / text.figure.dpi for text in texts)
+    for text in texts if widest > inches else ():
+        text.set_fontsize(text.get_fontsize() * inches / widest)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,13 +333,16 @@ def draw_images(images: np.ndarray, captions: Sequence[str], title: str, path: P
         ax.axis("off")
     for ax, image, caption in zip(axes.flat, images, captions, strict=False):
         ax.imshow(image, interpolation="nearest" if image.shape[0] < 64 else None)
-        _fit(ax.set_title(caption, fontsize=7, y=1.02), 1.5)  # at a place that need not be searched for
-    figure.suptitle(title)
+        ax.set_title(caption, fontsize=7, y=1.02)  # at a place that need not be searched for
+    _fit([ax.title for ax in axes.flat], 1.5)
+    figure.suptitle(textwrap.fill(title, 15 * columns))
     return _save(figure, path)
 
 
 @plt.rc_context(PLAIN)
-def draw_samples(images: np.ndarray, weak: np.ndarray, strong: np.ndarray, labels: Sequence[str], path: Path) -> Path:
+def draw_samples(
+    images: np.ndarray, weak: np.ndarray, strong: np.ndarray, labels: Sequence[str], path: Path, title: str = ""
+) -> Path:
     """A grid: each column an image with its label, below it weak and then strong views.
 
     Args:
@@ -363,7 +368,10 @@ def draw_samples(images: np.ndarray, weak: np.ndarray, strong: np.ndarray, label
                 spine.set_visible(False)
         axes[i, 0].set_ylabel(name)
     for j, label in enumerate(labels):
-        _fit(axes[0, j].set_title(shortened(label, 14), fontsize=9), 1.2)
+        axes[0, j].set_title(shortened(label, 14), fontsize=9)
+    _fit([ax.title for ax in axes[0]], 1.2)
+    if title:
+        figure.suptitle(title, fontsize=8)
     return _save(figure, path)
 
 
