@@ -14,8 +14,8 @@ from conftest import TINY, make_folder
 
 import data
 import mixture
-import MPL
 import modes
+import MPL
 
 EPOCHS = ["--num_epochs", "3"]
 
@@ -147,7 +147,8 @@ def test_every_image_that_was_used_is_predicted_the_test_images_first(trained):
     parts = {row["path"]: row["split"] for row in rows(folder / "split.csv")}
     predicted = rows(folder / "predictions.csv")
     assert {row["path"]: row["split"] for row in predicted} == parts
-    assert [row["split"] for row in predicted[: list(parts.values()).count("test")]] == ["test"] * 3
+    n_test = list(parts.values()).count("test")
+    assert [row["split"] for row in predicted[:n_test]] == ["test"] * n_test
     assert all(row["true_label"] for row in predicted if row["split"] == "labeled")
 
 
