@@ -27,7 +27,7 @@ Scores = dict[str, dict[str, dict[str, float]]]  # by part, network and metric
 
 
 class Ending:
-    """The last things that a run does, each by itself: what goes wrong with one costs none of the others."""
+    """Things that a run does, each by itself: what goes wrong with one costs none of the others."""
 
     def __init__(self, config: args.Config) -> None:
         self.config = config
@@ -146,8 +146,13 @@ def conclude(
         record.write_predictions(results / "predictions.csv", session.index, of_parts)
     missing = [each for part in predicted.values() for each in part.missing]
     if missing:
+        left_out = (
+            f"{utils.counted(len(missing), 'image')} could no longer be read at the end: left out, see bad_files.csv"
+        )
+        figures["notes"] = [*session.notes, left_out]
         with ending.attempt("bad_files.csv"):
             record.list_bad(results, missing)
+            utils.write_json(results / "metrics.json", figures)
         ending.failures.insert(0, gone(missing, results, figures["commands"]))
     written: list[Path] = []
     with ending.attempt("the pictures", needed=False):
@@ -269,12 +274,15 @@ def draw_samples(session: Session, folder: RunFolder, columns: int = 8, views: i
         return session.views(kind, chosen, [draw] * len(chosen)).permute(0, 2, 3, 1).numpy()
 
     names, key = visualization.drawable(session.index.classes)
-    visualization.draw_samples(
-        pictures("plain", 0),
-        np.stack([pictures("weak", v) for v in range(views)]),
-        np.stack([pictures("strong", v) for v in range(views)]),
-        [names[session.index.labels[i]] for i in chosen],
-        folder.results / "samples.png",
-        key.strip(),
-    )
-    print(f"samples: {folder.results / 'samples.png'}")
+    ending = Ending(session.config)
+    with ending.attempt("samples.png", needed=False):
+        path = visualization.draw_samples(
+            pictures("plain", 0),
+            np.stack([pictures("weak", v) for v in range(views)]),
+            np.stack([pictures("strong", v) for v in range(views)]),
+            [names[session.index.labels[i]] for i in chosen],
+            folder.results / "samples.png",
+            key.strip(),
+        )
+        print(f"samples: {path}")
+    ending.close()

@@ -451,7 +451,9 @@ def test_a_run_whose_images_are_gone_at_the_end_keeps_what_it_learned(cli, tmp_p
     assert {row["path"] for row in table(results / "bad_files.csv")} == {
         row["path"] for row in table(results / "split.csv")
     }
-    assert "No image was there to test on" in (results / "report.html").read_text()
+    page = (results / "report.html").read_text()
+    assert "No image was there to test on" in page
+    assert "60 images could no longer be read at the end" in page
     shutil.copytree(tmp_path / "copy", root, dirs_exist_ok=True)
     again = re.search(r"once they are back, python MPL.py (.*)", done.stderr)[1]
     assert "student" in cli.inside(*shlex.split(again)).stdout
@@ -501,8 +503,10 @@ def test_an_image_that_becomes_unreadable_in_training_stops_it_where_it_can_go_o
 
 def test_a_picture_or_a_report_that_fails_costs_a_line(cli, colours, monkeypatch):
     monkeypatch.setattr(visualization, "draw_curves", fails(ValueError("\n no\ncurve")))
+    monkeypatch.setattr(visualization, "draw_samples", fails(ValueError("no view")))
     monkeypatch.setattr(report, "_headline", fails(KeyError("test")))
-    done = cli.inside("--name", "a", "--data_dir", colours, *RUN)
+    done = cli.inside("--name", "a", "--data_dir", colours, "--show_images", *RUN)
+    assert "samples.png could not be drawn: ValueError: no view\n" in done.stdout
     assert "graphs.png could not be drawn: ValueError: no curve\n" in done.stdout
     assert "report.html could not be written: KeyError: 'test'\n" in done.stdout
     assert "95 % interval" in done.stdout

@@ -103,3 +103,11 @@ def test_while_the_teacher_learns_alone_its_accuracy_is_shown(keeper, capsys):
     during, after = capsys.readouterr().out.splitlines()
     assert during.endswith("validation teacher 100.0%")
     assert after.endswith("validation 75.0%")
+
+
+def test_a_file_that_a_spreadsheet_opens_begins_with_a_byte_order_mark(tmp_path):
+    record.list_bad(tmp_path, [("Äpfel/1.png", "empty")])
+    record.list_bad(tmp_path, [("b.png", "not an image"), ("Äpfel/1.png", "gone")])
+    assert (tmp_path / "bad_files.csv").read_bytes().startswith(b"\xef\xbb\xbfpath,reason\n")
+    listed = [(row["path"], row["reason"]) for row in utils.read_csv(tmp_path / "bad_files.csv")]
+    assert listed == [("Äpfel/1.png", "gone"), ("b.png", "not an image")]

@@ -8,8 +8,6 @@ import pytest
 from matplotlib import font_manager
 from PIL import Image
 
-import record
-import utils
 import visualization
 
 NAMES = ["$\\frac$", "$5 - $10", "<b>{}", "玫瑰", "🌷", "a\tb", "\udcff", "Äpfel", "Ωмега"]
@@ -130,11 +128,3 @@ def test_a_run_without_test_images_is_compared_by_its_curve(tmp_path):
         (tmp_path / name / "config.json").write_text("{}")
     table = visualization.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "compare.png")
     assert "50.00" in table
-
-
-def test_a_file_that_a_spreadsheet_opens_begins_with_a_byte_order_mark(tmp_path):
-    record.list_bad(tmp_path, [("Äpfel/1.png", "empty")])
-    record.list_bad(tmp_path, [("b.png", "not an image"), ("Äpfel/1.png", "gone")])
-    assert (tmp_path / "bad_files.csv").read_bytes().startswith(b"\xef\xbb\xbfpath,reason\n")
-    listed = [(row["path"], row["reason"]) for row in utils.read_csv(tmp_path / "bad_files.csv")]
-    assert listed == [("Äpfel/1.png", "gone"), ("b.png", "not an image")]
