@@ -148,9 +148,9 @@ def find_start(config: args.Config, agents: list[tuple[str, int, float]]) -> Sta
 def label_folder(start: Start, device: torch.device, precision: torch.dtype | None) -> None:
     """Label ``--predict_dir``. What another run of the name has left stays until that is done."""
     config, folder = start.config, start.folder
-    images.find_unlabeled("--predict_dir", config.predict_dir)
+    paths = predict.find(config)
     with folder.claim(keep=start.keep, overwrite=config.overwrite, trains=False) as remove_old:
-        predict.label_folder(config, start.saved, folder, device, precision)
+        predict.label_folder(config, paths, start.saved, folder, device, precision)
         remove_old()
         write_config(config, folder)
 
@@ -162,7 +162,7 @@ def assist(session: Session, signals: utils.Signals) -> None:
     trained = None if session.config.mode == "test" else modes.fit(session, None, signals)
     session, learners = outcome.made_ready(session, trained)
     outcome.score(session, learners)
-    outcome.predict_unlabeled(session, learners)
+    outcome.predict_others(session, learners)
 
 
 def lead(

@@ -314,20 +314,22 @@ class Config:
         return options | {"storage": self.storage and without_password(self.storage)}
 
     def describe(self, width: int = 80) -> str:
-        """Every option's effective value, a paragraph a group."""
-        values = {group: [] for group in GROUPS}
-        for spec in fields(self):
-            if "group" in spec.metadata:
-                values[spec.metadata["group"]].append(f"{spec.name}={self.options()[spec.name]}")
+        """The options that were given, and what matters most of those that follow from them."""
+        options = self.options()
+        outline = ["data_dir", "model_name", "img_size"]
+        if not self.test_mode:
+            outline += ["num_labels_percent", *(() if self.finetune_mode else ("targets",)), "num_epochs"]
+        lines = {"given": self.given, "implied": [key for key in outline if key not in self.given]}
         return "\n".join(
             textwrap.fill(
-                f"{group:<9} " + "  ".join(items),
+                f"{what:<9} " + "  ".join(f"{key}={options[key]}" for key in keys),
                 width,
                 subsequent_indent=" " * 10,
                 break_on_hyphens=False,
                 break_long_words=False,
             )
-            for group, items in values.items()
+            for what, keys in lines.items()
+            if keys
         )
 
 

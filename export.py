@@ -137,8 +137,7 @@ A classifier of images into $n_classes classes: $classes.
 |---|---|---|---|---|---|
 $scores
 
-Confidences become the most honest divided by temperature $temperature (that is, each probability to the power of
-1/temperature, scaled to sum to one), chosen on the validation images.
+$honesty
 
 ## Limits
 
@@ -159,6 +158,8 @@ To label a folder with this program:
     $command
 """)
 
+HONESTY = """Confidences become the most honest divided by temperature {:.2f} (that is, each probability to the power of
+1/temperature, scaled to sum to one), chosen on the validation images."""
 METHODS = {
     ("student",): "the labelled images alone",
     ("student", "teacher"): "Meta Pseudo Labels, teacher and student",
@@ -244,7 +245,9 @@ def write_card(session: Session, figures: dict[str, Any], results: Path) -> Path
             f"| {own['balanced_accuracy']:.1%} | {own['macro_f1']:.3f} | {own['ece']:.3f} |"
             for name, own in figures["test"].items()
         ),
-        temperature=f"{figures['temperature']:.2f}",
+        honesty="The validation images are too few to choose a temperature for the confidences by."
+        if figures["temperature"] is None
+        else HONESTY.format(figures["temperature"]),
         worst=", ".join(f"{plain(session.index.classes[i])} ({f1[i]:.2f})" for i in worst),
         use=USE[config.export],
         command=figures["commands"]["label a folder of images"],

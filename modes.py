@@ -121,7 +121,7 @@ def fit(
 
         def on_epoch(epoch: int, players: tuple[str, ...], means: dict[str, float]) -> None:
             score = keeper.close_epoch(epoch, players, means)
-            progress.show(epoch, score, means)
+            progress.show(epoch, score, means, keeper.history[-len(players) :])
             if log is not None:
                 record.log_epoch(log, keeper.history[-len(players) :])
             if on_score is not None:
@@ -137,7 +137,7 @@ def fit(
         with signals.deferred(), keeper.best_kept():
             train.fit(
                 learners,
-                session.batches(plan.schedule, first, plan.total_steps),
+                keeper.kept_between(session.batches(plan.schedule, first, plan.total_steps)),
                 plan.step,
                 plan.roles,
                 steps=range(first, plan.total_steps),
@@ -147,7 +147,7 @@ def fit(
                 on_step=on_step,
                 on_epoch=on_epoch,
             )
-    keeper.finish(plan.total_steps)
+    keeper.save(plan.total_steps)
     for name, learner in learners.items():
         learner.load_weights(keeper.best["learners"][name])
     return {name: learners[name] for name in (*plan.scored, *learners)}

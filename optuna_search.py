@@ -367,7 +367,10 @@ def search(session: Session, results: Path, signals: utils.Signals) -> Config:
     winner = max(finished, key=lambda trial: trial.value)
     best = suggest(optuna.trial.FixedTrial(winner.params), config, total_steps)
     utils.write_json(results / "best_params.json", {name: getattr(best, name) for name in SPACE})
-    draw_study(budget.study, results)
+    try:
+        draw_study(budget.study, results)
+    except Exception as error:  # whatever a library raises: the best options are what counts
+        print(f"pictures of the search could not be drawn: {' '.join(f'{type(error).__name__}: {error}'.split())}")
     n_pruned, took = len(budget.trials(TrialState.PRUNED)), time.monotonic() - began
     print(f"{len(finished)} trials finished and {n_pruned} pruned in {took:.0f} s, best score {winner.value:.1%}")
     print(f"to look around: pip install optuna-dashboard && optuna-dashboard {args.without_password(url)}")

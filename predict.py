@@ -8,10 +8,10 @@ import dataclasses
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -28,20 +28,60 @@ from models import Learner
 from session import Session
 
 Probabilities = dict[str, torch.Tensor]  # of some images, by network: [N, C]
-AT_ONCE = 128  # images
+Unreadable = list[tuple[str, str]]  # paths and reasons
+AT_ONCE = 128  # images of a folder that streams through
+INFERRED_AT_ONCE = 256  # images
 
 
-def predict(session: Session, learners: Mapping[str, Learner], rows: np.ndarray) -> Probabilities:
-    """What the learners and, if they are several, their ensemble predict of the images."""
-    networks, views = [*learners.values()], session.config.test_views
-    logits = distributed.gathered(
-        lambda rows: train.infer(networks, session.source, rows, test_views=views), rows, session.device
-    )
+class Predicted(NamedTuple):
+    """What was predicted of images, and which could not be read when it was."""
+
+    rows: np.ndarray  # [N] int64, of the others
+    probabilities: Probabilities
+    missing: Unreadable
+
+
+def predict(session: Session, learners: Mapping[str, Learner], rows: np.ndarray) -> Predicted:
+    """What the learners and, if they are several, their ensemble predict of the images.
+
+    Those whose file can no longer be read are left out. Every process leaves out the same.
+    """
+    networks, views, n_classes = [*learners.values()], session.config.test_views, len(session.index.classes)
+
+    def infer(rows: np.ndarray) -> list[torch.Tensor]:
+        """Logits [n, C] of each network, and whether the image could be read, [n]."""
+        try:
+            return [*train.infer(networks, session.source, rows, test_views=views), torch.ones(len(rows))]
+        except utils.DataError:
+            if len(rows) == 1:
+                return [torch.zeros(1, n_classes) for _ in networks] + [torch.zeros(1)]
+            return [torch.cat(halves) for halves in zip(*map(infer, np.array_split(rows, 2)), strict=True)]
+
+    def infer_all(rows: np.ndarray) -> list[torch.Tensor]:
+        parts = [infer(part) for part in np.split(rows, range(INFERRED_AT_ONCE, len(rows), INFERRED_AT_ONCE))]
+        return [torch.cat(each) for each in zip(*parts, strict=True)]
+
+    if not len(rows):
+        logits, readable = [torch.zeros(0, n_classes) for _ in networks], torch.zeros(0)
+    else:
+        *logits, readable = distributed.gathered(infer_all, rows, session.device)
+    kept = readable.bool()
+    logits = [own[kept] for own in logits]
     each = {name: own.softmax(-1) for name, own in zip(learners, logits, strict=True)}
-    return each | ({"ensemble": train.ensemble(logits)} if len(learners) > 1 else {})
+    each |= {"ensemble": train.ensemble(logits)} if len(learners) > 1 else {}
+    return Predicted(rows[kept.numpy()], each, [_reason(session, i) for i in rows[~kept.numpy()].tolist()])
 
 
-Share = tuple[dict[int, torch.Tensor], list[tuple[str, str]]]  # images by index; paths and reasons of the unreadable
+def _reason(session: Session, i: int) -> tuple[str, str]:
+    """The path of an image that another attempt could not read, and why."""
+    try:
+        session.source("plain", [i], [0])
+    except utils.DataError as error:
+        return session.index.paths[i], str(error)
+    return session.index.paths[i], "could not be read for a while"
+
+
+Share = tuple[dict[int, torch.Tensor], Unreadable]  # images by index, and the files that are none
 
 
 class Stream:
@@ -62,7 +102,7 @@ class Stream:
     def __getitem__(self, i: int) -> torch.Tensor:
         return self.decoded[i]
 
-    def batches(self, at_once: int) -> Iterator[tuple[np.ndarray, list[tuple[str, str]]]]:
+    def batches(self, at_once: int) -> Iterator[tuple[np.ndarray, Unreadable]]:
         """The indices of some images that are decoded, and the files among them that cannot be, with the reasons."""
         parts = iter(np.split(np.arange(len(self.index)), range(at_once, len(self.index), at_once)))
         asked = [self._ask(rows) for rows in itertools.islice(parts, 1 + self.ahead)]
@@ -86,19 +126,33 @@ class Stream:
         return decoded, unreadable
 
 
+def find(config: args.Config) -> list[str]:
+    """The images of ``--predict_dir``, to be found before anything is written.
+
+    Raises:
+        DataError: there are none.
+    """
+    paths, notes = images.find_unlabeled("--predict_dir", config.predict_dir)
+    for line in notes:
+        print(line)
+    return paths
+
+
 def label_folder(
     config: args.Config,
+    paths: Sequence[str],
     saved: dict[str, Any],
     folder: utils.RunFolder,
     device: torch.device,
     precision: torch.dtype | None,
 ) -> None:
-    """Write predictions.csv for every image of ``--predict_dir``, by the networks of a checkpoint.
+    """Write predictions.csv for every image that :func:`find` found, by the networks of a checkpoint.
+
+    The table appears when it is whole.
 
     Raises:
-        DataError: there are no images, or none that can be read.
+        DataError: none of them can be read.
     """
-    paths, _ = images.find_unlabeled("--predict_dir", config.predict_dir)
     index = images.Index(
         name=images.dataset_name(config.data_dir),
         root=Path("/"),
@@ -122,28 +176,28 @@ def label_folder(
     )
     began = time.perf_counter()
     counts: Counter[str] = Counter()
-    bad: list[tuple[str, str]] = []
+    bad: Unreadable = []
 
     def write(file: BinaryIO) -> None:
-        file.write(utils.csv_bytes([record.prediction_header(index.classes, learners)]))
+        file.write(utils.BOM + utils.csv_bytes([record.prediction_header(index.classes, learners)]))
         batches = stream.batches(AT_ONCE)
         for rows, unreadable in terminal.progress(batches, "labelled", -(-len(index) // AT_ONCE)):
             bad.extend(unreadable)
             if not len(rows):
                 continue
-            predicted = predict(session, learners, rows)
+            predicted = predict(session, learners, rows).probabilities
             chosen = [index.paths[i] for i in rows]
             unknown = index.labels[rows]
             lines = list(record.prediction_rows(index.classes, chosen, unknown, "", predicted))
             counts.update(line[3] for line in lines)
             file.write(utils.csv_bytes(lines))
+        if not counts:
+            raise utils.DataError(f"--predict_dir {config.predict_dir}: no file in it can be read as an image")
 
     utils.write_atomically(folder.results / "predictions.csv", write)
     if bad:
-        utils.write_atomically(folder.results / "bad_files.csv", utils.csv_bytes([("path", "reason"), *bad]))
+        record.list_bad(folder.results, bad)
         print(f"{utils.counted(len(bad), 'unreadable file')} left out and listed in bad_files.csv (first: {bad[0][1]})")
-    if not counts:
-        raise utils.DataError(f"--predict_dir {config.predict_dir}: no file in it can be read as an image")
     seconds = time.perf_counter() - began
     for name, count in counts.most_common():
         print(f"{count:9,} {name}")

@@ -14,7 +14,7 @@ import metrics
 import terminal
 import train
 import utils
-from data import Split
+from data import Batch
 from images import UNKNOWN, Index
 from models import Learner
 
@@ -59,6 +59,7 @@ class Keeper:
         self.meter = train.Meter()
         self.saved_at, self.pause = time.perf_counter(), SAVE_SECONDS
         self.best_written = -1  # the epoch whose weights are in the file
+        self.done = 0  # steps
 
     def close_epoch(self, epoch: int, players: tuple[str, ...], means: dict[str, float]) -> float:
         """Validate, note the epoch and keep the weights if none were better. Returns the validation score.
@@ -84,19 +85,12 @@ class Keeper:
 
     def close_step(self, done: int, stop: bool) -> None:
         """Save if it is time to, or if this is where to ``stop``."""
+        self.done = done
         if stop or time.perf_counter() - self.saved_at > self.pause:
             self.save(done)
 
-    def finish(self, done: int) -> None:
-        """Write the last checkpoint and the history."""
-        self.save(done)
-        if self.folder is None:
-            return
-        rows = [HISTORY, *([row[key] for key in HISTORY] for row in self.history)]
-        utils.write_atomically(self.folder.results / "history.csv", utils.csv_bytes(rows))
-
     def save(self, done: int) -> None:
-        """Write the best weights so far, and what is needed to go on after ``done`` steps.
+        """Write the history and the best weights so far, and what is needed to go on after ``done`` steps.
 
         Raises:
             DivergedError: the last steps were not finite; what is on disk stays.
@@ -105,6 +99,7 @@ class Keeper:
             return
         began = time.perf_counter()
         self.meter.require_finite(self.learners)
+        self.save_history()
         self.save_best()
         last = {
             "steps_done": done,
@@ -116,6 +111,12 @@ class Keeper:
         utils.save_checkpoint(self.folder.checkpoints / utils.LAST, self.identity | last)
         self.saved_at = time.perf_counter()
         self.pause = max(SAVE_SECONDS, (self.saved_at - began) / SAVE_SHARE)
+
+    def save_history(self) -> None:
+        """Write history.csv, as far as it goes."""
+        if self.folder is not None:
+            rows = [HISTORY, *([row[key] for key in HISTORY] for row in self.history)]
+            utils.write_atomically(self.folder.results / "history.csv", utils.BOM + utils.csv_bytes(rows))
 
     def save_best(self) -> None:
         """Write the weights of the best epoch so far, if they are not written yet."""
@@ -130,13 +131,25 @@ class Keeper:
             yield
         except utils.Failure:
             self.save_best()
+            self.save_history()
             raise
+
+    def kept_between(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches. If there is no next one, as when an image has become unreadable, the state is saved first: it is
+        whole between two steps."""
+        try:
+            yield from batches
+        except utils.Failure as failure:
+            if self.folder is None:
+                raise
+            self.save(self.done)
+            raise type(failure)(f"{failure}; the state is saved: once that is mended, --resume goes on") from failure
 
     def go_on(self, last: dict[str, Any]) -> int:
         """Take up a run's last checkpoint. Returns the number of steps it had done."""
         for name, learner in self.learners.items():
             learner.load_state_dict(last["state"][name])
-        self.history, self.best = last["history"], last["best"]
+        self.history, self.best, self.done = last["history"], last["best"], last["steps_done"]
         device = next(iter(self.learners.values())).device
         self.meter = train.Meter(
             {key: value.to(device) for key, value in last["meter"]["sums"].items()}, last["meter"]["counts"]
@@ -191,10 +204,14 @@ class Progress:
     def advance(self) -> None:
         self.bar.update()
 
-    def show(self, epoch: int, score: float, means: dict[str, float]) -> None:
+    def show(self, epoch: int, score: float, means: dict[str, float], rows: Sequence[Mapping[str, Any]]) -> None:
+        """Say how an epoch went, whose ``rows`` of the history these are: while the student waits, how the teacher does
+        by itself."""
+        waits = len(rows) > 1 and "loss_s" not in means
+        right = f"teacher {rows[0]['val_accuracy']:.1%}" if waits else f"{score:.1%}"
         values = {"loss": means["loss_l"], "student": means.get("loss_s"), "confident": means.get("mask_rate")}
         text = "  ".join(f"{key} {value:.2f}" for key, value in values.items() if value is not None)
-        text = f"epoch {epoch + 1}/{self.epochs}  {text}  validation {score:.1%}"
+        text = f"epoch {epoch + 1}/{self.epochs}  {text}  validation {right}"
         if self.quiet:
             return
         if self.plain:
@@ -240,14 +257,18 @@ def prediction_rows(
 
 
 def write_predictions(
-    path: Path, index: Index, split: Split, predicted: dict[str, dict[str, torch.Tensor]], at_once: int = 4096
+    path: Path,
+    index: Index,
+    predicted: Mapping[str, tuple[np.ndarray, dict[str, torch.Tensor]]],
+    at_once: int = 4096,
 ) -> None:
-    """Write the predictions of some parts of the split, each network's and the ensemble's probabilities [n, C]."""
+    """Write the predictions of some parts of the split: of each the images, and each network's and the ensemble's
+    probabilities [n, C]."""
 
     def write(file: BinaryIO) -> None:
-        file.write(utils.csv_bytes([prediction_header(index.classes, next(iter(predicted.values())))]))
-        for part, of_part in predicted.items():
-            rows = getattr(split, part)
+        networks = next((of_part for _, of_part in predicted.values()), {})
+        file.write(utils.BOM + utils.csv_bytes([prediction_header(index.classes, networks)]))
+        for part, (rows, of_part) in predicted.items():
             for start in range(0, len(rows), at_once):
                 some = rows[start : start + at_once]
                 paths = [index.paths[i] for i in some]
@@ -257,8 +278,16 @@ def write_predictions(
     utils.write_atomically(path, write)
 
 
+def list_bad(results: Path, bad: Iterable[tuple[str, str]]) -> None:
+    """Add the paths of files that cannot be read, with the reasons, to bad_files.csv."""
+    path = results / "bad_files.csv"
+    listed = {row["path"]: row["reason"] for row in utils.read_csv(path)} if path.exists() else {}
+    rows = [("path", "reason"), *(listed | dict(bad)).items()]
+    utils.write_atomically(path, utils.BOM + utils.csv_bytes(rows))
+
+
 def result_table(figures: dict[str, Any]) -> str:
-    """The figures of a run, within 80 columns."""
+    """The figures of a run, within 80 columns; a dash stands where there were no images to test on."""
     counts, seconds = figures["counts"], figures["seconds"]
     lines = [
         "",
@@ -269,9 +298,24 @@ def result_table(figures: dict[str, Any]) -> str:
     blocks = [figures] if "defaults" not in figures else [figures, figures["defaults"]]
     for place, block in enumerate(blocks):
         lines += ["without tuning:"] * place
-        for name, test in block["test"].items():
-            row = f"{test['accuracy']:9.2%} {test['balanced_accuracy']:9.2%} {test['macro_f1']:9.3f} {test['ece']:7.3f}"
-            lines.append(f"{name.replace('_', ' '):10} {row} {block['val'][name]['accuracy']:11.1%}")
-    final, tested = list(figures["test"].items())[-1]
-    lines.append(f"95 % interval, {final}: {metrics.interval(tested['accuracy'], counts['test'])}")
+        for name, *cells in score_rows(block):
+            widths = zip(cells, (9, 9, 9, 7, 11), strict=True)
+            lines.append(f"{name:10} " + " ".join(f"{cell:>{width}}" for cell, width in widths))
+    if figures["test"]:
+        final, tested = list(figures["test"].items())[-1]
+        lines.append(f"95 % interval, {final}: {metrics.interval(tested['accuracy'], counts['test'])}")
     return "\n".join(lines) + "\n"
+
+
+def score_rows(block: Mapping[str, Any]) -> list[list[str]]:
+    """Of each network its name, its scores on the test images and its accuracy on the validation images."""
+    test, val = block["test"], block["val"]
+    formats = {"accuracy": ".2%", "balanced_accuracy": ".2%", "macro_f1": ".3f", "ece": ".3f"}
+    return [
+        [
+            name.replace("_", " "),
+            *(format(test[name][key], spec) if test else "–" for key, spec in formats.items()),
+            f"{val[name]['accuracy']:.1%}" if val else "–",
+        ]
+        for name in test or val
+    ]

@@ -16,6 +16,7 @@ from PIL import Image
 
 import args
 import metrics
+import record
 import utils
 
 PICTURES = {  # in the order of the page, with what is said beside them
@@ -23,8 +24,7 @@ PICTURES = {  # in the order of the page, with what is said beside them
     "*_CM": ("Confusion matrices", "Rows are true classes. Shades are shares of a row, numbers are images."),
     "calibration": (
         "Calibration",
-        "Where the line runs below the diagonal, the networks are surer than they are right. The temperature was "
-        "chosen on the validation images; it changes no predicted label.",
+        "Where the line runs below the diagonal, the networks are surer than they are right.",
     ),
     "mistakes": ("Most confident mistakes", "Some may be wrong labels."),
     "disagreements": (
@@ -93,13 +93,10 @@ def write(results: Path) -> Path:
     """Make the page of a run folder. Returns its path."""
     figures = json.loads((results / "metrics.json").read_text())
     options = json.loads((results / "config.json").read_text())
-    scored = list(figures["test"])
-    final = "ensemble" if "ensemble" in scored else scored[0]
-    counts = figures["counts"]
     parts = [
         f"<h1>{escape(results.name)}</h1>",
         f'<p class="soft">{escape(figures["dataset"])} · {escape(figures["model_name"])} · {figures["mode"]}</p>',
-        *_headline(figures["test"][final]["accuracy"], final, counts),
+        *_headline(figures["test"], figures["counts"]),
         *_scores(figures),
         "<h2>Data</h2>",
         "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in figures["notes"]) + "</ul>",
@@ -111,6 +108,8 @@ def write(results: Path) -> Path:
             pictures = "".join(_picture(file, large) for file in files)
             if pattern == "*_CM" and len(figures["classes"]) <= SIDE_BY_SIDE:
                 pictures = f'<div class="side">{pictures}</div>'
+            if pattern == "calibration":
+                text += _temperature(figures["temperature"], figures["counts"]["val"])
             parts += [f"<h2>{heading}</h2>", f"<p>{text}</p>" if text else "", pictures]
         if pattern == "*_CM":
             parts += _classes(figures)
@@ -128,8 +127,12 @@ def write(results: Path) -> Path:
     return path
 
 
-def _headline(accuracy: float, network: str, counts: dict[str, int]) -> list[str]:
-    """The score, or only between what it lies, where too few images were tested to say more."""
+def _headline(test: dict[str, dict[str, float]], counts: dict[str, int]) -> list[str]:
+    """The score of the ensemble, or the only network; or only between what it lies, where too few images were tested to
+    say more."""
+    if not test:
+        return ["<p>No image was there to test on: how good the predictions are is not known.</p>"]
+    network, accuracy = [(name, own["accuracy"]) for name, own in test.items()][-1]
     interval = metrics.interval(accuracy, counts["test"])
     trained = f"after training with {counts['labeled']:,} labels and {counts['unlabeled']:,} images without"
     if counts["test"] < FEW:
@@ -148,34 +151,36 @@ def _headline(accuracy: float, network: str, counts: dict[str, int]) -> list[str
 def _scores(figures: dict) -> list[str]:
     header = ["", "accuracy", "balanced", "macro F1", "ECE", "validation"]
 
-    def rows(block: dict) -> list[list[str]]:
-        return [
-            [
-                _spaced(name),
-                f"{test['accuracy']:.2%}",
-                f"{test['balanced_accuracy']:.2%}",
-                f"{test['macro_f1']:.3f}",
-                f"{test['ece']:.3f}",
-                f"{block['val'][name]['accuracy']:.1%}",
-            ]
-            for name, test in block["test"].items()
-        ]
-
-    parts = [_table(header, rows(figures))]
+    parts = [_table(header, record.score_rows(figures))]
     if "defaults" in figures:
-        parts += ["<p>The same without tuning:</p>", _table(header, rows(figures["defaults"]))]
+        parts += ["<p>The same without tuning:</p>", _table(header, record.score_rows(figures["defaults"]))]
+    if figures["test"] and not figures["val"]:
+        parts += ["<p>There were no validation images.</p>"]
     return parts
 
 
+def _temperature(temperature: float | None, n_val: int) -> str:
+    """What is said of the temperature beside the picture of the calibration."""
+    if temperature is not None:
+        return " The temperature was chosen on the validation images; it changes no predicted label."
+    if n_val < metrics.ENOUGH_FOR_A_TEMPERATURE:
+        images = utils.counted(n_val, "validation image")
+        return f" No temperature is advised that would make up for it: {images} are too few to choose one by."
+    return " No temperature is advised that would make up for it: the validation images bound none."
+
+
 def _classes(figures: dict) -> list[str]:
+    """A table of the classes; a dash stands where no image was tested."""
     columns = figures["per_class"]
+    if not columns:
+        return []
     rows = [
-        [escape(name), f"{precision:.1%}", f"{recall:.1%}", f"{f1:.3f}", n]
-        for name, precision, recall, f1, n in zip(
-            figures["classes"], *(columns[key] for key in ("precision", "recall", "f1", "images")), strict=True
+        [escape(name), f"#{i}", *((f"{precision:.1%}", f"{recall:.1%}", f"{f1:.3f}") if n else ("–",) * 3), n]
+        for i, (name, precision, recall, f1, n) in enumerate(
+            zip(figures["classes"], *(columns[key] for key in ("precision", "recall", "f1", "images")), strict=True), 1
         )
     ]
-    table = _table(["class", "precision", "recall", "F1", "test images"], rows, escaped=True)
+    table = _table(["class", "number", "precision", "recall", "F1", "test images"], rows, escaped=True)
     if len(rows) > 20:
         table = f"<details><summary>{len(rows)} classes</summary>{table}</details>"
     return ["<h2>Classes</h2>", table]

@@ -1,5 +1,6 @@
 """What every part leans on: errors, seeds, the device, the run folder, checkpoints, signals."""
 
+import codecs
 import contextlib
 import csv
 import ctypes
@@ -28,6 +29,7 @@ LAST = "last.pth"
 _BOTH_HOLD = ("config", "classes", "split", "backbone", "preparation", "folders")
 BEST_HOLDS = (*_BOTH_HOLD, "score", "learners")
 LAST_HOLDS = (*_BOTH_HOLD, "steps_done", "state", "meter", "history", "best")
+BOM = codecs.BOM_UTF8  # how a CSV file begins: without it, Excel takes UTF-8 for the system's own encoding
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")  # how a cell begins that a spreadsheet would take for more than text
 
 
@@ -416,7 +418,7 @@ def csv_bytes(rows: Iterable[Sequence[object]]) -> bytes:
 
 def read_csv(path: Path, **wanted: str) -> list[dict[str, str]]:
     """The rows of what :func:`csv_bytes` made, or those alone that have the ``wanted`` cells."""
-    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         return [
             {key: cell[1:] if cell[:1] == "'" else cell for key, cell in row.items()}
             for row in csv.DictReader(file)

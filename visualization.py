@@ -7,12 +7,15 @@ the table and one colour of compare.png.
 """
 
 import argparse
+import functools
+import io
 import itertools
 import json
 import statistics
 import sys
 import textwrap
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -21,6 +24,8 @@ matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import font_manager
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
@@ -39,7 +44,12 @@ STYLE = {
     "grid.alpha": 0.25,
     "axes.prop_cycle": matplotlib.cycler(color=COLORS),
     "legend.frameon": False,
+    "text.parse_math": False,  # a class may be called $5 - $10
+    "text.usetex": False,
 }
+PLAIN = STYLE | {"axes.grid": False}
+FONT = "DejaVu Sans"  # which comes with matplotlib
+BOXES = "Last Resort"  # this one too: it has a box for every character there is
 TITLES = {
     "student": "Student",
     "teacher": "Teacher",
@@ -56,33 +66,103 @@ LOSSES = {
 }
 
 
-def draw_run(results: Path) -> list[Path]:
-    """Draw the curves, confusion matrices and calibration of a run folder. Returns the files written."""
+def pictures(results: Path) -> Iterator[tuple[str, Callable[[], Path]]]:
+    """The name of each picture of a run folder and what draws it: the curves and, where images were tested, confusion
+    matrices and calibration."""
     figures = json.loads((results / "metrics.json").read_text())
     classes = figures["classes"]
     title = f"{figures['dataset']}, {figures['model_name']}, {figures['counts']['labeled']} labels"
-    written = []
-    with plt.rc_context(STYLE):
-        if (results / "history.csv").exists():
-            written.append(draw_curves(utils.read_csv(results / "history.csv"), title, results / "graphs.png"))
-        rows = utils.read_csv(results / "predictions.csv", split="test")
-        truth = [row["true_label"] for row in rows]
-        votes = {name: f"{name}_vote" for name in figures["test"] if name != "ensemble"}
-        pictures = {TITLES[name]: column for name, column in votes.items()}
-        if len(votes) > 1:
-            pictures[TITLES["switch" if "model_1" in votes else "train"]] = "predicted_label"
-        for heading, column in pictures.items():
-            path = results / f"{heading}_CM.png"
-            written.append(draw_confusion(truth, [row[column] for row in rows], classes, f"{heading}, {title}", path))
-        probabilities = np.array([[float(row[f"p_{name}"]) for name in classes] for row in rows])
-        labels = np.array([classes.index(name) for name in truth])
-        path = results / "calibration.png"
-        written.append(draw_calibration(probabilities, labels, figures["temperature"], title, path))
-    return written
+    if (results / "history.csv").exists():
+        name = "graphs.png"
+        yield name, lambda: draw_curves(utils.read_csv(results / "history.csv"), title, results / name)
+    if not figures["test"]:
+        return
+    rows = utils.read_csv(results / "predictions.csv", split="test")
+    truth = [row["true_label"] for row in rows]
+    columns = {TITLES[name]: f"{name}_vote" for name in figures["test"] if name != "ensemble"}
+    if len(columns) > 1:
+        columns[TITLES["switch" if "model_1" in figures["test"] else "train"]] = "predicted_label"
+    for heading, column in columns.items():
+        predicted, path = [row[column] for row in rows], results / f"{heading}_CM.png"
+        yield path.name, functools.partial(draw_confusion, truth, predicted, classes, f"{heading}, {title}", path)
+    probabilities = np.array([[float(row[f"p_{name}"]) for name in classes] for row in rows])
+    labels = np.array([classes.index(name) for name in truth])
+    path = results / "calibration.png"
+    yield path.name, functools.partial(draw_calibration, probabilities, labels, figures["temperature"], title, path)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts of the user's, whatever characters they are in
+
+
+def fonts_for(characters: str) -> tuple[list[str], set[str]]:
+    """Names of installed fonts that have the characters, those of latin letters first, and the characters that none
+    has."""
+    missing = set(characters) - set(map(chr, _charmap(font_manager.findfont(FONT)))) - {"\n"}
+    fonts = [FONT]
+    for font in font_manager.fontManager.ttflist if missing else ():
+        if font.name.startswith(BOXES):
+            continue
+        if found := missing & set(map(chr, _charmap(font.fname))):
+            fonts.append(font.name)
+            missing -= found
+        if not missing:
+            break
+    return fonts, missing
+
+
+def _charmap(path: str) -> Sequence[int]:
+    """The codes of the characters that a font file can draw."""
+    try:
+        return [*font_manager.get_font(path).get_charmap()]
+    except (OSError, RuntimeError):  # removed since matplotlib listed it, or of a kind that it cannot draw
+        return []
+
+
+def drawable(classes: Sequence[str]) -> tuple[list[str], str]:
+    """The names of classes as they can be drawn, and words to add that say what they mean: where no font has a name's
+    characters, its number stands for it."""
+    _, missing = fonts_for("".join(classes))
+    names = [f"#{i}" if missing.intersection(name) else name for i, name in enumerate(classes, 1)]
+    return names, " (numbers: see the classes in report.html)" if missing else ""
+
+
+def _lettered(*texts: str) -> list[str]:
+    """The texts with a question mark for what no font has. Within the current style, chooses the fonts that have the
+    rest."""
+    plt.rcParams["font.family"], missing = fonts_for("".join(texts))
+    return ["".join("?" if character in missing else character for character in text) for text in texts]
+
+
+def shortened(name: str, length: int) -> str:
+    """At most so many letters' width of a name, its end among them: names that begin alike often differ there."""
+    if _width(name) > len(name):
+        length //= 2
+    end = length // 3
+    return name if len(name) <= length else f"{name[: length - 1 - end]}…{name[-end:]}"
+
+
+def _width(text: str) -> int:
+    """How many letters a text is as wide as: Chinese characters and many others count as two."""
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+
+
+def _fit(texts: Sequence[Text], inches: float) -> None:
+    """Make the letters of texts smaller, alike, if one of them is wider than that."""
+    renderer = texts[0].figure.canvas.get_renderer()
+    widest = max(text.get_window_extent(renderer).width / text.figure.dpi for text in texts)
+    for text in texts if widest > inches else ():
+        text.set_fontsize(text.get_fontsize() * inches / widest)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pictures
+
+
+@plt.rc_context(STYLE)
 def draw_curves(history: list[dict[str, str]], title: str, path: Path) -> Path:
     """Losses, validation accuracy, mask rate and feedback, learning rates, each over the epochs."""
+    (title,) = _lettered(title)
     networks = list(dict.fromkeys(row["network"] for row in history))
     of_role = [row for row in history if row["role"] != "student" or len(networks) == 1]
     has_mpl = any(row["mask_rate"] for row in history)
@@ -136,15 +216,13 @@ def draw_curves(history: list[dict[str, str]], title: str, path: Path) -> Path:
 
 
 def _save(figure: plt.Figure, path: Path) -> Path:
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.12)
-    plt.close(figure)
+    content = io.BytesIO()
+    try:
+        figure.savefig(content, bbox_inches="tight", pad_inches=0.12)
+    finally:
+        plt.close(figure)
+    utils.write_atomically(path, content.getvalue())
     return path
-
-
-def shortened(name: str, length: int) -> str:
-    """At most so many characters of a name, its end among them: names that begin alike often differ there."""
-    end = length // 3
-    return name if len(name) <= length else f"{name[: length - 1 - end]}…{name[-end:]}"
 
 
 def _series(rows: list[dict[str, str]], key: str) -> tuple[list[int], list[float]]:
@@ -152,6 +230,7 @@ def _series(rows: list[dict[str, str]], key: str) -> tuple[list[int], list[float
     return [x for x, _ in points], [y for _, y in points]
 
 
+@plt.rc_context(STYLE)
 def draw_confusion(
     truth: Sequence[str], predicted: Sequence[str], classes: Sequence[str], title: str, path: Path
 ) -> Path:
@@ -159,8 +238,9 @@ def draw_confusion(
     n = len(classes)
     counts = confusion_matrix(truth, predicted, labels=list(classes))
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    names = [shortened(name, 28) for name in classes]
-    longest = max(map(len, names))
+    names, key = drawable(classes)
+    title, *names = _lettered(title, *(shortened(name, 28) for name in names))
+    longest = max(map(_width, names))
     cell = 0.62 if n <= 20 else 0.24
     side = max(3.2, cell * n)
     margin = 0.085 * longest * (1.0 if n <= 20 else 0.75)
@@ -182,27 +262,30 @@ def draw_confusion(
     width = max(30, int(side * 11))
     fits = len(heading) + 1 + len(score) <= width
     ax.set_title(f"{heading} {score}" if fits else f"{textwrap.fill(heading, width)}\n{score}", fontsize=10)
-    ax.set(xlabel="predicted", ylabel="true")
+    ax.set(xlabel=f"predicted{key}", ylabel="true")
     ax.tick_params(labelsize=font)
     ax.grid(False)
     figure.colorbar(display.im_, ax=ax, label="share of the true class", shrink=min(1.0, 5 / side), aspect=30)
     return _save(figure, path)
 
 
+@plt.rc_context(STYLE)
 def draw_calibration(
-    probabilities: np.ndarray, labels: np.ndarray, temperature: float, title: str, path: Path, bins: int = 10
+    probabilities: np.ndarray, labels: np.ndarray, temperature: float | None, title: str, path: Path, bins: int = 10
 ) -> Path:
-    """Reliability diagrams (accuracy against confidence) as predicted and with the temperature that validation gave.
+    """Reliability diagrams (accuracy against confidence) as predicted and, if validation gave one, with a temperature.
 
     Args:
         probabilities: [N, C].
         labels: [N] int.
     """
-    versions = {
-        "As predicted": probabilities,
-        f"Divided by temperature {temperature:.2f}": metrics.sharpened(probabilities, temperature),
-    }
-    figure, axes = plt.subplots(1, 2, figsize=(8.6, 4.2), layout="constrained", sharey=True)
+    (title,) = _lettered(title)
+    versions = {"As predicted": probabilities}
+    if temperature is not None:
+        versions[f"Divided by temperature {temperature:.2f}"] = metrics.sharpened(probabilities, temperature)
+    size = (4.3 * len(versions), 4.2)
+    figure, axes = plt.subplots(1, len(versions), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    axes = axes[0]
     edges = np.linspace(0, 1, bins + 1)
     for ax, (name, p) in zip(axes, versions.items(), strict=True):
         confidence, correct = p.max(1), p.argmax(1) == labels
@@ -220,32 +303,46 @@ def draw_calibration(
     axes[0].set_ylabel("share")
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8)  # where no curve runs
-    figure.suptitle(f"Calibration on test images, {title}")
+    figure.suptitle(textwrap.fill(f"Calibration on test images, {title}", 50 * len(versions)))
     return _save(figure, path)
 
 
 CAPTION = 27
 
 
+def file_caption(path: str) -> str:
+    """As much of the end of a path as stands in a line of a caption."""
+    return path if len(path) <= CAPTION else f"…{path[1 - CAPTION :]}"
+
+
+@plt.rc_context(PLAIN)
 def draw_images(images: np.ndarray, captions: Sequence[str], title: str, path: Path, columns: int = 6) -> Path:
     """A grid of captioned images, [N, S, S, 3] uint8; ``CAPTION`` characters of a caption stand beside each other."""
     columns = min(columns, max(len(images), 4))  # four are as wide as a title
     rows = -(-len(images) // columns)
-    with plt.rc_context(STYLE | {"axes.grid": False}):
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(1.6 * columns, 2.0 * rows + 0.4), layout="constrained", squeeze=False
-        )
-        for ax in axes.flat:
-            ax.axis("off")
-        for ax, image, caption in zip(axes.flat, images, captions, strict=False):
-            ax.imshow(image, interpolation="nearest" if image.shape[0] < 64 else None)
-            lines = [textwrap.fill(line, CAPTION) for line in caption.splitlines()]
-            ax.set_title("\n".join(lines), fontsize=7, y=1.02)  # at a place that need not be searched for
-        figure.suptitle(title)
-        return _save(figure, path)
+    title, *captions = _lettered(title, *captions)
+    lines = max(caption.count("\n") + 1 for caption in captions)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(1.6 * columns, (1.72 + 0.14 * lines) * rows + 0.4),
+        layout="constrained",
+        squeeze=False,
+    )
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, image, caption in zip(axes.flat, images, captions, strict=False):
+        ax.imshow(image, interpolation="nearest" if image.shape[0] < 64 else None)
+        ax.set_title(caption, fontsize=7, y=1.02)  # at a place that need not be searched for
+    _fit([ax.title for ax in axes.flat], 1.5)
+    figure.suptitle(textwrap.fill(title, 15 * columns))
+    return _save(figure, path)
 
 
-def draw_samples(images: np.ndarray, weak: np.ndarray, strong: np.ndarray, labels: Sequence[str], path: Path) -> Path:
+@plt.rc_context(PLAIN)
+def draw_samples(
+    images: np.ndarray, weak: np.ndarray, strong: np.ndarray, labels: Sequence[str], path: Path, title: str = ""
+) -> Path:
     """A grid: each column an image with its label, below it weak and then strong views.
 
     Args:
@@ -254,25 +351,28 @@ def draw_samples(images: np.ndarray, weak: np.ndarray, strong: np.ndarray, label
         labels: [N] names.
     """
     rows = [("image", images), *(("weak view", views) for views in weak), *(("strong view", views) for views in strong)]
-    with plt.rc_context(STYLE | {"axes.grid": False}):
-        figure, axes = plt.subplots(
-            len(rows),
-            len(images),
-            figsize=(1.25 * len(images) + 0.3, 1.25 * len(rows) + 0.4),
-            layout="constrained",
-            squeeze=False,
-        )
-        for i, (name, pictures) in enumerate(rows):
-            for j, picture in enumerate(pictures):
-                ax = axes[i, j]
-                ax.imshow(picture, interpolation="nearest" if picture.shape[0] < 64 else None)
-                ax.set(xticks=[], yticks=[])
-                for spine in ax.spines.values():
-                    spine.set_visible(False)
-            axes[i, 0].set_ylabel(name)
-        for j, label in enumerate(labels):
-            axes[0, j].set_title(shortened(label, 14), fontsize=9)
-        return _save(figure, path)
+    labels = _lettered(*labels)
+    figure, axes = plt.subplots(
+        len(rows),
+        len(images),
+        figsize=(1.25 * len(images) + 0.3, 1.25 * len(rows) + 0.4),
+        layout="constrained",
+        squeeze=False,
+    )
+    for i, (name, pictures) in enumerate(rows):
+        for j, picture in enumerate(pictures):
+            ax = axes[i, j]
+            ax.imshow(picture, interpolation="nearest" if picture.shape[0] < 64 else None)
+            ax.set(xticks=[], yticks=[])
+            for spine in ax.spines.values():
+                spine.set_visible(False)
+        axes[i, 0].set_ylabel(name)
+    for j, label in enumerate(labels):
+        axes[0, j].set_title(shortened(label, 14), fontsize=9)
+    _fit([ax.title for ax in axes[0]], 1.2)
+    if title:
+        figure.suptitle(title, fontsize=8)
+    return _save(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,27 +426,27 @@ def _comparison_table(groups: dict[str, list[tuple[str, dict, list]]]) -> str:
     return "\n".join(lines)
 
 
+@plt.rc_context(STYLE)
 def _draw_comparison(groups: dict[str, list[tuple[str, dict, list]]], path: Path) -> None:
-    with plt.rc_context(STYLE):
-        figure, (curves, dots) = plt.subplots(
-            1, 2, figsize=(11, max(4.0, 0.5 * len(groups) + 1.5)), layout="constrained", width_ratios=(1.2, 1)
-        )
-        for place, group in enumerate(groups.values()):
-            color = COLORS[place % len(COLORS)]
-            for _, figures, history in group:
-                scored = "model_1" if "model_1" in figures["test"] else "student"
-                x, y = _series([row for row in history if row["network"] == scored], "val_accuracy")
-                curves.plot(x, [100 * v for v in y], color=color, alpha=0.9 if len(group) == 1 else 0.5)
-                values = figures["test"]
-                best = 100 * values.get("ensemble", next(iter(values.values())))["accuracy"]
-                dots.plot(best, place, "o", color=color, alpha=0.7)
-        curves.set(title="Validation accuracy of the student", xlabel="epoch", ylabel="percent")
-        wrapped = ["\n".join(textwrap.wrap(name, 32)[:3]) for name in groups]
-        dots.set(title="Test accuracy of what the run is for", xlabel="percent", ylim=(len(groups) - 0.5, -0.5))
-        dots.set_yticks(range(len(groups)), wrapped, fontsize=8)
-        for label, color in zip(dots.get_yticklabels(), itertools.cycle(COLORS), strict=False):
-            label.set_color(color)  # which is the legend of the curves too
-        _save(figure, path)
+    names = _lettered(*groups)
+    figure, (curves, dots) = plt.subplots(
+        1, 2, figsize=(11, max(4.0, 0.5 * len(groups) + 1.5)), layout="constrained", width_ratios=(1.2, 1)
+    )
+    for place, group in enumerate(groups.values()):
+        color = COLORS[place % len(COLORS)]
+        for _, figures, history in group:
+            scored = "model_1" if "model_1" in figures["test"] else "student"
+            x, y = _series([row for row in history if row["network"] == scored], "val_accuracy")
+            curves.plot(x, [100 * v for v in y], color=color, alpha=0.9 if len(group) == 1 else 0.5)
+            for tested in [*figures["test"].values()][-1:]:  # the ensemble, or the only one; none without test images
+                dots.plot(100 * tested["accuracy"], place, "o", color=color, alpha=0.7)
+    curves.set(title="Validation accuracy of the student", xlabel="epoch", ylabel="percent")
+    wrapped = ["\n".join(textwrap.wrap(name, 32)[:3]) for name in names]
+    dots.set(title="Test accuracy of what the run is for", xlabel="percent", ylim=(len(groups) - 0.5, -0.5))
+    dots.set_yticks(range(len(groups)), wrapped, fontsize=8)
+    for label, color in zip(dots.get_yticklabels(), itertools.cycle(COLORS), strict=False):
+        label.set_color(color)  # which is the legend of the curves too
+    _save(figure, path)
 
 
 def main() -> int:

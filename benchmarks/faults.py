@@ -65,7 +65,7 @@ def start(cwd: Path, options: list[object], prepare: Callable[[], None] = lambda
         os.chdir(cwd)
         sys.stdout = sys.stderr = Path("output.txt").open("w")  # noqa: SIM115 (open until the process ends)
         record.SAVE_SECONDS, record.SAVE_SHARE = 0.0, math.inf  # save at every step
-        visualization.draw_run = lambda *_: []  # the longest part of so short a run, and nothing depends on pictures
+        visualization.pictures = lambda *_: ()  # the longest part of so short a run, and nothing depends on pictures
         prepare()
         code = MPL.main(args.parse([*map(str, options), "--cache_dir", "cache"]))
     except SystemExit as stop:
@@ -371,9 +371,9 @@ def damage(scratch: Path, n: int, rng: random.Random) -> Iterator[bool]:
         print((cwd / "output.txt").read_text())
         yield from [False] * n
         return
-    with (cwd / "results/exp/bad_files.csv").open(newline="") as file:
+    with (cwd / "results/exp/bad_files.csv").open(newline="", encoding="utf-8-sig") as file:
         listed = {row["path"]: row["reason"] for row in csv.DictReader(file)}
-    with (cwd / "results/exp/split.csv").open(newline="") as file:
+    with (cwd / "results/exp/split.csv").open(newline="", encoding="utf-8-sig") as file:
         used = {row["path"] for row in csv.DictReader(file)}
     print(f"{len(listed)} listed, {n - len(listed)} read all the same")
     for file in (data_dir / "class 1").glob("damaged*"):

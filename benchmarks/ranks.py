@@ -63,7 +63,7 @@ def command(
 
 
 def history(options: argparse.Namespace, name: str) -> list[dict[str, str]]:
-    with (options.out / "results" / name / "history.csv").open(newline="") as file:
+    with (options.out / "results" / name / "history.csv").open(newline="", encoding="utf-8-sig") as file:
         return list(csv.DictReader(file))
 
 

@@ -125,7 +125,23 @@ def test_options_need_no_torch():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_the_description_names_every_option_within_80_columns():
-    text = args.configure().describe()
-    assert all(f"{field.name}=" in text for field in dataclasses.fields(args.Config) if field.name != "given")
+def test_the_description_is_of_what_was_given_and_what_follows_in_a_few_lines():
+    text = args.configure(data_dir="flowers", lr=0.01, switch_mode=True).describe()
+    given, *implied = text.splitlines()
+    assert given.split() == ["given", "data_dir=flowers", "lr=0.01", "switch_mode=True"]
+    assert " ".join(implied).split() == [
+        *("implied", "model_name=efficientnet_lite0", "img_size=224", "num_labels_percent=3.0", "targets=mixture"),
+        "num_epochs=100",
+    ]
     assert max(map(len, text.splitlines())) <= 80
+    config = args.configure()
+    everything = {key: value for key, value in config.options().items() if value is not None}
+    text = dataclasses.replace(config, given=tuple(everything)).describe()
+    assert all(f" {key}={value}" in text for key, value in everything.items())
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_test_is_described_without_what_it_does_not_use():
+    text = args.configure(test_mode=True, load_path="exp").describe()
+    assert "num_epochs" not in text
+    assert "model_name=" in text

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, Cli
+from conftest import ROOT, TINY, Cli, make_folder
 
 import args
 import distributed
@@ -42,7 +42,7 @@ def shared(cli, n, *options, check=0):
 
 
 def history(cli, name):
-    with (cli.cwd / "results" / name / "history.csv").open(newline="") as file:
+    with (cli.cwd / "results" / name / "history.csv").open(newline="", encoding="utf-8-sig") as file:
         return list(csv.DictReader(file))
 
 
@@ -213,6 +213,53 @@ def test_all_leave_with_the_same_exit_code(alone):
     assert said.count("MPL.py: results/taken exists") == 1
     said = shared(alone, 2, "--name", "odd", *STEPWISE, "--batch_size", "7", check=2).stderr
     assert said.count("MPL.py: --batch_size 7: must be a multiple of the 2 processes") == 1
+
+
+LOSING = """
+import os, sys
+sys.path[:0] = [sys.argv.pop(1)]
+import terminal
+terminal.prepare(silent=os.environ["RANK"] != "0")
+import torch.distributed as dist
+import args, images, modes, MPL
+images.STORE_BYTES = 0  # no image is kept in memory
+fit = modes.fit
+
+def fit_then_lose(session, *rest):
+    trained = fit(session, *rest)
+    dist.barrier()
+    for i in range(0, len(session.index), 3) if dist.get_rank() == 0 else ():
+        session.index.file(i).write_bytes(b"no image")
+    dist.barrier()
+    return trained
+
+modes.fit = fit_then_lose
+sys.exit(MPL.main(args.parse()))
+"""
+
+
+def test_processes_agree_on_which_images_are_gone_at_the_end(tmp_path):
+    cli = Cli(tmp_path)
+    (tmp_path / "losing.py").write_text(LOSING)
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", tmp_path / "losing.py", ROOT]
+    options = ["--name", "a", "--data_dir", make_folder(tmp_path / "d"), "--num_epochs", "2", *STEPWISE]
+    done = subprocess.run(
+        [*map(str, (*run, "--cache_dir", tmp_path / "cache", *options))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert "exitcode  : 3 " in done.stderr
+    assert sum(line.startswith("MPL.py") for line in done.stderr.splitlines()) == 1
+    assert "20 images can no longer be read" in done.stderr
+    with (tmp_path / "results/a/bad_files.csv").open(newline="", encoding="utf-8-sig") as file:
+        listed = {row["path"] for row in csv.DictReader(file)}
+    with (tmp_path / "results/a/predictions.csv").open(newline="", encoding="utf-8-sig") as file:
+        predicted = {row["path"] for row in csv.DictReader(file)}
+    assert (len(listed), len(predicted)) == (20, 40)
+    assert not listed & predicted
+    assert "ensemble" in cli.metrics("a")["test"]
 
 
 def test_what_processes_cannot_share_is_refused(monkeypatch, capsys):

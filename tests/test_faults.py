@@ -9,6 +9,7 @@ import pty
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -30,16 +31,19 @@ import data
 import export
 import images
 import models
+import modes
 import predict
 import record
+import report
 import utils
+import visualization
 
 faults = importlib.import_module("faults", sys.path.insert(0, str(ROOT / "benchmarks")))
 RUN = [*TINY, "--num_epochs", "6", "--warmup_epoch_num", "1"]
 
 
 def table(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
 
 
@@ -535,6 +539,158 @@ def test_a_folder_that_cannot_be_written_to_is_named(cli, colours):
     assert len(message.strip().splitlines()) == 1
     message = cli.inside("--data_dir", colours, *RUN, "--output_dir", "/proc/self", check=6).stderr  # read-only to all
     assert "/proc/self" in message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The end of a run
+
+
+def after_training(monkeypatch, happens) -> None:
+    """Have something happen between the last step and the test."""
+    fit = modes.fit
+
+    def fit_then(*given, **named):
+        trained = fit(*given, **named)
+        happens()
+        return trained
+
+    monkeypatch.setattr(images, "STORE_BYTES", 0)  # no image is kept in memory
+    monkeypatch.setattr(modes, "fit", fit_then)
+
+
+def fails(error: BaseException):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+ALL = {
+    "metrics.json",
+    "predictions.csv",
+    "history.csv",
+    "graphs.png",
+    "Student_CM.png",
+    "calibration.png",
+    "report.html",
+}
+
+
+def test_a_run_whose_images_are_gone_at_the_end_keeps_what_it_learned(cli, tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "data" / "d")
+    shutil.copytree(root, tmp_path / "copy")
+
+    def spoil():
+        for path in root.rglob("*.png"):
+            path.write_bytes(b"no image")
+
+    with monkeypatch.context() as patch:
+        after_training(patch, spoil)
+        done = cli.inside("--name", "a", "--data_dir", root, *RUN, check=3)
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert re.search(r"60 images can no longer be read \(first: .*\.png: .*not an image", done.stderr)
+    assert {path.name for path in (cli.cwd / "checkpoints/d/a").iterdir()} == {"best_student.pth", "last.pth"}
+    results = cli.cwd / "results/a"
+    assert {path.name for path in results.iterdir()} >= ALL - {"Student_CM.png", "calibration.png"}
+    figures = cli.metrics("a")
+    assert (figures["test"], figures["val"], figures["temperature"]) == ({}, {}, None)
+    assert (figures["counts"]["test"], figures["counts"]["val"]) == (0, 0)
+    assert table(results / "predictions.csv") == []
+    assert {row["path"] for row in table(results / "bad_files.csv")} == {
+        row["path"] for row in table(results / "split.csv")
+    }
+    page = (results / "report.html").read_text()
+    assert "No image was there to test on" in page
+    assert "60 images could no longer be read at the end" in page
+    shutil.copytree(tmp_path / "copy", root, dirs_exist_ok=True)
+    again = re.search(r"once they are back, python MPL.py (.*)", done.stderr)[1]
+    assert "student" in cli.inside(*shlex.split(again)).stdout
+
+
+def test_a_run_of_which_some_images_are_gone_is_tested_on_the_others(cli, tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "data" / "d")
+    (root / "class 0").rename(root / "$\\frac$")
+    (root / "class 1").rename(root / "玫瑰")
+    spoilt = [f"$\\frac$/{i:03d}.png" for i in range(20)]
+    after_training(monkeypatch, lambda: [(root / path).write_bytes(b"no image") for path in spoilt])
+    done = cli.inside("--name", "a", "--data_dir", root, *RUN, "--test_percent", "40", check=3)
+    results = cli.cwd / "results/a"
+    parts = {row["path"]: row["split"] for row in table(results / "split.csv")}
+    predicted = {row["path"]: row["split"] for row in table(results / "predictions.csv")}
+    assert predicted == {path: part for path, part in parts.items() if path not in spoilt}
+    assert sorted(row["path"] for row in table(results / "bad_files.csv")) == spoilt
+    assert list(predicted.values())[:16] == ["test"] * 16
+    assert cli.metrics("a")["counts"]["test"] == list(predicted.values()).count("test") == 16
+    assert cli.metrics("a")["per_class"]["images"] == [0, 8, 8]
+    assert {path.name for path in results.iterdir()} >= ALL
+    assert "tested on 16 images" in done.stdout
+
+
+def test_an_image_that_becomes_unreadable_in_training_stops_it_where_it_can_go_on(cli, tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "data" / "d")
+    run = ["--data_dir", root, *RUN]
+    monkeypatch.setattr(images, "STORE_BYTES", 0)
+    cli.inside("--name", "whole", *run)
+    shutil.copytree(root, tmp_path / "copy")
+
+    def close_step(keeper, done, stop, close=record.Keeper.close_step):
+        close(keeper, done, stop)
+        for path in root.rglob("*.png") if done == 5 else ():
+            path.write_bytes(b"no image")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record.Keeper, "close_step", close_step)
+        message = cli.inside("--name", "cut", *run, check=3).stderr
+    assert "--resume goes on" in message
+    assert utils.load_checkpoint(cli.cwd / "checkpoints/d/cut/last.pth")["steps_done"] == 5
+    assert len(table(cli.cwd / "results/cut/history.csv")) == 4  # two epochs of two steps, two networks
+    shutil.copytree(tmp_path / "copy", root, dirs_exist_ok=True)
+    cli.inside("--name", "cut", *run, "--resume")
+    assert faults.equal(*(faults.outcome(cli.cwd, name) for name in ("whole", "cut")))
+
+
+def test_a_picture_or_a_report_that_fails_costs_a_line(cli, colours, monkeypatch):
+    monkeypatch.setattr(visualization, "draw_curves", fails(ValueError("\n no\ncurve")))
+    monkeypatch.setattr(visualization, "draw_samples", fails(ValueError("no view")))
+    monkeypatch.setattr(report, "_headline", fails(KeyError("test")))
+    done = cli.inside("--name", "a", "--data_dir", colours, "--show_images", *RUN)
+    assert "samples.png could not be drawn: ValueError: no view\n" in done.stdout
+    assert "graphs.png could not be drawn: ValueError: no curve\n" in done.stdout
+    assert "report.html could not be written: KeyError: 'test'\n" in done.stdout
+    assert "95 % interval" in done.stdout
+    assert {path.name for path in (cli.cwd / "results/a").iterdir()} >= ALL - {"graphs.png", "report.html"}
+
+
+def test_an_export_that_fails_is_an_error_when_all_else_is_done(cli, colours, monkeypatch):
+    monkeypatch.setattr(export, "write", fails(RuntimeError("no such operator")))
+    done = cli.inside("--name", "a", "--data_dir", colours, *RUN, "--export", "torch", check=1)
+    assert done.stderr == "MPL.py: --export torch could not be written: RuntimeError: no such operator\n"
+    assert "95 % interval" in done.stdout
+    assert {path.name for path in (cli.cwd / "results/a").iterdir()} >= ALL
+
+
+def test_a_disk_that_is_full_at_the_end_costs_what_it_has_no_room_for(cli, colours, monkeypatch):
+    write = utils.write_atomically
+
+    def full_for_some(path, content):
+        if path.name in ("predictions.csv", "report.html"):
+            raise utils.ResourceError(f"cannot write {path}: No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(utils, "write_atomically", full_for_some)
+    done = cli.inside("--name", "a", "--data_dir", colours, *RUN, check=6)
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert re.search(r"predictions.csv: No space left on device; and \d other errors", done.stderr)
+    assert "95 % interval" in done.stdout
+    assert {path.name for path in (cli.cwd / "results/a").iterdir()} >= {"metrics.json", "history.csv", "graphs.png"}
+
+
+def test_a_signal_at_the_end_stops_at_once(cli, colours, monkeypatch):
+    monkeypatch.setattr(visualization, "draw_curves", fails(utils.Interrupted(signal.SIGTERM)))
+    cli.inside("--name", "a", "--data_dir", colours, *RUN, check=143)
+    left = {path.name for path in (cli.cwd / "results/a").iterdir()}
+    assert left >= {"metrics.json", "predictions.csv", "history.csv"}
+    assert "report.html" not in left
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -40,3 +40,28 @@ def test_intervals_of_shares_by_number():
     assert metrics.interval(81 / 263, 263) == "25.5% to 36.6%"
     assert metrics.interval(0.0, 20) == "0.0% to 16.1%"
     assert metrics.interval(1.0, 6).endswith(" to 100.0%")
+
+
+@pytest.mark.filterwarnings("error")
+def test_classes_without_test_images_neither_warn_nor_count():
+    """Of three classes two have images; 3 of 4 and 1 of 2 are right, and one image is taken for the third class."""
+    probabilities = np.eye(3)[[0, 0, 0, 2, 1, 0]]
+    figures = metrics.classification_metrics(probabilities, np.array([0, 0, 0, 0, 1, 1]))
+    assert figures["accuracy"] == pytest.approx(4 / 6)
+    assert figures["balanced_accuracy"] == pytest.approx((3 / 4 + 1 / 2) / 2)
+    assert figures["macro_f1"] == pytest.approx((3 / 4 + 2 / 3) / 2)
+    assert figures["ece"] == pytest.approx(2 / 6)
+
+
+def test_without_images_there_are_no_figures():
+    assert metrics.classification_metrics(np.zeros((0, 3)), np.zeros(0, int)) == {}
+    assert metrics.per_class(np.zeros((0, 3)), np.zeros(0, int)) == {}
+
+
+def test_no_temperature_is_chosen_by_few_images_or_by_such_as_bound_none():
+    sure = np.array([[0.9, 0.1]])
+    wrong = (np.arange(60) % 4 == 0).astype(int)
+    assert metrics.fit_temperature(sure.repeat(3, 0), np.zeros(3, int)) is None
+    assert metrics.fit_temperature(sure.repeat(49, 0), wrong[:49]) is None
+    assert metrics.fit_temperature(sure.repeat(60, 0), np.zeros(60, int)) is None  # all right: the surer the better
+    assert metrics.fit_temperature(sure.repeat(60, 0), wrong) == pytest.approx(2, rel=0.01)  # 9 = 3 ** 2

@@ -1,7 +1,9 @@
 """Every mode, end to end, as a user runs it."""
 
 import csv
+import dataclasses
 import json
+import re
 import signal
 import subprocess
 
@@ -13,12 +15,13 @@ from conftest import TINY, make_folder
 import data
 import mixture
 import modes
+import MPL
 
 EPOCHS = ["--num_epochs", "3"]
 
 
 def rows(path):
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         return list(csv.DictReader(file))
 
 
@@ -118,6 +121,35 @@ def test_testing_reprints_the_training_runs_figures(trained, load_path):
     assert after == before | {"mode": "test"}
     predictions = [(trained.cwd / "results" / name / "predictions.csv").read_bytes() for name in ("exp", "again")]
     assert predictions[0] == predictions[1]
+
+
+def test_a_test_without_validation_images_says_so_and_chooses_no_temperature(trained, monkeypatch):
+    find = MPL.find_data
+
+    def without_val(*given):
+        index, split, notes = find(*given)
+        return index, dataclasses.replace(split, val=split.val[:0]), notes
+
+    monkeypatch.setattr(MPL, "find_data", without_val)
+    out = trained.inside("--name", "own", "--test_mode", "--load_path", "exp", "--export", "torch").stdout
+    figures = trained.metrics("own")
+    assert (figures["val"], figures["temperature"], figures["counts"]["val"]) == ({}, None, 0)
+    assert figures["test"] == trained.metrics("exp")["test"]
+    assert re.search(r"^student .* –$", out, re.M)
+    page = (trained.cwd / "results/own/report.html").read_text()
+    assert "There were no validation images." in page
+    assert "0 validation images are too few to choose one by" in page
+    assert (trained.cwd / "results/own/calibration.png").exists()
+
+
+def test_every_image_that_was_used_is_predicted_the_test_images_first(trained):
+    folder = trained.cwd / "results" / "exp"
+    parts = {row["path"]: row["split"] for row in rows(folder / "split.csv")}
+    predicted = rows(folder / "predictions.csv")
+    assert {row["path"]: row["split"] for row in predicted} == parts
+    n_test = list(parts.values()).count("test")
+    assert [row["split"] for row in predicted[:n_test]] == ["test"] * n_test
+    assert all(row["true_label"] for row in predicted if row["split"] == "labeled")
 
 
 def test_finetuning_takes_the_checkpoints_split_weights_and_partner(trained, colours):

@@ -220,6 +220,17 @@ def test_bad_params_and_databases_are_refused_in_one_line(cli, colours):
     assert "nodb://me:***@host/x" in message
 
 
+def test_pictures_that_fail_cost_a_search_nothing(cli, colours, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no importances")
+
+    monkeypatch.setattr(optuna_search, "draw_study", fail)
+    out = cli.inside("--name", "a", "--data_dir", colours, *TUNE, "--n_trials", "1").stdout
+    assert "pictures of the search could not be drawn: RuntimeError: no importances" in out
+    assert (cli.cwd / "results/a/best_params.json").exists()
+    assert "without tuning:" in out
+
+
 def test_a_databases_password_is_never_shown_or_saved():
     given = config(storage="postgresql://me:se@cret@host:5432/x")
     assert given.options()["storage"] == "postgresql://me:***@host:5432/x"

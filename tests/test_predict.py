@@ -111,7 +111,7 @@ def test_what_cannot_be_labelled_is_said_in_one_line(trained, tmp_path):
 
 
 def test_predictions_are_a_plain_table(trained):
-    with (trained.cwd / "results/exp/predictions.csv").open(newline="") as file:
+    with (trained.cwd / "results/exp/predictions.csv").open(newline="", encoding="utf-8-sig") as file:
         header, *rows = csv.reader(file)
     assert header[:7] == ["path", "split", "true_label", "predicted_label", "probability", "margin", "agree"]
     assert header[7:] == ["student_vote", "teacher_vote", "p_class 0", "p_class 1", "p_class 2"]
@@ -124,3 +124,65 @@ def test_an_image_of_another_shape_is_prepared_as_in_training(trained, tmp_path)
     predict(trained, tmp_path / "wide", "wide")
     (row,) = utils.read_csv(trained.cwd / "results/wide/predictions.csv")
     assert row["agree"] in "01"
+
+
+def interrupted(*_):
+    raise utils.Interrupted(2)
+
+
+def full(*_):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(("fault", "code"), [(interrupted, 130), (full, 6)])
+def test_a_table_that_is_not_whole_never_appears(trained, colours, tmp_path, monkeypatch, fault, code):
+    import predict as module
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "AT_ONCE", 16)
+        patch.setattr(module.Stream, "__getitem__", lambda stream, i: fault() if i == 40 else stream.decoded[i])
+        predict(trained, colours, f"half-{code}", check=code)
+    left = {path.name for path in (trained.cwd / f"results/half-{code}").iterdir()}
+    assert left == {".lock", "config.json", "commandline_args.txt"}
+    predict(trained, colours, f"half-{code}", "--overwrite")
+
+
+def test_a_folder_that_is_missing_costs_no_earlier_table_and_an_unreadable_one_makes_none(trained, colours, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"")
+    predict(trained, colours, "kept")
+    table = trained.cwd / "results/kept/predictions.csv"
+    predict(trained, tmp_path / "missing", "kept", "--overwrite", check=3)
+    assert table.exists()
+    predict(trained, tmp_path / "bad", "kept", "--overwrite", check=3)
+    assert not table.exists()
+
+
+def test_images_that_became_unreadable_are_left_out_and_named(trained, colours, tmp_path, monkeypatch):
+    import predict as module
+
+    folder = tmp_path / "d"
+    shutil.copytree(colours, folder)
+    trained.inside("--name", "torn", "--data_dir", folder, "--num_epochs", "2", *TINY)
+    monkeypatch.setattr(images, "STORE_BYTES", 0)
+    score, seen = module.predict, []
+
+    def spoil(session, learners, rows):
+        whole = score(session, learners, rows)
+        spoilt = rows[1:-1:2].tolist()
+        for i in spoilt:
+            session.index.file(i).write_bytes(b"no image")
+        torn = score(session, learners, rows)
+        seen.append((whole, torn, rows, spoilt))
+        return torn
+
+    monkeypatch.setattr(module, "predict", spoil)
+    trained.inside("--name", "test", "--test_mode", "--load_path", "d/torn", check=3)
+    assert sum(len(spoilt) for *_, spoilt in seen) > 20
+    for whole, torn, rows, spoilt in seen:
+        kept = ~np.isin(rows, spoilt)
+        assert np.array_equal(torn.rows, rows[kept])
+        assert all(path.startswith("class ") and "not an image" in reason for path, reason in torn.missing)
+        assert len(torn.missing) == len(spoilt)
+        for name, p in torn.probabilities.items():
+            assert torch.allclose(p, whole.probabilities[name][torch.from_numpy(kept)], atol=1e-5)

@@ -74,20 +74,22 @@ def test_the_report_is_whole_and_asks_nothing_of_the_network(nasty):
 
 
 def test_few_test_images_make_no_headline_of_100_percent():
-    headline, text = report._headline(1.0, "ensemble", {"labeled": 87, "unlabeled": 3966, "test": 6})
+    test = {"ensemble": {"accuracy": 1.0}}
+    headline, text = report._headline(test, {"labeled": 87, "unlabeled": 3966, "test": 6})
     assert ">61.0% to 100.0%<" in headline
     assert "right about 100% of the 6 test images" in text
-    assert ">100.00%<" in report._headline(1.0, "ensemble", {"labeled": 87, "unlabeled": 3966, "test": 60})[0]
+    assert ">100.00%<" in report._headline(test, {"labeled": 87, "unlabeled": 3966, "test": 60})[0]
 
 
 def test_a_class_that_is_markup_stays_text(tmp_path):
     figures = {
         "classes": [NASTY, "b"],
-        "per_class": {"precision": [1.0, 0.5], "recall": [1.0, 0.5], "f1": [1.0, 0.5], "images": [3, 4]},
+        "per_class": {"precision": [1.0, 0.0], "recall": [1.0, 0.0], "f1": [1.0, 0.0], "images": [3, 0]},
     }
     page = Page("".join(report._classes(figures)))
     assert "b" not in page.tags
     assert NASTY in page.text
+    assert "b#2–––0" in page.text  # nothing is known of a class that was not tested, which is the picture's number 2
 
 
 def test_the_commands_in_the_report_are_ones_that_run(nasty):
