@@ -38,6 +38,7 @@ import images
 import models
 import modes
 import predict
+import record
 import utils
 from session import Session, choose_checkpoint, find_data, take_over
 
@@ -233,8 +234,7 @@ def write_beginning(session: Session, folder: utils.RunFolder) -> None:
         write_config(config, folder)
         utils.write_atomically(folder.results / "split.csv", data.split_to_csv(session.index, session.split))
         if session.index.bad:
-            listed = utils.csv_bytes([("path", "reason"), *session.index.bad])
-            utils.write_atomically(folder.results / "bad_files.csv", listed)
+            record.list_bad(folder.results, session.index.bad)
     if config.show_images:
         import outcome
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from augmentation import strong_view, weak_view
 from distributed import share
 from images import STORE_BYTES, UNKNOWN, Images, Index, digest
-from utils import DataError, Failure, UsageError, counted, csv_bytes, derive_seed, first_few, seeded
+from utils import BOM, DataError, Failure, UsageError, counted, csv_bytes, derive_seed, first_few, seeded
 
 FEWEST_PER_CLASS = 4  # a validation and a test image, and two to train on
 
@@ -197,7 +197,7 @@ def _take(groups: list[tuple[int, ...]], count: int) -> list[int]:
 
 def split_to_csv(index: Index, split: Split) -> bytes:
     """The split manifest: path, label (class name; empty if unknown) and part of every image."""
-    return csv_bytes(
+    return BOM + csv_bytes(
         [("path", "label", "split")]
         + [
             (path, "" if label == UNKNOWN else index.classes[label], part)

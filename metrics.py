@@ -4,7 +4,7 @@ import numpy as np
 
 TEMPERATURES = np.geomspace(0.2, 5.0, 161)
 # Images. Drawn from a classifier of 8 classes whose true temperature is 1.5: from 50 images it is found to within a
-# quarter, and helps in 12 of 13 draws; from 20 it makes confidences less honest in up to every fourth draw.
+# quarter, and helps in 12 of 13 draws; from 20 it makes confidences less honest in up to three of ten draws.
 ENOUGH_FOR_A_TEMPERATURE = 50
 
 

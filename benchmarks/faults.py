@@ -1,6 +1,6 @@
 """Kill the program, mangle its checkpoints and its images, and see that nothing is lost, loaded or crashed.
 
-python benchmarks/faults.py [--kills 200] [--checkpoints 300] [--images 300]
+python benchmarks/faults.py [--kills 200] [--checkpoints 300] [--images 300] [--folders 200]
 
 - **Kills**: training is killed (SIGKILL) at random moments, and once at every point of a save: within writes, and
   before and after each flush and rename. Each time it is then started again as a user would, and its history,
@@ -8,6 +8,9 @@ python benchmarks/faults.py [--kills 200] [--checkpoints 300] [--images 300]
 - **Checkpoints**: cut off anywhere, one bit flipped anywhere, other formats, pickles that run code, as a zip and raw,
   with and without a right checksum, by every way that a file is loaded. Each must be refused with exit code 4.
 - **Images**: files of each format with random damage. Each is either read, or listed in bad_files.csv and left out.
+- **Folders**: data sets as people have them, made at random, through a stopped training and all that may follow
+  (``folders.py``). Nothing that the run did not write has changed, and what is known of each image is the same each
+  time.
 
 Every case runs in a process of its own, forked from this one so that PyTorch is imported once.
 """
@@ -36,6 +39,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small gain nothin
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import folders
 import numpy as np
 import torch
 from conftest import TINY, make_folder
@@ -380,6 +384,19 @@ def damage(scratch: Path, n: int, rng: random.Random) -> Iterator[bool]:
         yield (f"class 1/{file.name}" in listed) != (f"class 1/{file.name}" in used)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def run_stopped(cwd: Path, options: list[object], stop_at: int | None) -> int:
+    """The exit code of a run, which gets a SIGTERM at a step if ``stop_at`` is one."""
+    return finish(start(cwd, options, lambda: folders.stop_at_step(stop_at) if stop_at else None))
+
+
+def live_in(scratch: Path, n: int, rng: random.Random) -> Iterator[tuple[bool, bool]]:
+    yield from folders.campaign(scratch / "folders", n, rng, run_stopped, RUN)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -387,22 +404,32 @@ def main() -> int:
     )
     parser.add_argument("--checkpoints", type=int, default=300)
     parser.add_argument("--images", type=int, default=300)
+    parser.add_argument("--folders", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = random.Random(options.seed)
     lines = []
     with tempfile.TemporaryDirectory() as scratch:
-        for title, cases in (
-            ("kills_survived", kill(Path(scratch), options.kills, rng)),
-            ("bad_checkpoints_refused", corrupt(Path(scratch), options.checkpoints, rng)),
-            ("bad_images_handled", damage(Path(scratch), options.images, rng)),
+        for title, wanted, cases in (
+            ("kills_survived", options.kills, kill(Path(scratch), options.kills, rng)),
+            ("bad_checkpoints_refused", options.checkpoints, corrupt(Path(scratch), options.checkpoints, rng)),
+            ("bad_images_handled", options.images, damage(Path(scratch), options.images, rng)),
         ):
+            if not wanted:
+                continue
             outcomes = []
             for good in cases:
                 outcomes.append(good)
                 print(f"\r{title} {sum(outcomes)}/{len(outcomes)}", end="", file=sys.stderr, flush=True)
             lines.append((sum(outcomes), len(outcomes), title))
             print(file=sys.stderr)
+        untouched, agree = [], []
+        for each in live_in(Path(scratch), options.folders, rng):
+            untouched.append(each[0])
+            agree.append(each[1])
+            print(f"\rfolders {sum(untouched)}, {sum(agree)} of {len(agree)}", end="", file=sys.stderr, flush=True)
+        lines.append((sum(untouched), len(untouched), "foreign_trees_untouched"))
+        lines.append((sum(agree), len(agree), "round_trips_identical"))
     for good, total, title in lines:
         print(f"{title}={good}/{total}")
     return int(any(good < total for good, total, _ in lines))

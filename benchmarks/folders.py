@@ -170,12 +170,8 @@ def fingerprint(*roots: Path) -> dict[str, tuple]:
 
 def foreign_files(cwd: Path) -> list[Path]:
     """Files of the user in the very places where the program writes. Returns the folders to watch."""
-    places = [
-        cwd / "results" / "mine",
-        cwd / "checkpoints" / "mine",
-        cwd / "cache" / "thesis",
-        cwd / "cache" / "0a" * 8,
-    ]
+    names = ("results/mine", "checkpoints/mine", "cache/thesis", f"cache/{'0a' * 8}-{'0b' * 8}")
+    places = [cwd / name for name in names]
     for place in places:
         place.mkdir(parents=True)
         (place / "chapter.txt").write_text("words")
