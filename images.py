@@ -173,7 +173,7 @@ def find_images(data_dir: str, unlabeled_dir: str | None = None) -> Index:
                 continue
             found, unread = walk.images(path)
             if found:
-                labeled += [(image, unicodedata.normalize("NFC", name), part) for image in found]
+                labeled += [(image, _nfc(name), part) for image in found]
             elif unread:
                 raise DataError(
                     f"{walk.root / path}: nothing here reads its {counted(len(unread), 'image')} (first: {unread[0]}); "
@@ -218,7 +218,7 @@ def innermost(data_dir: str) -> Path:
 
 def unlabeled_beside(data_dir: str) -> str | None:
     """The folder of images that nobody labelled beside the class folders, if ``data_dir`` has one: ``unlabeled``, or a
-    ``test`` folder without class folders, as competitions have it."""
+    ``test`` folder that has none of the training's class folders, as competitions have it."""
     if data_dir == "digits" or not resolve_path(data_dir).is_dir():
         return None
     walk = _Walk(resolve_path(data_dir))
@@ -228,10 +228,17 @@ def unlabeled_beside(data_dir: str) -> str | None:
         for name in walk.folders(folder):
             if name.lower() in UNLABELED_FOLDERS:
                 return os.path.join(walk.root, folder, name)
+    classes = {_nfc(name) for folder, part in parts if part == "train" for name in walk.folders(folder)}
     for folder, part in parts:
-        if part == "test" and not walk.folders(folder) and walk.images(folder)[0]:
+        known = classes.intersection(map(_nfc, walk.folders(folder)))
+        if part == "test" and not known and walk.images(folder)[0]:
             return os.path.join(walk.root, folder)
     return None
+
+
+def _nfc(name: str) -> str:
+    """A name as it is compared: accented letters have two Unicode forms, and systems differ in which they write."""
+    return unicodedata.normalize("NFC", name)
 
 
 def find_unlabeled(option: str, folder: str) -> tuple[list[str], list[str]]:

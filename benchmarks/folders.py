@@ -213,7 +213,7 @@ def campaign(
         name = ["--name", "exp", *made.options, *tiny]
         expect(143, *name, stop_at=3)
         expect(0, *name, "--resume")
-        dataset = next(path for path in (cwd / "checkpoints").iterdir() if path.name != "mine").name
+        dataset = made.options[1].name  # what --data_dir names
         load = ["--load_path", f"{dataset}/exp"]
         mode = rng.choice(([], ["--switch_mode"]))
         expect(0, "--name", "tested", "--test_mode", *load, *made.options)
@@ -224,7 +224,7 @@ def campaign(
         agree = not problems and _agree(cwd, made, problems)
         mine = [cwd / "results/exp/my notes.txt", cwd / "checkpoints" / dataset / "exp" / "mine" / "weights.pth"]
         for path in mine:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("mine")
         kept = fingerprint(*mine)
         expect(0, *name, *mode, "--overwrite")

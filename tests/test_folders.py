@@ -116,7 +116,7 @@ def test_a_folder_of_images_without_labels_beside_the_classes_is_no_class(cli, t
 def test_a_test_folder_without_classes_holds_images_without_labels(tmp_path):
     for name in ("cat", "dog"):
         pictures(tmp_path / "d" / "train" / name, 9)
-    pictures(tmp_path / "d" / "test", 5, seed=1)
+    pictures(tmp_path / "d" / "test" / "unknown", 5, seed=1)
     beside = images.unlabeled_beside(str(tmp_path / "d"))
     assert beside == str(tmp_path / "d" / "test")
     index = found(tmp_path / "d", Path(beside))
