@@ -340,6 +340,13 @@ class Meter:
         self.counts.clear()
 
     def means(self) -> dict[str, float]:
+        """Of everything measured.
+
+        Raises:
+            DivergedError: nothing was, since every step overflowed.
+        """
+        if not self.counts:
+            raise DivergedError("no step of an epoch had a finite loss in float16: use --amp bf16 or off, another --name")
         return {key: float(total) / self.counts[key] for key, total in self.sums.items()}
 
 
