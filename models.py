@@ -200,8 +200,8 @@ def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, tuple] | None:
         return None
     weights = models.get_model_weights(name).DEFAULT
     inception = name in ("googlenet", "inception_v3")
-    # Their weights are for inputs in [-1, 1], which torchvision has the network itself make of others, with its own weights
-    # alone. Here it is the normalisation that differs, wherever the weights are from.
+    # Their weights want inputs in [-1, 1], which torchvision has the network make of others where it loads them itself.
+    # Here that is the normalisation's part, wherever the weights come from.
     extra = {"transform_input": False} if inception else {}
     extra |= {"aux_logits": False, "init_weights": True} if inception and not pretrained else {}
     try:
@@ -399,7 +399,9 @@ class Learner:
                 cycle_momentum=isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW),
             )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
-        self.overflowed = False  # whether the latest step was not taken, because its gradient was out of float16's range
+        self.overflowed = (
+            False  # whether the latest step was not taken, because its gradient was out of float16's range
+        )
         self.offset = torch.zeros(
             (), device=self.device
         )  # of its logits of unlabelled images: see train.aligned_offset

@@ -220,8 +220,8 @@ def mpl_step(
 
     loss_mpl = torch.zeros_like(loss_l)
     if step >= warmup_steps:
-        # Pseudo labels are bound once: the student learns from them, and the feedback is about them. The distribution that
-        # they are drawn from is the one that the feedback moves.
+        # Pseudo labels are bound once: the student learns from them, and the feedback is about them, in the
+        # distribution that they are drawn from.
         aligned_u = t_logits_u + teacher.offset  # [P, C]
         pseudo = draw_pseudo_labels(pseudo_label, aligned_u)  # [P, C]
 
@@ -346,7 +346,9 @@ class Meter:
             DivergedError: nothing was, since every step overflowed.
         """
         if not self.counts:
-            raise DivergedError("no step of an epoch had a finite loss in float16: use --amp bf16 or off, another --name")
+            raise DivergedError(
+                "no step of an epoch had a finite loss in float16: use --amp bf16 or off, another --name"
+            )
         return {key: float(total) / self.counts[key] for key, total in self.sums.items()}
 
 

@@ -130,8 +130,8 @@ def compute_alike() -> None:
     """Have an accelerator compute what a CPU does as nearly as it can: the same numbers each time, and float32 in
     float32, where convolutions would be in TF32, of ten bits.
 
-    The few operations that PyTorch can only do in an order of its own (the gradient of attention and of adaptive pooling)
-    stay as they are.
+    Some operations PyTorch can only do in an order that varies (the gradients of attention and of adaptive pooling):
+    these stay as they are.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a search for faults, not for equal results

@@ -334,14 +334,14 @@ def test_overflow_in_half_precision_is_no_divergence_unless_it_stays():
     lost = batch._replace(x_l=batch.x_l * torch.inf)  # its loss is not finite
     made = half_precision("student", 1)
     assert math.isfinite(supervise(made, [lost, *[batch] * 5])["loss_l"])
-    with pytest.raises(DivergedError, match="float16.* --amp"):
+    with pytest.raises(DivergedError, match=r"float16.* --amp"):
         supervise(half_precision("student", 1), [lost] * 4)
     made = half_precision("student", 1)
     made.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     made.precision = torch.float16
     made.parameters[0].register_hook(lambda gradient: gradient * torch.inf)
     made._forward = lambda network, x: network(x)
-    with pytest.raises(DivergedError, match="gradients of the student are not finite in float16 .*--amp"):
+    with pytest.raises(DivergedError, match=r"gradients of the student are not finite in float16 .*--amp"):
         supervise(made, [batch] * 6)
 
 
