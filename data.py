@@ -371,7 +371,8 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device, encode: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """The batch on a device, with ``encode`` applied to all its images at once."""
-        images = torch.cat([self.x_l, self.x_uw, self.x_us]).to(device, non_blocking=True)
+        each = (self.x_l, self.x_uw, self.x_us)  # joined there: a copy made here of pinned memory is not pinned
+        images = torch.cat([x.to(device, non_blocking=True) for x in each])
         sizes = [len(self.x_l), len(self.x_uw), len(self.x_us)]
         x_l, x_uw, x_us = encode(images).split(sizes)
         return self._replace(x_l=x_l, x_uw=x_uw, x_us=x_us).labels_to(device)

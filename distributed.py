@@ -69,18 +69,18 @@ def joined(device: torch.device) -> Iterator[None]:
     if world() == 1:
         yield
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
     store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
     if os.environ["GROUP_WORLD_SIZE"] == "1":
         # A lone agent keeps its store over restarts, with the addresses of the processes that died.
         store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = dist.get_default_backend_for_device(device)
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=PATIENCE)
     try:
         yield
     except RuntimeError as error:
-        if not any(word in str(error) for word in ("Connection", "gloo", "NCCL", "Broken pipe")):
+        if not any(word in str(error) for word in ("Connection", "gloo", "CCL", "Broken pipe")):
             raise
         raise ResourceError(
             f"process {rank()} of {world()} lost another one, which was killed or failed; its own message says why"
@@ -90,10 +90,17 @@ def joined(device: torch.device) -> Iterator[None]:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """This rank's own accelerator, where there are several."""
-    if launched() and device.type == "cuda" and device.index is None:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return device
+    """This rank's own accelerator.
+
+    Raises:
+        UsageError: there is none for every rank of this machine.
+    """
+    if not launched() or device.type == "cpu" or device.index is not None:
+        return device
+    place, count = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
+    if place >= count:
+        raise UsageError(f"--device {device.type}: torchrun started more processes here than the {count} there are")
+    return torch.device(device.type, place)
 
 
 @contextlib.contextmanager
@@ -122,9 +129,14 @@ def any_rank(flag: bool) -> bool:
     """Whether it is so for at least one rank."""
     if world() == 1:
         return flag
-    votes = torch.tensor(float(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    votes = torch.tensor(float(flag), device=_where_heard())
     dist.all_reduce(votes)
     return bool(votes > 0)
+
+
+def _where_heard() -> torch.device:
+    """Where a tensor must be for the others to hear it."""
+    return torch.device("cpu") if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()
 
 
 class Left(Exception):
@@ -159,7 +171,7 @@ def tell(value: int) -> int:
     """What the first rank says, heard by all."""
     if world() == 1:
         return value
-    said = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    said = torch.tensor(value, device=_where_heard())
     dist.broadcast(said, 0)
     return int(said)
 
@@ -205,17 +217,24 @@ class _Sum(torch.autograd.Function):
         return _Sum.apply(gradient)
 
 
-class SyncedBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the batches of all ranks, on any device (PyTorch's own works on accelerators alone)."""
+class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the batches of all ranks, on any device (PyTorch's own works on accelerators alone), and what
+    timm's holds beside it: dropout and activation."""
+
+    def _check_input_dim(self, x: torch.Tensor) -> None:
+        """Any: [B, C] or [B, C, ...]."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return super().forward(x)
+        y = self._normalized(x) if self.training else super().forward(x)
+        return self.act(self.drop(y)) if hasattr(self, "act") else y
+
+    def _normalized(self, x: torch.Tensor) -> torch.Tensor:
         given, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
-        dims = [0, 2, 3]
+        dims = [0, *range(2, x.dim())]
+        column = (-1, *[1] * (x.dim() - 2))  # [C, 1, ...]
         n = x.numel() // x.shape[1] * world()
         mean = _Sum.apply(x.mean(dims)) / world()
-        square = _Sum.apply((x - mean[:, None, None]).square().mean(dims)) / world()  # the biased variance
+        square = _Sum.apply((x - mean.view(column)).square().mean(dims)) / world()  # the biased variance
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked += 1
@@ -225,19 +244,24 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         scale = torch.rsqrt(square + self.eps)
         if self.affine:
             scale = scale * self.weight
-        y = (x - mean[:, None, None]) * scale[:, None, None]
-        return (y + self.bias[:, None, None] if self.affine else y).to(given)
+        y = (x - mean.view(column)) * scale.view(column)
+        return (y + self.bias.view(column) if self.affine else y).to(given)
 
 
 def synced(model: nn.Module, device: torch.device) -> nn.Module:
-    """The network with every batch norm over all ranks' batches."""
+    """The network with every batch norm over all ranks' batches.
+
+    Raises:
+        UsageError: it has a batch norm of another kind.
+    """
     if world() == 1:
         return model
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    from timm.layers import BatchNormAct2d, convert_sync_batchnorm  # which takes a second to import
+
     for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncedBatchNorm
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise UsageError(f"{type(module).__name__} cannot be shared among processes on a CPU: use --trainable head")
-    return model
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d):
+                raise UsageError(f"{type(module).__name__} cannot be shared among processes: use --trainable head")
+            if device.type == "cpu":
+                module.__class__ = SyncedBatchNorm
+    return model if device.type == "cpu" else convert_sync_batchnorm(model)  # PyTorch's own would drop activations

@@ -477,8 +477,10 @@ def check_images(index: Index, cache_dir: str | Path | None, *, max_bad_percent:
                 for path, each in zip(index.paths, findings, strict=True)
                 if each is not None and each.stamp.ctime_ns < began - RACY_NS
             }
-            with contextlib.suppress(ResourceError):  # else they are read again next time
+            try:
                 _save_findings(kept, settled)
+            except ResourceError as error:
+                print(f"{error.__cause__ or error}: the images are checked again next time")
     readable = np.array([not finding.reason for finding in findings])
     bad = tuple((path, each.reason) for path, each in zip(index.paths, findings, strict=True) if each.reason)
     if 100 * len(bad) > max_bad_percent * len(index):

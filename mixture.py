@@ -76,10 +76,12 @@ def in_order_of_use(labels: np.ndarray, n_classes: int, seed: int) -> np.ndarray
 
 def normaliser(features: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """What puts activations [n, D] on the unit sphere around the mean of ``features``, and the middle of these there at
-    the origin; of their roots, since activations have long tails."""
+    the origin; of their roots, since activations have long tails. Of a feature that may be negative, as after a layer
+    norm, it is the root of how far it is above its lowest value."""
+    lowest = features.amin(0).clamp_max(0)  # [D]
 
     def roots(x: torch.Tensor) -> torch.Tensor:
-        return (x.clamp_min(0) + EPSILON).sqrt_()
+        return (x - lowest).clamp_min_(0).add_(EPSILON).sqrt_()
 
     origin = roots(features).mean(0)
     centre = F.normalize(roots(features) - origin, dim=-1).mean(0)
@@ -118,7 +120,8 @@ def fit_mixture(z: torch.Tensor, y: torch.Tensor, shares: torch.Tensor | None) -
 
 
 def shrunk(covariance: torch.Tensor) -> torch.Tensor:
-    sphere = covariance.trace() / len(covariance) * torch.eye(len(covariance))
+    scale = (covariance.trace() / len(covariance)).clamp_min(1e-12)  # not 0 where all features are the same
+    sphere = scale * torch.eye(len(covariance))
     return (1 - SHRINKAGE) * covariance + SHRINKAGE * sphere
 
 

@@ -1,5 +1,6 @@
 """Networks: pretrained backbones, WideResNet, what is frozen, and :class:`Learner`, all that belongs to one network."""
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -22,6 +23,7 @@ ALIASES = {"vgg": "vgg16", "resnet": "resnet18", "squeezenet": "squeezenet1_0", 
 NEED_NO_DOWNLOAD = "efficientnet_lite0 (weights come with its pip package), wrn_D_K, or any model with --weights none"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SYMMETRIC = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # [-1, 1]
+WRONG_SIZE = (RuntimeError, AssertionError, ValueError)  # how networks refuse images of a size that is not theirs
 CPU_CHUNK, CPU_CHUNK_BF16 = 8, 32  # images a forward of a frozen backbone: more fall out of a processor's cache
 GPU_CHUNK = 64
 
@@ -80,15 +82,21 @@ class Normalize(nn.Module):
     """[B, 3, S, S] uint8 to float32, normalised for the network that follows. It is part of the network, so that no
     image reaches one without it."""
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
         super().__init__()
+        self.memory_format = memory_format
         self.register_buffer("scale", 1 / (255 * torch.tensor(std).view(3, 1, 1)), persistent=False)
         self.register_buffer(
             "shift", -torch.tensor(mean).view(3, 1, 1) / torch.tensor(std).view(3, 1, 1), persistent=False
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (x.float() * self.scale + self.shift).contiguous(memory_format=torch.channels_last)
+        return (x.float() * self.scale + self.shift).contiguous(memory_format=self.memory_format)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,17 +134,44 @@ def build_backbone(model_name: str, weights: str, img_size: int, seed: int) -> B
     elif model_name == "efficientnet_lite0":
         body, normalization = _efficientnet_lite0(pretrained), SYMMETRIC
     else:
-        body, normalization = _torchvision(model_name, pretrained) or _timm(model_name, pretrained)
+        body, normalization = _torchvision(model_name, pretrained) or _timm(model_name, pretrained, img_size)
     if weights not in ("default", "none"):
         _load_weights(body, weights)
-    body = nn.Sequential(Normalize(*normalization), body).to(memory_format=torch.channels_last).eval()
+    # Convolutions are faster with the channels last; a transformer has one, of patches, and gains nothing.
+    convolutional = sum(isinstance(module, nn.Conv2d) for module in body.modules()) > 1
+    memory_format = torch.channels_last if convolutional else torch.contiguous_format
+    body = nn.Sequential(Normalize(*normalization, memory_format), body).to(memory_format=memory_format).eval()
     try:
         with torch.inference_mode():
             n_features = body(torch.zeros(1, 3, img_size, img_size, dtype=torch.uint8)).shape[1]
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--img_size {img_size}: {model_name} cannot take images of this size ({reason})") from error
+    except WRONG_SIZE as error:
+        raise UsageError(_wrong_size(model_name, img_size, error)) from error
     return Backbone(model_name, body, n_features, img_size, normalization)
+
+
+def _takes(model: nn.Module, img_size: int) -> bool:
+    """Whether a network takes images of this size."""
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, img_size, img_size))
+        return True
+    except WRONG_SIZE:
+        return False
+
+
+def _wrong_size(model_name: str, img_size: int, error: Exception) -> str:
+    """What is wrong with ``--img_size``, and the size that a model was made for."""
+    import timm
+    from torchvision import models
+
+    if model_name in models.list_models(module=models):
+        made_for = models.get_model_weights(model_name).DEFAULT.transforms().crop_size[0]
+    else:
+        config = timm.get_pretrained_cfg(model_name, allow_unregistered=True)
+        made_for = None if config is None else config.input_size[-1]
+    reason = next(iter(str(error).splitlines()), "no reason given")
+    advice = "" if made_for in (None, img_size) else f"; it was made for --img_size {made_for}"
+    return f"--img_size {img_size}: {model_name} cannot take images of this size ({reason}){advice}"
 
 
 def _efficientnet_lite0(pretrained: bool) -> nn.Module:
@@ -165,8 +200,11 @@ def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, tuple] | None:
     if name not in models.list_models(module=models):
         return None
     weights = models.get_model_weights(name).DEFAULT
-    extra = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-    extra |= {"init_weights": True} if extra and not pretrained else {}
+    inception = name in ("googlenet", "inception_v3")
+    # Their weights want inputs in [-1, 1], which torchvision has the network make of others where it loads them itself.
+    # Here that is the normalisation's part, wherever the weights come from.
+    extra = {"transform_input": False} if inception else {}
+    extra |= {"aux_logits": False, "init_weights": True} if inception and not pretrained else {}
     try:
         model = models.get_model(name, weights=weights if pretrained else None, **extra)
     except (OSError, urllib.error.URLError) as error:
@@ -180,11 +218,13 @@ def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, tuple] | None:
     else:
         head = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
         model.set_submodule(head, nn.Identity())
+    if name == "inception_v3":  # pretrained, it comes with a second head
+        model.aux_logits, model.AuxLogits = False, None
     transforms = weights.transforms()
-    return model, (tuple(transforms.mean), tuple(transforms.std))
+    return model, SYMMETRIC if inception else (tuple(transforms.mean), tuple(transforms.std))
 
 
-def _timm(name: str, pretrained: bool) -> tuple[nn.Module, tuple]:
+def _timm(name: str, pretrained: bool, img_size: int) -> tuple[nn.Module, tuple]:
     import timm
 
     if not timm.is_model(name.split(".")[0]):
@@ -197,6 +237,9 @@ def _timm(name: str, pretrained: bool) -> tuple[nn.Module, tuple]:
         if pretrained:
             _ask_hub_once()
         model = timm.create_model(name, pretrained=pretrained, num_classes=0)
+        if model.default_cfg.get("fixed_input_size") and not _takes(model, img_size):
+            with contextlib.suppress(*WRONG_SIZE, TypeError):  # if it cannot be made for it, its use will tell
+                model = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=img_size)
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"weights of {name} are not on disk and could not be downloaded from the Hugging Face hub "
@@ -263,6 +306,9 @@ class Encoder:
     """A frozen backbone as a function: [B, 3, S, S] uint8 on any device to features [B, D] float32 on ``device``.
 
     An image's features do not depend on what else is in the batch.
+
+    Raises:
+        UsageError: when called, if features are out of float16's range.
     """
 
     def __init__(
@@ -285,7 +331,10 @@ class Encoder:
             images = torch.cat([images, images.new_zeros(-n % self.chunk, *images.shape[1:])])
         with autocast(self.device, self.precision):
             parts = [self.body(part.to(self.device, non_blocking=True)).float() for part in images.split(self.chunk)]
-        return torch.cat(parts)[:n]
+        features = torch.cat(parts)[:n]
+        if self.precision == torch.float16 and not features.isfinite().all():
+            raise UsageError("--amp: this network's features are out of float16's range; use --amp bf16 or off")
+        return features
 
 
 def fold_batch_norm(body: nn.Module, img_size: int) -> nn.Module:
@@ -343,7 +392,7 @@ class Learner:
         self.parameter_names, self.parameters = list(named), list(named.values())
         self.optimizer = optimizer(self.parameters, lr=lr, weight_decay=weight_decay)
         self.scheduler = None
-        if updates and lr > 0:
+        if updates > 1 and lr > 0:  # a single one would be made at the floor
             self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
                 self.optimizer,
                 max_lr=lr,
@@ -351,6 +400,9 @@ class Learner:
                 cycle_momentum=isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW),
             )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
+        self.overflowed = (
+            False  # whether the latest step was not taken, because its gradient was out of float16's range
+        )
         self.offset = torch.zeros(
             (), device=self.device
         )  # of its logits of unlabelled images: see train.aligned_offset
@@ -400,25 +452,47 @@ class Learner:
         self._step()
 
     def gradient(self, loss: torch.Tensor) -> list[torch.Tensor]:
-        """The gradient of ``loss`` in the parameters, without a step."""
-        gradient = list(torch.autograd.grad(loss, self.parameters))
-        distributed.average(gradient)
-        return gradient
+        """The gradient of ``loss`` in the parameters, without a step; zero if it is out of float16's range."""
+        scaled = torch.autograd.grad(self.scaler.scale(loss), self.parameters, materialize_grads=True)
+        distributed.average(scaled)
+        scale = self.scaler.get_scale()
+        if self.scaler.is_enabled() and not all(gradient.isfinite().all() for gradient in scaled):
+            self.scaler.update(scale / 2)  # as after a step
+            return [torch.zeros_like(gradient) for gradient in scaled]
+        return [gradient / scale for gradient in scaled]
 
-    def update_along(self, gradients: Sequence[torch.Tensor]) -> None:
-        """One optimiser step with these gradients."""
-        for p, gradient in zip(self.parameters, self.scaler.scale([g.detach() for g in gradients]), strict=True):
-            p.grad = gradient
+    def update_along(self, loss: torch.Tensor, theta: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """One optimiser step down ``loss``, which depends on ``theta`` in place of the parameters. Returns its gradient
+        there, which can be differentiated."""
+        scaled = torch.autograd.grad(self.scaler.scale(loss), theta, create_graph=True, materialize_grads=True)
+        scale = self.scaler.get_scale()
+        for p, gradient in zip(self.parameters, scaled, strict=True):
+            p.grad = gradient.detach().clone()  # which averaging and unscaling change in place
         self._step()
+        return [gradient / scale for gradient in scaled]
 
     def _step(self) -> None:
-        distributed.average([p.grad for p in self.parameters])
+        for p in self.parameters:
+            if p.grad is None:  # the loss does not depend on it
+                p.grad = torch.zeros_like(p)
+        distributed.average([p.grad for p in self.parameters])  # still scaled: one rank's overflow is everyone's
+        self.scaler.unscale_(self.optimizer)
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.overflowed = self.scaler.get_scale() < scale
+        if self.overflowed:
+            self.optimizer.zero_grad()
+            self.optimizer.step()  # of nothing: the schedule goes on all the same, to end at its floor
         if self.scheduler is not None and self.scheduler.last_epoch < self.scheduler.total_steps - 1:
             self.scheduler.step()
-        if self.ema is not None:
+        if self.ema is not None and not self.overflowed:
             self.ema.update_parameters(self.model)
+
+    def is_finite(self) -> bool:
+        """Whether every weight is, and every statistic of a batch norm."""
+        statistics = (buffer for name, buffer in self.model.named_buffers() if "running_" in name)
+        return all(bool(tensor.isfinite().all()) for tensor in itertools.chain(self.model.parameters(), statistics))
 
     def weights(self) -> dict[str, Any]:
         """What is needed to test this network: its trained and its averaged weights."""

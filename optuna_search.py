@@ -307,13 +307,20 @@ def database(config: Config, results: Path) -> str:
     return config.storage or f"sqlite:///{(results / 'study.db').absolute()}"
 
 
+def worker_device(name: str, worker: int) -> str:
+    """Of several accelerators, the one of a worker (counted from 0) of a study on the device called ``name``."""
+    device, count = utils.pick_device(name), torch.accelerator.device_count()
+    return f"{device.type}:{worker % count}" if device.type != "cpu" and device.index is None and count > 1 else name
+
+
 @contextlib.contextmanager
 def helpers(config: Config, url: str) -> Iterator[None]:
-    """``--workers`` less one copies of this command, which join the study; they end with the block."""
+    """``--workers`` less one copies of this command, which join the study; they end with the block. Where there are
+    several accelerators, each has its own by turns; the first is ours."""
     options = [["--storage", url], ["--workers", "1"]]
     for name in config.given:
         value = getattr(config, name)
-        if name not in ("storage", "workers", "resume", "overwrite", "params"):
+        if name not in ("storage", "workers", "resume", "overwrite", "params", "device"):
             options.append([f"--{name}"] if value is True else [f"--{name}", str(value)])
     if "name" not in config.given:
         options.append(["--name", config.name])
@@ -322,7 +329,11 @@ def helpers(config: Config, url: str) -> Iterator[None]:
         torch.set_num_threads(int(threads))
     command = [sys.executable, str(Path(args.__file__).with_name("MPL.py")), *itertools.chain(*options)]
     started = [
-        subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": threads}) for _ in range(config.workers - 1)
+        subprocess.Popen(
+            [*command, "--device", worker_device(config.device, worker)],
+            env=os.environ | {"OMP_NUM_THREADS": threads},
+        )
+        for worker in range(1, config.workers)
     ]
     try:
         yield

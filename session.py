@@ -358,7 +358,7 @@ class Session:
                 start,
                 stop,
                 num_workers=self.config.num_workers,
-                pin=self.device.type == "cuda",
+                pin=self.device.type in ("cuda", "xpu"),
             )
             for batch in fresh:
                 yield batch.to(self.device, self.encode)

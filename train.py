@@ -92,7 +92,8 @@ def estimate_feedback(
 ) -> torch.Tensor:
     """The feedback h, a number without gradient: positive when the student's step improved it on the labelled images.
 
-    Called right after the step, while the gradients that made it are still in ``.grad``.
+    Called right after the step, while the gradients that made it are still in ``.grad``. A step that overflowed was not
+    taken, and says nothing.
 
     - ``loss_difference``: L_old - L_new (the paper's approximation, its appendix A, after eq. 12).
     - ``dot``: <grad L(theta'), theta - theta'>, the first-order term of the same difference. For plain gradient descent
@@ -105,7 +106,7 @@ def estimate_feedback(
         loss_old: the same before the step.
         theta_old: the student's parameters before the step.
     """
-    if kind == "none":
+    if kind == "none" or student.overflowed:
         return torch.zeros_like(loss_old)
     if kind == "loss_difference":
         with torch.no_grad():
@@ -126,7 +127,9 @@ def adamw_sensitivity(
     labels g depends on the teacher, and the chain rule goes on from here (the paper, eq. 4-6).
 
     AdamW moves each parameter by ``-lr * m_hat / (sqrt(v_hat) + eps)``, where m and v are its running means of g and
-    g^2 (Loshchilov & Hutter, arXiv 1711.05101), so its Jacobian in g is diagonal.
+    g^2 (Loshchilov & Hutter, arXiv 1711.05101), so its Jacobian in g is diagonal. It has two terms, as g moves m and v.
+    The second tends to 0 with g where all earlier gradients were 0, as those of a weight whose input is never positive:
+    there ``m_hat`` and ``sqrt(v_hat)`` are multiples of ``|g|``, and eps holds the denominator.
 
     Args:
         optimizer: just after the step, with m and v as the step left them.
@@ -144,9 +147,10 @@ def adamw_sensitivity(
         m_hat = state["exp_avg"] / correction1
         root = (state["exp_avg_sq"] / correction2).sqrt()
         denominator = root + group["eps"]
-        d_numerator = (1 - beta1) / correction1 / denominator
-        d_denominator = m_hat * (1 - beta2) * g / (correction2 * root.clamp_min(1e-30) * denominator**2)
-        sensitivities.append(-group["lr"] * (d_numerator - d_denominator) * exam_gradient)
+        d_m = (1 - beta1) / correction1 / denominator
+        d_root = (1 - beta2) / correction2 * torch.where(root > 0, g / root, 0)
+        d_v = m_hat / denominator * d_root / denominator  # in this order nothing leaves float32's range
+        sensitivities.append(-group["lr"] * (d_m - d_v) * exam_gradient)
     return sensitivities
 
 
@@ -186,7 +190,8 @@ def mpl_step(
 
     Beyond the paper, ``student_views="both"`` adds the weak views to what the student learns from, a batch with a
     ``target`` replaces what the teacher's consistency loss aims at, and a ``prior`` [C] aligns what the teacher says of
-    unlabelled images to the classes' shares.
+    unlabelled images to the classes' shares: the offset that does so is added where it gives a label, soft or hard, and
+    never to the prediction that is pulled there, so that the network itself learns the shares.
 
     Returns:
         Scalars on the device: loss_l, loss_u, mask_rate and, after the warm-up, loss_s, loss_mpl and h.
@@ -215,8 +220,10 @@ def mpl_step(
 
     loss_mpl = torch.zeros_like(loss_l)
     if step >= warmup_steps:
-        # Pseudo labels are bound once: the student learns from them, and the feedback is about them.
-        pseudo = draw_pseudo_labels(pseudo_label, t_logits_u + teacher.offset)  # [P, C]
+        # Pseudo labels are bound once: the student learns from them, and the feedback is about them, in the
+        # distribution that they are drawn from.
+        aligned_u = t_logits_u + teacher.offset  # [P, C]
+        pseudo = draw_pseudo_labels(pseudo_label, aligned_u)  # [P, C]
 
         # The student takes one step on them, between two exams on the labelled images. The first exam comes after its
         # forward pass, so that both see the same batch-norm statistics and differ by the step alone.
@@ -232,18 +239,18 @@ def mpl_step(
         # Then the teacher hears how much that helped.
         if feedback == "exact":
             settings = dict(student.optimizer.param_groups[0])
-            gradients = torch.autograd.grad(loss_s, theta, create_graph=True)
-            student.update_along(gradients)
+            gradients = student.update_along(loss_s, theta)
             loss_new = exam()
-            taken = [p.grad for p in student.parameters]
-            sensitivity = adamw_sensitivity(student.optimizer, settings, taken, student.gradient(loss_new))
             h = loss_old - loss_new.detach()
-            loss_mpl = sum((c * g).sum() for c, g in zip(sensitivity, gradients, strict=True))
+            if not student.overflowed:
+                taken = [p.grad for p in student.parameters]
+                sensitivity = adamw_sensitivity(student.optimizer, settings, taken, student.gradient(loss_new))
+                loss_mpl = sum((c * g).sum() for c, g in zip(sensitivity, gradients, strict=True))
         else:
             student.update(loss_s)
             h = estimate_feedback(feedback, student, exam, loss_old, theta)
             distributed.average([h])  # every process's teacher hears the same
-            loss_mpl = h * F.cross_entropy(t_logits_u, pseudo)
+            loss_mpl = h * F.cross_entropy(aligned_u, pseudo)
         measured |= {"loss_s": loss_s, "loss_mpl": loss_mpl, "h": h}
 
     # Beyond the paper: from the next step on, its predictions lie a little nearer to the classes' shares.
@@ -299,7 +306,10 @@ class Meter:
 
     first_bad: torch.Tensor | None = None  # the step at which a measurement was not finite first; -1 if all were
 
-    def add(self, step: int, measured: Measurements) -> None:
+    def add(self, step: int, measured: Measurements, overflowed: bool = False) -> None:
+        """Note what a step measured. One that ``overflowed`` in half precision was not taken, and may not be finite."""
+        if overflowed and not sum(measured.values()).isfinite():
+            return
         for key, value in measured.items():
             self.sums[key] = self.sums.get(key, 0) + value
             self.counts[key] = self.counts.get(key, 0) + 1
@@ -308,24 +318,37 @@ class Meter:
         self.first_bad = found if self.first_bad is None else torch.where(self.first_bad < 0, found, self.first_bad)
 
     def require_finite(self, learners: Mapping[str, Learner]) -> None:
-        """See that everything measured and every weight is finite.
+        """See that everything measured and every weight is finite, and that half precision is not left for good.
 
         Raises:
             DivergedError: naming the step and the learning rates.
         """
         rates = ", ".join(f"{name} {learner.lr:.2g}" for name, learner in learners.items())
-        advice = f"(learning rate: {rates}); the last finite state is kept: lower --lr and use another --name"
+        half = any(learner.precision == torch.float16 for learner in learners.values())
+        remedy = "lower --lr or use --amp bf16 or off," if half else "lower --lr"
+        advice = f"(learning rate: {rates}); the last finite state is kept: {remedy} and use another --name"
         if self.first_bad is not None and (step := int(self.first_bad)) >= 0:
             raise DivergedError(f"the loss of step {step + 1} is not finite {advice}")
         for name, learner in learners.items():
-            if not all(weight.isfinite().all() for weight in learner.model.parameters()):
+            if not learner.is_finite():
                 raise DivergedError(f"the weights of the {name} are no longer finite {advice}")
+            if learner.scaler.get_scale() < 1:  # halved at every overflow
+                raise DivergedError(f"the gradients of the {name} are not finite in float16 {advice}")
 
     def clear(self) -> None:
         self.sums.clear()
         self.counts.clear()
 
     def means(self) -> dict[str, float]:
+        """Of everything measured.
+
+        Raises:
+            DivergedError: nothing was, since every step overflowed.
+        """
+        if not self.counts:
+            raise DivergedError(
+                "no step of an epoch had a finite loss in float16: use --amp bf16 or off, another --name"
+            )
         return {key: float(total) / self.counts[key] for key, total in self.sums.items()}
 
 
@@ -362,7 +385,7 @@ def fit(
         seed_torch(seed, "step", number, *distributed.own())
         measured = step(*(learners[name] for name in players), next(batches), number)
         distributed.average([*measured.values()])
-        meter.add(number, measured)
+        meter.add(number, measured, any(learners[name].overflowed for name in players))
         if (number + 1) % steps_per_epoch == 0:
             meter.require_finite(learners)
             on_epoch(epoch, players, meter.means())

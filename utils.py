@@ -108,20 +108,42 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called ``name``; ``auto`` is the accelerator if a working one is there, else the CPU.
+    """The device called ``name``, made ready; ``auto`` is the accelerator if a working one is there, else the CPU.
 
     Raises:
         UsageError: no such device here.
     """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts, and needed for equal results
     if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {name}: not usable here ({reason}); use auto or cpu") from error
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    else:
+        try:
+            device = torch.device(name)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"--device {name}: not usable here ({reason}); use auto or cpu") from error
+    if device.type != "cpu":
+        if device.index is not None:
+            torch.accelerator.set_device_index(device.index)
+        compute_alike()
     return device
+
+
+def compute_alike() -> None:
+    """Have an accelerator compute what a CPU does as nearly as it can: the same numbers each time, and float32 in
+    float32, where convolutions would be in TF32, of ten bits.
+
+    Some operations PyTorch can only do in an order that varies (the gradients of attention and of adaptive pooling):
+    these stay as they are.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a search for faults, not for equal results
+    warnings.filterwarnings("ignore", message="(?s).*determinis")
+    with warnings.catch_warnings():  # that there are newer switches, which torch.export does not understand
+        warnings.simplefilter("ignore")
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
 
 
 def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
@@ -151,7 +173,8 @@ def processor_is_fast_in_bf16() -> bool:
 
 def versions(device: torch.device) -> dict[str, str]:
     """What a run's figures may depend on beside its options."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
+    named = getattr(torch.get_device_module(device), "get_device_name", None)  # the CPU's and Apple's have none
+    name = named(device) if named else f"{os.cpu_count()} cores"
     return {
         "Python": platform.python_version(),
         "PyTorch": str(torch.__version__),
@@ -603,20 +626,33 @@ class Signals:
 # Faults that have one meaning wherever they come up
 
 
+OUT_OF_MEMORY = (  # how an error's text says so: CUDA's, ROCm's and Apple's, cuBLAS's and cuDNN's, Intel's, the CPU's
+    *("out of memory", "invalid buffer size", "alloc_failed", "allocation_failed"),
+    *("out_of_device_memory", "out_of_host_memory", "out_of_resources"),
+    *("allocate memory", "not enough memory", "bad_alloc"),
+)
+
+
+def is_want_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out, the processor's or an accelerator's."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in text for words in OUT_OF_MEMORY)
+
+
 @contextlib.contextmanager
 def resources_explained(batch_size: int) -> Iterator[None]:
     """Turn running out of memory, disk, permission or loader workers into a :class:`ResourceError` with advice."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ResourceError(f"out of memory at --batch_size {batch_size}: lower it or --img_size") from error
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         if "DataLoader worker" in str(error):  # raised by a signal handler, wherever the main process is
             raise ResourceError(
                 "a loader's worker process died, perhaps for want of memory: --resume with fewer --num_workers"
             ) from error
-        if "can't allocate memory" not in str(error):  # how a CPU tensor runs out of it
-            raise
-        raise ResourceError(f"out of memory at --batch_size {batch_size}: lower it or --img_size") from error
-    except OSError as error:
-        raise ResourceError(f"{error.filename or 'system'}: {error.strerror or error}") from error
+        if is_want_of_memory(error):
+            raise ResourceError(f"out of memory at --batch_size {batch_size}: lower it or --img_size") from error
+        if isinstance(error, OSError):
+            raise ResourceError(f"{error.filename or 'system'}: {error.strerror or error}") from error
+        raise

@@ -15,6 +15,7 @@ from conftest import ROOT, TINY, Cli, make_folder
 
 import args
 import distributed
+import utils
 
 FIGURES = ("loss_l", "loss_u", "loss_mpl", "mask_rate", "h", "loss_s", "val_loss", "val_accuracy", "lr")
 STEPWISE = [*TINY, "--num_labels_percent", "20", "--steps_per_epoch", "1"]  # so that an epoch's means are a step's
@@ -60,14 +61,17 @@ STEPS = """
 import json, sys
 sys.path[:0] = [sys.argv[1]]
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 import distributed, models, train
 from data import Batch
 
 def learner(name, seed, ema):
     torch.manual_seed(seed)
-    body = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Tanh(), nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5))
-    network = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)).double()
+    first = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Tanh())
+    body = nn.Sequential(first, nn.Conv2d(6, 5, 3), BatchNormAct2d(5, act_layer=nn.Softplus, inplace=False))
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(5))
+    network = nn.Sequential(body, pooled, nn.Linear(5, 3)).double()
     made = models.Learner(name, network, updates=12, lr=0.02, weight_decay=0.05, ema=ema)
     made._forward = lambda model, x: model(x)  # keep float64
     return made
@@ -263,6 +267,7 @@ def test_processes_agree_on_which_images_are_gone_at_the_end(tmp_path):
 
 
 def test_what_processes_cannot_share_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for options in (["--optuna_mode", "--name", "a"], []):
         with pytest.raises(SystemExit):
@@ -280,3 +285,41 @@ def test_alone_nothing_is_changed():
     assert distributed.gathered(lambda rows: [torch.from_numpy(rows)], np.arange(3), "cpu")[0].tolist() == [0, 1, 2]
     assert distributed.synced(model := torch.nn.BatchNorm2d(2), torch.device("cpu")) is model
     assert type(model) is torch.nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batch_norms_keep_their_activations_when_they_are_shared(monkeypatch, device):
+    from timm.layers import BatchNormAct2d
+
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), BatchNormAct2d(4), torch.nn.BatchNorm2d(4)).eval()
+    x = torch.randn(2, 3, 5, 5)
+    expected = model(x)
+    keys = list(model.state_dict())
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    shared_model = distributed.synced(model, torch.device(device))
+    norm = torch.nn.SyncBatchNorm if device == "cuda" else distributed.SyncedBatchNorm
+    assert [isinstance(module, norm) for module in shared_model] == [False, True, True]
+    assert isinstance(shared_model[1].act, torch.nn.ReLU)
+    torch.testing.assert_close(shared_model(x), expected)
+    assert (expected != model[0](x)).any()
+    assert list(shared_model.state_dict()) == keys
+
+
+def test_a_batch_norm_of_another_kind_is_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    with pytest.raises(utils.UsageError, match="BatchNorm3d cannot be shared"):
+        distributed.synced(torch.nn.BatchNorm3d(2), torch.device("cuda"))
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_each_process_has_an_accelerator_of_its_own(monkeypatch, kind):
+    plain = torch.device(kind)
+    assert distributed.local_device(plain) == plain
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert distributed.local_device(plain) == torch.device(kind, 1)
+    assert distributed.local_device(torch.device("cpu")) == torch.device("cpu")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    with pytest.raises(utils.UsageError, match="more processes here than the 1 there are"):
+        distributed.local_device(plain)

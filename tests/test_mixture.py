@@ -97,3 +97,27 @@ def test_neighbours_lend_each_other_their_labels(monkeypatch):
     second = 0.8
     third = torch.tensor([0.2 * 0.5 + 0.8 * second])
     assert torch.allclose(mixed[:, 0], torch.cat([torch.tensor([1.0, second]), third]), atol=1e-6)
+
+
+def test_roots_are_taken_of_what_a_feature_is_above_its_lowest():
+    """Features less their means, as a layer norm gives them, say what they said."""
+    features, truth = groups()
+    features = (features - features.amin(0)).clamp_min(0)  # as after a ReLU: each is zero somewhere
+    labels = some_labels(truth, (5, 3, 2))
+    signed = features - features.mean(0)
+    p, q = (mixture.posterior(lambda rows, x=x: x[rows], labels, 3, SHARES) for x in (features, signed))
+    assert torch.allclose(p, q, atol=1e-3)
+    assert (p.argmax(-1) == torch.from_numpy(truth)).float().mean() > 0.9
+
+
+def test_features_that_are_never_negative_are_normalised_as_they_stand():
+    features = groups()[0]
+    roots = (features + mixture.EPSILON).sqrt()
+    z = torch.nn.functional.normalize(roots - roots.mean(0), dim=-1)
+    assert torch.equal(mixture.normaliser(features)(features), z - z.mean(0))
+
+
+def test_features_that_are_all_the_same_are_no_trouble():
+    labels = some_labels(groups(20)[1], (2, 2, 2))
+    p = mixture.posterior(lambda rows: torch.zeros(len(rows), 4), labels, 3, SHARES)
+    assert torch.allclose(p[labels < 0], SHARES.expand(14, 3), atol=0.15)

@@ -201,3 +201,69 @@ def test_unknown_models_and_impossible_sizes_are_refused():
         models.build_backbone("resnet_of_dreams", "none", 64, seed=0)
     with pytest.raises(UsageError, match="--img_size 16"):
         models.build_backbone("alexnet", "none", 16, seed=0)
+
+
+@pytest.mark.parametrize(("name", "size"), [("googlenet", 64), ("inception_v3", 80)])
+def test_an_inception_networks_weights_see_what_torchvision_shows_them(name, size, monkeypatch, tmp_path):
+    """Downloaded or from a file; nothing of the auxiliary heads is left."""
+    from torchvision import models as vision
+
+    torch.manual_seed(0)
+    state = vision.get_model(name, weights=None, aux_logits=True, init_weights=False).state_dict()
+    monkeypatch.setattr(vision.WeightsEnum, "get_state_dict", lambda *_, **__: state)
+    weights = vision.get_model_weights(name).DEFAULT
+    reference = vision.get_model(name, weights=weights).eval()
+    reference.fc = nn.Identity()
+    x, transforms = images(2, size), weights.transforms()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (transforms.mean, transforms.std))
+    torch.save(state, tmp_path / "w.pth")
+    with torch.inference_mode():
+        expected = reference((x / 255 - mean) / std)
+        for given in ("default", str(tmp_path / "w.pth")):
+            body = models.build_backbone(name, given, size, seed=0).body
+            torch.testing.assert_close(body(x), expected, rtol=1e-3, atol=1e-4)
+            assert body.train()(x).shape == expected.shape
+            assert not any("aux" in key.lower() for key in body.state_dict())
+
+
+def test_a_transformer_is_made_for_the_size_that_is_asked_for():
+    backbone = models.build_backbone("deit_tiny_patch16_224", "none", 64, seed=0)
+    with torch.inference_mode():
+        assert backbone.body(images(2, 64)).shape == (2, 192)
+
+
+@pytest.mark.parametrize(("name", "size", "made_for"), [("vit_b_16", 64, 224), ("halo2botnet50ts_256", 96, 256)])
+def test_a_size_that_a_network_cannot_take_is_refused_with_one_that_it_can(name, size, made_for):
+    with pytest.raises(UsageError) as error:
+        models.build_backbone(name, "none", size, seed=0)
+    assert str(error.value).startswith(f"--img_size {size}: {name} cannot take images of this size (")
+    assert str(error.value).endswith(f"; it was made for --img_size {made_for}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_format"),
+    [
+        ("wrn_10_1", torch.channels_last),
+        ("efficientnet_lite0", torch.channels_last),
+        ("deit_tiny_patch16_224", torch.contiguous_format),
+    ],
+)
+def test_the_channels_come_last_where_there_are_convolutions(name, memory_format):
+    body = models.build_backbone(name, "none", 32, seed=0).body
+    assert body[0](images(2)).is_contiguous(memory_format=memory_format)
+    convolution = next(
+        module for module in body.modules() if isinstance(module, nn.Conv2d) and module.kernel_size > (1, 1)
+    )
+    assert convolution.weight.is_contiguous(memory_format=memory_format)
+
+
+def test_features_out_of_float16s_range_are_refused():
+    body = nn.Sequential(models.Normalize((0.0,) * 3, (1.0,) * 3), nn.Flatten(), nn.Linear(48, 2))
+    with torch.no_grad():
+        body[2].weight.fill_(1e4)
+    backbone = models.Backbone("wide", body, 2, 4)
+    white = torch.full((3, 3, 4, 4), 255, dtype=torch.uint8)
+    assert models.Encoder(backbone, torch.device("cpu"), torch.bfloat16)(white).isfinite().all()
+    with pytest.raises(UsageError, match="--amp bf16 or off"):
+        models.Encoder(backbone, torch.device("cpu"), torch.float16)(white)

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import optuna
 import pytest
+import torch
 from conftest import ROOT, TINY
 
 import args
@@ -235,3 +236,37 @@ def test_a_databases_password_is_never_shown_or_saved():
     given = config(storage="postgresql://me:se@cret@host:5432/x")
     assert given.options()["storage"] == "postgresql://me:***@host:5432/x"
     assert "cret" not in given.describe()
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "expected"),
+    [("auto", 3, ["cuda:1", "cuda:2", "cuda:0"]), ("auto", 1, ["auto"] * 3), ("cuda:1", 3, ["cuda:1"] * 3)],
+)
+def test_workers_take_turns_at_the_accelerators(monkeypatch, device, count, expected):
+    started = []
+
+    class Process:
+        def __init__(self, command, env):
+            started.append(command[command.index("--device") + 1])
+            assert command.count("--device") == 1
+
+        def wait(self, timeout=None):
+            pass
+
+        terminate = wait
+
+    monkeypatch.setattr(optuna_search.subprocess, "Popen", Process)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+    monkeypatch.setattr(utils, "pick_device", lambda name: torch.device("cuda" if name == "auto" else name))
+    threads = torch.get_num_threads()
+    with optuna_search.helpers(config(workers=4, device=device), "sqlite://"):
+        torch.set_num_threads(threads)
+    assert started == expected
+
+
+def test_a_worker_on_another_device_may_join(tmp_path):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    optuna_search.Budget(config(), url)
+    optuna_search.Budget(config(device="cuda:1"), url)
+    with pytest.raises(utils.CheckpointError, match="--seed 7"):
+        optuna_search.Budget(config(seed=7), url)

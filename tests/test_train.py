@@ -57,6 +57,9 @@ def cosine(a, b):
     return float(F.cosine_similarity(a, b, dim=0))
 
 
+OFFSETS = (0.0, (1.5, -1.0, 0.3))  # of the teacher's alignment
+
+
 def mpl_gradients(teacher, batch, feedback, lr, draws):
     """What the feedback term alone adds to the teacher's gradient in real ``mpl_step``s with sampled labels."""
     student = learner("student", lr=lr, seed=1)
@@ -72,7 +75,7 @@ def mpl_gradients(teacher, batch, feedback, lr, draws):
 def exact_expected_gradient(teacher, batch, lr):
     """The gradient in the teacher of the student's expected labelled loss, over every label the teacher may draw."""
     student = learner("student", lr=lr, seed=1)
-    probabilities = teacher(batch.x_us).softmax(-1)
+    probabilities = (teacher(batch.x_us) + teacher.offset).softmax(-1)
     expected = 0
     for labels in itertools.product(range(C), repeat=len(batch.x_us)):
         pseudo = F.one_hot(torch.tensor(labels), C).double()
@@ -81,10 +84,12 @@ def exact_expected_gradient(teacher, batch, lr):
     return gradient(expected, teacher)
 
 
+@pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("feedback", ["loss_difference", "dot"])
-def test_the_teachers_gradient_is_the_exact_meta_gradient(feedback):
+def test_the_teachers_gradient_is_the_exact_meta_gradient(feedback, offset):
     batch, lr = make_batch(), 0.05
     teacher = learner("teacher", seed=2)
+    teacher.offset = torch.tensor(offset, dtype=torch.float64)
     torch.manual_seed(5)
     draws = mpl_gradients(teacher, batch, feedback, lr, draws=1000)
     exact = exact_expected_gradient(teacher, batch, lr)
@@ -146,12 +151,14 @@ def test_h_is_positive_when_the_student_improved():
     assert float(train.mpl_step(teacher, student, batch, 0, lambda_u=0.0)["h"]) > 0
 
 
-def test_exact_equals_automatic_differentiation_through_the_adamw_step():
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_exact_equals_automatic_differentiation_through_the_adamw_step(offset):
     """Against torch's own differentiable AdamW, at a state left by earlier steps."""
     from torch.optim.adamw import adamw
 
     batches = [make_batch(n_u=5, seed=seed) for seed in range(4)]
     teacher = learner("t", seed=2)
+    teacher.offset = torch.tensor(offset, dtype=torch.float64)
     student = learner("s", lr=0.05, seed=1, optimizer=torch.optim.AdamW)
     for batch in batches[:3]:
         train.mpl_step(teacher, student, batch, 0, feedback="exact", pseudo_label="soft")
@@ -162,7 +169,7 @@ def test_exact_equals_automatic_differentiation_through_the_adamw_step():
     moments = [
         [state[p][key].clone().double() for p in student.parameters] for key in ("exp_avg", "exp_avg_sq", "step")
     ]
-    soft = teacher(batch.x_us).softmax(-1)
+    soft = (teacher(batch.x_us) + teacher.offset).softmax(-1)
     grads = torch.autograd.grad(F.cross_entropy(student(batch.x_us), soft), student.parameters, create_graph=True)
     beta1, beta2 = group["betas"]
     adamw(
@@ -192,6 +199,185 @@ def test_exact_equals_automatic_differentiation_through_the_adamw_step():
     torch.testing.assert_close(seen["gradient"], truth, rtol=1e-6, atol=1e-12)
     for p, copied in zip(student.parameters, copies, strict=True):
         torch.testing.assert_close(p.detach(), copied.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_sensitivity_of_an_adamw_step_where_there_was_no_gradient(dtype):
+    """Against differences of the step worked by hand, from m = v = 0, and after a first gradient of 0.5."""
+    first, then = (0.0, 0.0, 0.0, 0.5), (0.0, 1e-25, 1e-10, 0.3)
+    p = nn.Parameter(torch.zeros(4, dtype=dtype))
+    optimizer = torch.optim.AdamW([p], lr=0.1, weight_decay=0)
+    for gradient in (first, then):
+        p.grad = torch.tensor(gradient, dtype=dtype)
+        optimizer.step()
+    (found,) = train.adamw_sensitivity(optimizer, optimizer.param_groups[0], [p.grad], [torch.ones(4, dtype=dtype)])
+
+    def step(g0, g):
+        m, v = 0.9 * 0.1 * g0 + 0.1 * g, 0.999 * 0.001 * g0**2 + 0.001 * g**2
+        return -0.1 * m / (1 - 0.9**2) / (math.sqrt(v / (1 - 0.999**2)) + 1e-8)
+
+    slopes = []
+    for g0, g in zip(first, then, strict=True):
+        d = 1e-6 if g0 else 1e-13
+        slopes.append((step(g0, g + d) - step(g0, g - d)) / (2 * d))
+    assert found.tolist() == pytest.approx(slopes, rel=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_feature_that_is_always_zero_changes_nothing_in_exact_feedback(dtype):
+    seen = []
+    for extra in (0, 1):
+        student = learner("s", lr=0.05, seed=1, optimizer=torch.optim.AdamW, model=nn.Linear(4 + extra, C))
+        with torch.no_grad():
+            student.model.weight[:, :4] = torch.linspace(-1, 1, 12).view(C, 4)
+            student.model.bias.zero_()
+        student.model.to(dtype)
+        teacher = learner("t", seed=2)
+        teacher.model.to(dtype)
+        teacher._forward = lambda network, x: network(x[:, :4])
+        teacher.update = lambda loss, teacher=teacher: seen.append(gradient(loss, teacher))
+        for seed in range(3):
+            batch = make_batch(n_u=5, seed=seed)
+            pad = [F.pad(x, (0, extra)).to(dtype) for x in (batch.x_l, batch.x_uw, batch.x_us)]
+            batch = Batch(pad[0], batch.y_l, *pad[1:])
+            train.mpl_step(teacher, student, batch, 0, feedback="exact", pseudo_label="soft")
+    for without, with_it in zip(seen[:3], seen[3:], strict=True):
+        assert with_it.isfinite().all()
+        torch.testing.assert_close(with_it, without)
+
+
+def half_precision(name, seed, **kwargs):
+    """A learner that scales its losses as in float16, and whose first gradients are out of range."""
+    torch.manual_seed(seed)
+    made = Learner(name, nn.Linear(4, C), updates=6, lr=0.05, **kwargs)
+    made.scaler = torch.amp.GradScaler("cpu", init_scale=torch.finfo(torch.float32).max)
+    return made
+
+
+def single(batch):
+    """In float32, and large enough for gradients above 1, which overflow at the largest scale."""
+    return Batch(*(10 * x.float() if x.is_floating_point() else x for x in batch[:4]))
+
+
+FEEDBACKS = ["loss_difference", "dot", "cosine", "exact", "none"]
+
+
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+def test_the_scale_of_a_loss_changes_nothing(feedback):
+    ends = []
+    for scale in (1.0, 2.0**10):
+        learners = [learner(name, seed=seed, optimizer=torch.optim.AdamW) for seed, name in enumerate("ts")]
+        for made in learners:
+            made.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        label = "soft" if feedback == "exact" else "hard"
+        measured = [
+            train.mpl_step(*learners, make_batch(n_u=5, seed=seed), seed, feedback=feedback, pseudo_label=label)
+            for seed in range(3)
+        ]
+        ends.append([float(one[key]) for one in measured for key in ("h", "loss_mpl")])
+        ends[-1] += [float(value) for made in learners for value in train.flatten(made.parameters)]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+@pytest.mark.filterwarnings("error")
+def test_a_step_that_overflows_is_not_taken_and_says_nothing(feedback):
+    batch, label = single(make_batch(n_u=5)), "soft" if feedback == "exact" else "hard"
+    teacher, student = half_precision("t", 1), half_precision("s", 2, ema=0.5)
+    before = train.flatten([*teacher.parameters, *student.parameters])
+    measured = train.mpl_step(teacher, student, batch, 0, feedback=feedback, pseudo_label=label)
+    assert teacher.overflowed
+    assert student.overflowed
+    assert measured["h"] == measured["loss_mpl"] == 0
+    assert all(value.isfinite() for value in measured.values())
+    assert torch.equal(before, train.flatten([*teacher.parameters, *student.parameters]))
+    assert student.ema.n_averaged == 0
+    for made in (teacher, student):
+        made.scaler.update(1024.0)
+    for step in range(1, 6):
+        measured = train.mpl_step(teacher, student, batch, step, feedback=feedback, pseudo_label=label)
+        assert not teacher.overflowed
+        assert not student.overflowed
+        assert (measured["h"] != 0) == (feedback != "none")
+    assert student.lr == teacher.lr == pytest.approx(0.05 / 25 / 1e4)  # the schedule ends at its floor all the same
+
+
+def test_an_exams_gradient_that_overflows_says_nothing():
+    student = half_precision("s", 2)
+    x = 10 * torch.ones(3, 4)
+    gradients = student.gradient(F.cross_entropy(student.examine(x), torch.tensor([0, 1, 2])))
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
+    assert student.scaler.get_scale() == torch.finfo(torch.float32).max / 2
+
+
+def supervise(made, batches):
+    """The means of an epoch of these batches."""
+    seen = []
+    train.fit(
+        {"student": made},
+        iter(batches),
+        train.supervised_step,
+        train.fixed_roles("student"),
+        steps=range(len(batches)),
+        steps_per_epoch=len(batches),
+        seed=0,
+        meter=train.Meter(),
+        on_epoch=lambda epoch, players, means: seen.append(means),
+    )
+    return seen[0]
+
+
+def test_overflow_in_half_precision_is_no_divergence_unless_it_stays():
+    from utils import DivergedError
+
+    batch = single(make_batch())
+    lost = batch._replace(x_l=batch.x_l * torch.inf)  # its loss is not finite
+    made = half_precision("student", 1)
+    assert math.isfinite(supervise(made, [lost, *[batch] * 5])["loss_l"])
+    with pytest.raises(DivergedError, match=r"float16.* --amp"):
+        supervise(half_precision("student", 1), [lost] * 4)
+    made = half_precision("student", 1)
+    made.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    made.precision = torch.float16
+    made.parameters[0].register_hook(lambda gradient: gradient * torch.inf)
+    made._forward = lambda network, x: network(x)
+    with pytest.raises(DivergedError, match=r"gradients of the student are not finite in float16 .*--amp"):
+        supervise(made, [batch] * 6)
+
+
+def test_statistics_that_are_not_finite_are_divergence():
+    from utils import DivergedError
+
+    made = learner("student", model=nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, C)))
+    train.Meter().require_finite({"student": made})
+    made.model[1].running_var[2] = torch.inf
+    with pytest.raises(DivergedError, match="weights of the student"):
+        train.Meter().require_finite({"student": made})
+
+
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+def test_a_weight_that_no_loss_depends_on_is_no_trouble(feedback):
+    class Spare(nn.Sequential):
+        def forward(self, x):
+            return self[0](x)
+
+    label = "soft" if feedback == "exact" else "hard"
+    h = []
+    for kind, spare in ((nn.Sequential, []), (Spare, [nn.Linear(2, 2)])):
+        torch.manual_seed(0)
+        student = learner("s", optimizer=torch.optim.AdamW, model=kind(nn.Linear(4, C), *spare))
+        teacher = learner("t", seed=2)
+        h.append(train.mpl_step(teacher, student, make_batch(n_u=3), 0, feedback=feedback, pseudo_label=label)["h"])
+        assert all(p.grad is not None for p in student.parameters)
+    assert h[0] == pytest.approx(float(h[1]))
+
+
+def test_a_single_update_is_made_at_the_learning_rate_that_was_given():
+    made = Learner("s", nn.Linear(4, C), updates=1, lr=0.1)
+    rates = []
+    made.optimizer.register_step_pre_hook(lambda *_: rates.append(made.lr))
+    made.update(made(torch.ones(2, 4)).square().sum())
+    assert rates == [0.1]
 
 
 def test_consistency_losses_have_the_gradient_worked_out_by_hand():
@@ -439,6 +625,21 @@ def test_a_target_replaces_the_teachers_own_prediction_of_the_weak_view():
     assert float(train.mpl_step(teacher, student, batch, 0, warmup_steps=1)["loss_u"]) != pytest.approx(
         float(expected.detach())
     )
+
+
+def test_the_alignment_moves_what_is_aimed_at_and_not_what_is_pulled_there():
+    """So the network itself learns the classes' shares, and predicts them without the offset."""
+    batch = make_batch(n_u=5)
+    target = torch.tensor([[0.7, 0.2, 0.1]] * 5, dtype=torch.float64)
+    teacher, student = learner("teacher"), learner("student", seed=1)
+    teacher.offset = torch.tensor([2.0, -1.0, 0.0], dtype=torch.float64)
+    logits_us = teacher.model(batch.x_us).detach()
+    p, mask = train.soft_target(teacher.model(batch.x_uw) + teacher.offset, 1.05, 0.4)
+    for given, aim, counted in ((batch, p, mask), (batch._replace(target=target), target, torch.ones(5))):
+        teacher, student = learner("teacher"), learner("student", seed=1)
+        teacher.offset = torch.tensor([2.0, -1.0, 0.0], dtype=torch.float64)
+        measured = train.mpl_step(teacher, student, given, 0, threshold=0.4)
+        assert float(measured["loss_u"]) == pytest.approx(float(train.consistency_loss("CE", logits_us, aim, counted)))
 
 
 def test_a_student_of_both_views_learns_from_the_weak_ones_as_well():

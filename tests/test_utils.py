@@ -1,5 +1,6 @@
 """Checkpoints, the run folder, seeds, paths."""
 
+import errno
 import os
 import random
 import signal
@@ -224,3 +225,70 @@ def test_auto_is_bf16_on_processors_that_are_faster_in_it(monkeypatch, amx, bf16
     monkeypatch.setattr(utils.Path, "read_text", lambda path: f"vendor_id\t: {vendor}\n")
     assert utils.pick_precision("auto", torch.device("cpu")) == precision
     assert utils.pick_precision("off", torch.device("cpu")) is None
+
+
+@pytest.fixture
+def switches():
+    """What PyTorch's switches are, put back afterwards."""
+    conv = torch.backends.cudnn.allow_tf32
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.backends.cudnn.allow_tf32 = conv
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_accelerator_computes_the_same_each_time_and_float32_in_float32(monkeypatch, switches):
+    def in_tf32():
+        return "tf32" in (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    assert utils.pick_device("cpu") == torch.device("cpu")
+    assert not torch.are_deterministic_algorithms_enabled()  # which would only cost: a CPU's results are equal anyway
+    assert in_tf32()
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    assert utils.pick_device("auto") == torch.device("cuda")
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert not in_tf32()
+    torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))  # which reads the older switches
+
+
+class OnAnAccelerator(torch.OutOfMemoryError):
+    pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OnAnAccelerator("XPU out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported asynchronously"),
+        RuntimeError("HIP out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, other allocations: 1.00 GB)"),
+        RuntimeError("Invalid buffer size: 12.21 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
+        RuntimeError("level_zero backend failed with error: 40 (UR_RESULT_ERROR_OUT_OF_RESOURCES)"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you tried to"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12"),
+        RuntimeError("unable to mmap 8 bytes from file </torch_1>: Cannot allocate memory (12)"),
+        RuntimeError("std::bad_alloc"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_want_of_memory_is_explained_on_every_device(error):
+    with pytest.raises(utils.ResourceError, match="out of memory at --batch_size 8"), utils.resources_explained(8):
+        raise error
+
+
+def test_other_errors_are_no_want_of_memory():
+    with pytest.raises(RuntimeError, match="size of tensor"), utils.resources_explained(8):
+        raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
+    with pytest.raises(utils.ResourceError, match=r"x\.png: Permission denied"), utils.resources_explained(8):
+        raise PermissionError(errno.EACCES, "Permission denied", "x.png")
+    with pytest.raises(utils.ResourceError, match="fewer --num_workers"), utils.resources_explained(8):
+        raise RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error. ... out of shared memory")
