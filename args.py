@@ -579,8 +579,8 @@ def _check_shared(config: Config, processes: int) -> None:
             raise ValueError(f"--{option} {getattr(config, option)}: must be a multiple of the {processes} processes")
 
 
-FOLDER_NAME = r"[^/\\:*?\"<>|\x00-\x1f]*[^/\\:*?\"<>|\x00-\x1f. ]"  # as Windows has it, the strictest
-RESERVED = r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?"
+# What a run's folder may be called; Windows gives a colon and a dot at the end meanings of their own.
+PLAIN_NAME = r"[^/\\\0]+" if os.name != "nt" else r"[^/\\:*?\"<>|\x00-\x1f]*[^/\\:*?\"<>|\x00-\x1f. ]"
 
 
 def _check_together(config: Config) -> None:
@@ -598,8 +598,8 @@ def _check_together(config: Config) -> None:
         raise ValueError("--resume needs --name: which run to go on with")
     if config.resume and config.test_mode:
         raise ValueError("--resume goes with training and tuning only")
-    if config.name is not None and (not re.fullmatch(FOLDER_NAME, config.name) or re.fullmatch(RESERVED, config.name)):
-        raise ValueError(f"--name {config.name!r}: no name of a folder on every system; use letters, digits, - and _")
+    if (config.name is not None and not re.fullmatch(PLAIN_NAME, config.name)) or config.name in (".", ".."):
+        raise ValueError(f"--name {config.name!r}: must be a plain name, without slashes")
     if config.num_labels_percent == 0:
         raise ValueError("--num_labels_percent 0: at least one label a class is needed, as in 3")
     if config.val_percent + config.test_percent > 90:

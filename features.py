@@ -69,20 +69,24 @@ class FeatureCache(FeatureSource):
     def __call__(self, kind: str, indices: Sequence[int], draws: Sequence[int]) -> torch.Tensor:
         indices, draws = np.asarray(indices), np.asarray(draws)
         rows = self.rows[indices]
-        features = np.empty((len(indices), self.encoder.n_features), dtype=np.float16)
+        features = np.empty((len(indices), self.encoder.n_features), dtype=np.float32)
         missing = np.zeros(len(indices), dtype=bool)
         for draw in np.unique(draws):
             here = draws == draw
             missing[here], features[here] = self._read(self._table(kind, draw), rows[here])
         if missing.any():
             fresh = super().__call__(kind, indices[missing], draws[missing])
-            features[missing] = fresh.cpu().numpy().astype(np.float16)
-            for i in np.flatnonzero(missing):
+            exact = fresh.cpu().numpy()
+            with np.errstate(over="ignore"):
+                rounded = exact.astype(np.float16)
+            keep = np.isfinite(rounded).all(1)  # beyond 65,504 there is no float16: such features are not kept
+            features[missing] = np.where(keep[:, None], rounded, exact)
+            for i, row, finite in zip(np.flatnonzero(missing), rounded, keep, strict=True):
                 table = self.tables[self._table(kind, draws[i])]
-                if table is not None:
-                    table["features"][rows[i]] = features[i]
-                    table["check"][rows[i]] = _check(features[i])
-        return torch.from_numpy(features).to(self.encoder.device).float()
+                if table is not None and finite:
+                    table["features"][rows[i]] = row
+                    table["check"][rows[i]] = _check(row)
+        return torch.from_numpy(features).to(self.encoder.device)
 
     def _read(self, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which rows of a table are missing, [n] bool, and the rows, [n, D] float16."""

@@ -1,6 +1,5 @@
 """From a folder to decoded images: finding the files, checking that each can be read, reading them."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib

@@ -411,7 +411,7 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None]) ->
         _sync_folder(path.parent)
     except OSError as error:
         raise ResourceError(
-            f"cannot write {path}: {error.strerror}; free space or permissions, then --resume"
+            f"cannot write {path}: {error.strerror}; free space or give permission; a training goes on with --resume"
         ) from error
     finally:
         with contextlib.suppress(OSError):
