@@ -181,10 +181,16 @@ class Session:
         self.mixtures: dict[tuple[bytes, bool], tuple[np.ndarray, torch.Tensor]] = {}  # of which labels, whose shares
         self.frozen = config.trainable == "head"
         seed = saved["backbone"]["seed"] if saved else config.seed
-        # A checkpoint of a network that learned as a whole holds all its weights.
-        self.weights = "none" if saved and not self.frozen else config.weights
+        kept = (last or saved or {}).get("backbone", {}).get("weights")
+        # A checkpoint of a network that learned as a whole holds all its weights, and so does one whose frozen weights
+        # came from a file.
+        self.weights = "none" if kept or (saved and not self.frozen) else config.weights
         self.backbone = models.build_backbone(config.model_name, self.weights, config.img_size, seed)
-        self.backbone_state = {"name": self.backbone.name, "seed": seed, "fingerprint": None}
+        if kept:
+            self.backbone.body.load_state_dict(kept)
+        elif self.frozen and config.weights not in ("default", "none"):
+            kept = self.backbone.body.state_dict()
+        self.backbone_state = {"name": self.backbone.name, "seed": seed, "fingerprint": None, "weights": kept}
         self.preparation = preparation(config, index, self.backbone, last or saved)
         self.notes = notes
         if self.preparation.value_range:

@@ -1,6 +1,7 @@
 """The command line: defaults, refusals, help."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 import time
@@ -145,3 +146,13 @@ def test_a_test_is_described_without_what_it_does_not_use():
     text = args.configure(test_mode=True, load_path="exp").describe()
     assert "num_epochs" not in text
     assert "model_name=" in text
+
+
+def test_a_rank_in_the_environment_silences_no_run_that_torchrun_did_not_start(tmp_path):
+    there = os.environ | {"RANK": "3", "WORLD_SIZE": "4"}
+    there.pop("TORCHELASTIC_RUN_ID", None)
+    run = [sys.executable, ROOT / "MPL.py", "--seed", "-1"]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, env=there)
+    assert done.returncode == 2
+    assert "--seed -1" in done.stderr
+    assert args.rank() == 0

@@ -11,6 +11,7 @@ from conftest import TINY, make_folder
 from PIL import Image
 
 import images
+import models
 import utils
 from predict import Stream
 
@@ -186,3 +187,23 @@ def test_images_that_became_unreadable_are_left_out_and_named(trained, colours, 
         assert len(torn.missing) == len(spoilt)
         for name, p in torn.probabilities.items():
             assert torch.allclose(p, whole.probabilities[name][torch.from_numpy(kept)], atol=1e-5)
+
+
+def test_a_single_file_is_labelled(trained, colours):
+    predict(trained, colours / "class 0" / "000.png", "one")
+    (row,) = utils.read_csv(trained.cwd / "results/one/predictions.csv")
+    assert row["path"] == str(colours / "class 0" / "000.png")
+
+
+def test_frozen_weights_from_a_file_are_in_the_checkpoint(cli, colours):
+    """The checkpoint is all that is needed, also for one who has not got the file."""
+    body = models.build_backbone("wrn_10_1", "none", 16, seed=5).body[1]
+    torch.save(body.state_dict(), cli.cwd / "weights.pth")
+    frozen = ["--data_dir", colours, *TINY, "--num_epochs", "2", "--weights", "weights.pth", "--trainable", "head"]
+    cli.inside("--name", "exp", *frozen)
+    (cli.cwd / "weights.pth").unlink()
+    predict(cli, colours, "labels")
+    tested = {row["path"]: row for row in utils.read_csv(cli.cwd / "results/exp/predictions.csv")}
+    for row in utils.read_csv(cli.cwd / "results/labels/predictions.csv"):
+        same = tested.get(row["path"].removeprefix(f"{colours}/"))
+        assert same is None or float(same["probability"]) == pytest.approx(float(row["probability"]), abs=1e-5)

@@ -12,6 +12,9 @@ import torch
 from conftest import TINY, Cli, make_folder
 
 import args
+import data
+import export
+import images
 import report
 import visualization
 
@@ -154,6 +157,16 @@ def test_a_run_that_exports_is_tested_as_the_file_computes(tmp_path, trainable):
         "--name", "a", "--data_dir", make_folder(tmp_path / "data"), *mixed, "--export", "torch", "--test_percent", "40"
     ).stdout
     assert float(re.search(r"labels as here, probabilities within (\S+)", out)[1]) < 1e-4
+
+
+def test_what_is_exported_is_compared_on_images_of_every_class(nasty):
+    session = type("Some", (), {})()
+    labels = np.repeat([0, 1, 2], [500, 300, 4])
+    session.index = images.Index("", nasty.cwd, ("",) * 804, labels, ("a", "b", "c"))
+    session.split = data.Split.of(["test"] * 804)
+    rows = export._some_of_each_class(session)
+    assert len(rows) == export.COMPARED
+    assert np.bincount(labels[rows]).tolist() == [98, 98, 4]
 
 
 def test_one_network_is_exported_by_name(nasty):
