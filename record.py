@@ -169,12 +169,13 @@ def open_tensorboard(folder: Path) -> Any:
 
 
 def log_epoch(log: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Log an epoch's rows of the history."""
-    for row in rows:
-        for key in HISTORY[HISTORY.index("lr") :]:
-            if row[key] != "":
-                log.add_scalar(f"{key}/{row['network']}", row[key], row["epoch"])
-    log.flush()
+    """Log an epoch's rows of the history. Where that fails, as on a full disk, history.csv has them all the same."""
+    with contextlib.suppress(OSError):
+        for row in rows:
+            for key in HISTORY[HISTORY.index("lr") :]:
+                if row[key] != "":
+                    log.add_scalar(f"{key}/{row['network']}", row[key], row["epoch"])
+        log.flush()
 
 
 class Progress:
