@@ -80,6 +80,7 @@ class Start(NamedTuple):
     loaded: Path | None = None  # the checkpoint that gives split and weights ...
     saved: dict[str, Any] | None = None  # ... and what it holds
     last: dict[str, Any] | None = None  # the checkpoint that the run goes on from
+    last_version: tuple[int, ...] = ()  # which it was
     keep: bool = False  # whether it goes on with what is in the folder, if only with its beginning
 
 
@@ -119,10 +120,11 @@ def find_start(config: args.Config, agents: list[tuple[str, int, float]]) -> Sta
         CheckpointError: there is none, or none that fits.
     """
     loaded = saved = None
+    own = utils.own_folders(config.output_dir)
     if config.loads:
         loaded, saved = choose_checkpoint(config)
         config = dataclasses.replace(take_over(config, saved), load_path=str(loaded))
-    elif config.unlabeled_dir is None and (beside := images.unlabeled_beside(config.data_dir)):
+    elif config.unlabeled_dir is None and (beside := images.unlabeled_beside(config.data_dir, own)):
         config = args.derive(config, unlabeled_dir=beside)
     dataset = images.dataset_name(config.data_dir)
     if config.name is None:
@@ -131,14 +133,22 @@ def find_start(config: args.Config, agents: list[tuple[str, int, float]]) -> Sta
     if distributed.restarted() and distributed.tell(folder.begun_by(agents)):
         config = dataclasses.replace(config, resume=True, overwrite=False)
     start = Start(config, folder, loaded, saved)
+    if loaded and config.mode != "test" and loaded.resolve().parent == folder.checkpoints.resolve():
+        raise utils.CheckpointError(f"--name {config.name} is the run that --load_path names: give this one another")
     if not config.resume:
         return start
-    if config.mode in ("optuna", "test") and (config.storage or any(folder.written().values())):
+    if config.mode == "optuna" and (config.storage or any(folder.written().values())):
+        folder.require_study()
+        return start._replace(keep=True)
+    if config.mode == "test":  # which torchrun has started anew
         return start._replace(keep=True)
     if (folder.checkpoints / utils.LAST).exists():
+        version = utils.version(folder.checkpoints / utils.LAST)
         last = utils.load_checkpoint(folder.checkpoints / utils.LAST, holds=utils.LAST_HOLDS)
         args.require_same(config, last["config"])
-        return start._replace(last=last, keep=True)
+        if (there := folder.options()) is not None:
+            args.require_same(config, there)
+        return start._replace(last=last, last_version=version, keep=True)
     begun = folder.begun_options()
     if begun is not None:
         args.require_same(config, begun)
@@ -150,9 +160,9 @@ def label_folder(start: Start, device: torch.device, precision: torch.dtype | No
     """Label ``--predict_dir``. What another run of the name has left stays until that is done."""
     config, folder = start.config, start.folder
     paths = predict.find(config)
-    with folder.claim(keep=start.keep, overwrite=config.overwrite, trains=False) as remove_old:
+    with folder.claim(keep=start.keep, overwrite=config.overwrite, trains=False) as set_aside_old:
         predict.label_folder(config, paths, start.saved, folder, device, precision)
-        remove_old()
+        set_aside_old()
         write_config(config, folder)
 
 
@@ -174,14 +184,19 @@ def lead(
     try:
         with contextlib.ExitStack() as stack:
             with distributed.failure_told():
+                spare = [Path(path) for path in (start.loaded, config.params) if path]
                 claim = folder.claim(
-                    keep=start.keep, overwrite=config.overwrite, trains=config.mode != "test", spare=start.loaded
+                    keep=start.keep, overwrite=config.overwrite, trains=config.mode != "test", spare=spare
                 )
-                remove_old = stack.enter_context(claim)
+                set_aside_old = stack.enter_context(claim)
+                if start.last and utils.version(folder.checkpoints / utils.LAST) != start.last_version:
+                    raise utils.CheckpointError(
+                        f"{folder.results}: another process has just gone on with it: try again"
+                    )
 
             def begin() -> None:
                 """From here on the folder is this run's."""
-                remove_old()
+                set_aside_old()
                 folder.note_agents(agents)
                 write_beginning(session, folder)
 

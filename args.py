@@ -592,10 +592,16 @@ def _check_together(config: Config) -> None:
         raise ValueError("--test_mode needs --load_path (which run to test) or --load_best (the best on this dataset)")
     if config.predict_dir is not None and not config.test_mode:
         raise ValueError("--predict_dir goes with --test_mode and --load_path (the run whose networks are to label)")
+    if config.optuna_mode and config.name is not None and "?" in config.name:
+        raise ValueError(f"--name {config.name}: a study's database cannot be called so; leave the ? out")
     if config.resume and config.overwrite:
         raise ValueError("--resume and --overwrite exclude each other: go on with the old run, or replace it")
     if config.resume and config.name is None:
         raise ValueError("--resume needs --name: which run to go on with")
+    if config.optuna_mode and config.loads:
+        raise ValueError("--optuna_mode trains new networks in each trial: leave --load_path and --load_best out")
+    if config.test_views and config.export:
+        raise ValueError("--test_views and --export: an exported file averages no views; leave one of them out")
     if config.resume and config.test_mode:
         raise ValueError("--resume goes with training and tuning only")
     if (config.name is not None and not re.fullmatch(PLAIN_NAME, config.name)) or config.name in (".", ".."):

@@ -206,11 +206,22 @@ def split_to_csv(index: Index, split: Split) -> bytes:
     )
 
 
-def manifest(index: Index, split: Split) -> dict[str, Any]:
-    """What a checkpoint remembers of its split: each image's path, label ([N] int64), part, digest ([N, 16] uint8)."""
+def manifest(index: Index, split: Split, earlier: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a checkpoint remembers of its split: each image's path, label ([N] int64), part, digest ([N, 16] uint8).
+
+    Args:
+        earlier: the manifest of the checkpoint that the run started from. Its images that are not here now are
+            remembered too (``before``): they were trained on all the same.
+    """
     digests = torch.from_numpy(index.digests.view(np.uint8).reshape(-1, 16).copy())
     labels = torch.from_numpy(index.labels.copy())
-    return {"paths": list(index.paths), "labels": labels, "parts": split.part_of(len(index)), "digests": digests}
+    here = {"paths": list(index.paths), "labels": labels, "parts": split.part_of(len(index)), "digests": digests}
+    known = [one for one in (earlier, earlier and earlier["before"]) if one]
+    digests = torch.cat([digests[:0], *(one["digests"] for one in known)])
+    gone = np.flatnonzero(~np.isin(np.array(_digest_list(digests), dtype="S16"), index.digests)).tolist()
+    parts = [part for one in known for part in one["parts"]]
+    labels = torch.cat([labels[:0], *(one["labels"] for one in known)])
+    return here | {"before": {"labels": labels[gone], "parts": [parts[i] for i in gone], "digests": digests[gone]}}
 
 
 def fingerprint(index: Index, split: Split) -> str:
@@ -244,7 +255,9 @@ def split_from_manifest(
     each_then = map(_Then, _digest_list(saved["digests"]), saved["labels"].tolist(), saved["parts"])
     then = dict(zip(saved["paths"], each_then, strict=True))
     by_digest: dict[bytes, list[_Then]] = defaultdict(list)
-    for entry in then.values():
+    before = saved["before"]
+    lost = map(_Then, _digest_list(before["digests"]), before["labels"].tolist(), before["parts"])
+    for entry in (*then.values(), *lost):
         by_digest[entry.digest].append(entry)
     conflicting = {
         index.digests[group[0]]
@@ -253,17 +266,19 @@ def split_from_manifest(
     }
     changes: dict[str, list[str]] = {what: [] for what in ("gone", "new", "renamed or copied", *LABEL_CHANGES)}
     aside, parts = [], []
-    for path, label, content in zip(index.paths, index.labels.tolist(), index.digests.tolist(), strict=True):
+    given_parts = index.given_parts or [""] * len(index)
+    each_now = zip(index.paths, index.labels.tolist(), index.digests.tolist(), given_parts, strict=True)
+    for path, label, content, given in each_now:
         entry = then.get(path)
         if content not in by_digest:
             changes["new"].append(path)
             if label == UNKNOWN:
                 part = "unlabeled"
-            elif content in conflicting:
-                part = "unused"
+            elif given in ("val", "test"):
+                part = given
             else:
-                part = "test" if testing else "labeled" if all_labels else "unused"
-                aside += [path] * (part == "unused")
+                part = "labeled" if all_labels and not testing else "test" if testing and not given else "unused"
+                aside += [path] * (part == "unused" and not testing)
         elif entry is not None and entry.digest == content:
             part = entry.part
             if label != entry.label:
@@ -272,6 +287,8 @@ def split_from_manifest(
         else:
             changes["renamed or copied"].append(path)
             part = _part_of_known(label, by_digest[content], testing)
+        if content in conflicting:  # no label of it is believed
+            part = "unlabeled" if part in ("labeled", "unlabeled") and content in by_digest else "unused"
         parts.append(part)
     here, now = set(index.paths), set(index.digests.tolist())
     changes["gone"] = [path for path, entry in then.items() if path not in here and entry.digest not in now]
@@ -311,7 +328,7 @@ def _part_of_known(label: int, then: Sequence[_Then], testing: bool) -> str:
 
 
 def _digest_list(digests: torch.Tensor) -> list[bytes]:
-    return np.frombuffer(digests.numpy().tobytes(), "S16").tolist()
+    return digests.contiguous().numpy().view("S16").ravel().tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

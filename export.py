@@ -7,6 +7,7 @@ has a script that prepares images with Pillow alone, to within a grey level.
 
 import copy
 import dataclasses
+import io
 import json
 import re
 import warnings
@@ -77,7 +78,9 @@ def write(session: Session, learners: Mapping[str, Learner], results: Path) -> l
     if kind == "onnx":
         there = _write_onnx(program, {key: json.dumps(value) for key, value in _about(session).items()}, path, pictures)
     else:
-        torch.export.save(program, path, extra_files={"about.json": json.dumps(_about(session))})
+        content = io.BytesIO()
+        torch.export.save(program, content, extra_files={"about.json": json.dumps(_about(session))})
+        utils.write_atomically(path, content.getvalue())
         there = torch.export.load(path).module()(pictures)
     here = train.ensemble(train.infer([*used.values()], session.source, rows))
     same = int((there.argmax(-1) == here.argmax(-1)).sum())
@@ -114,7 +117,7 @@ def _write_onnx(
             program, input_names=["images"], output_names=["probabilities"], dynamo=True, verbose=False
         )
     converted.model.metadata_props.update(about)
-    converted.save(path)
+    utils.write_atomically(path, converted.model_proto.SerializeToString())
     runtime = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     parts = [runtime.run(None, {"images": part.numpy()})[0] for part in pictures.split(16)]
     return torch.from_numpy(np.concatenate(parts))
@@ -122,14 +125,14 @@ def _write_onnx(
 
 CARD = Template("""# $name
 
-A classifier of images into $n_classes classes: $classes.
+A classifier of images into $n_classes classes: $classes. The exported file holds: $network.
 
 | | |
 |---|---|
 | backbone | `$model_name`, weights `$weights`, trained: $trainable |
 | training | $method: $labeled labelled and $unlabeled unlabelled images of `$dataset` |
 | chosen by | $val validation images |
-| tested on | $test images, none of them or an exact copy of them in training |
+| tested on | $test images of `$tested`, none of them or an exact copy of them in training |
 
 ## Scores on the test images
 
@@ -142,9 +145,7 @@ $honesty
 ## Limits
 
 - It knows these classes alone: any image gets one of them, whatever it shows.
-- The scores hold for images like those in `$dataset`. Others were not tested.
-- With $labeled labels it learned most of what it knows from its own guesses on the unlabelled images: look at
-  `report.html`, at the most confident mistakes above all, before relying on it.
+- The scores hold for images like those in `$tested`. Others were not tested.$guesses
 - Least reliable classes (F1): $worst.
 
 ## Use
@@ -161,10 +162,13 @@ To label a folder with this program:
 HONESTY = """Confidences become the most honest divided by temperature {:.2f} (that is, each probability to the power of
 1/temperature, scaled to sum to one), chosen on the validation images."""
 METHODS = {
-    ("student",): "the labelled images alone",
-    ("student", "teacher"): "Meta Pseudo Labels, teacher and student",
-    ("model_1", "model_2"): "Meta Pseudo Labels, role playing",
+    "finetune": "the labelled images alone",
+    "train": "Meta Pseudo Labels, teacher and student",
+    "switch": "Meta Pseudo Labels, role playing",
 }
+GUESSES = """
+- With {} labels it learned most of what it knows from its own guesses on the unlabelled images: look at `report.html`,
+  at the most confident mistakes above all, before relying on it."""
 USE = {
     None: "",
     "onnx": """
@@ -181,7 +185,7 @@ USE = {
         left, top = ((n - short) // 2 for n in image.size)
         image = image.crop((left, top, left + short, top + short))
         if image.mode.startswith(("I", "F")):  # more than 8 bits
-            low, high = about["value_range"] or (0.0, 65535.0)
+            low, high = about["value_range"]  # None if the network was trained on no such images
             values = numpy.nan_to_num(numpy.asarray(image, numpy.float32), nan=low)
             image = Image.fromarray((((values - low) / max(high - low, 1e-30)).clip(0, 1) * 255 + 0.5).astype("uint8"))
         if "A" in image.getbands() or "transparency" in image.info:
@@ -218,9 +222,9 @@ def plain(text: str) -> str:
 
 def write_card(session: Session, figures: dict[str, Any], results: Path) -> Path:
     """Write model_card.md. Returns its path."""
-    config, counts = session.config, figures["counts"]
-    f1 = figures["per_class"]["f1"]
-    worst = sorted(range(len(f1)), key=f1.__getitem__)[:3]
+    config, counts, trained = session.config, figures["counts"], figures["trained"]
+    f1, n = (figures["per_class"].get(key, []) for key in ("f1", "images"))
+    worst = sorted((i for i in range(len(f1)) if n[i]), key=f1.__getitem__)[:3]
     preparation = session.preparation
     deep = (
         " Of images with more than 8 bits the values from {:g} to {:g} are shown, black to white."
@@ -236,9 +240,13 @@ def write_card(session: Session, figures: dict[str, Any], results: Path) -> Path
         model_name=config.model_name,
         weights=config.weights,
         trainable="a linear layer on frozen features" if session.frozen else "the whole network",
-        method=METHODS[tuple(name for name in figures["test"] if name != "ensemble")],
-        dataset=plain(session.index.name),
-        **{part: f"{n:,}" for part, n in counts.items()},
+        method=", then ".join(METHODS[mode] for mode in trained["by"]),
+        dataset=plain(trained["dataset"]),
+        tested=plain(session.index.name),
+        network=config.export_network.replace("_", " "),
+        **{part: f"{trained[part]:,}" for part in ("labeled", "unlabeled", "val")},
+        test=f"{counts['test']:,}",
+        guesses=GUESSES.format(trained["labeled"]) if trained["unlabeled"] else "",
         scores="\n".join(
             f"| {name.replace('_', ' ')} | {own['accuracy']:.1%} "
             f"| {metrics.interval(own['accuracy'], counts['test'])} "

@@ -13,6 +13,8 @@ import dataclasses
 import errno
 import hashlib
 import os
+import platform
+import time
 import weakref
 import zlib
 from collections.abc import Sequence
@@ -57,7 +59,7 @@ class FeatureCache(FeatureSource):
         """
         super().__init__(views, encoder)
         self.folder, self.others = folder, others
-        user = folder / f"used by {os.getpid()}"
+        user = folder / f"used by {platform.node()} {os.getpid()}"
         user.touch()
         weakref.finalize(self, _leave, user, os.getpid())
         self.row = row_type(encoder.n_features)
@@ -231,6 +233,7 @@ def _make_room(root: Path, keep: Path, allowed: float) -> None:
         if sum(sizes.values()) <= allowed:
             return
         if not any(map(_is_used, folder.glob("used by *[0-9]"))):
+            print(f"features used least recently make room for these (--cache_gb): {folder}")
             _remove(folder)
             del sizes[folder]
 
@@ -243,7 +246,10 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _is_used(user: Path) -> bool:
-    """Whether the process that left this file still runs, and none that has got its number since."""
+    """Whether the process that left this file still runs, and none that has got its number since; on another machine,
+    for a day."""
+    if user.name.split()[2:-1] != platform.node().split():
+        return time.time() - user.stat().st_mtime < 86_400
     try:
         return psutil.Process(int(user.name.split()[-1])).create_time() < user.stat().st_mtime + 1
     except (psutil.NoSuchProcess, OSError):

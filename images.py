@@ -45,7 +45,7 @@ RACY_NS = 2_000_000_000  # a file changed so shortly before it was read may have
 
 PART_FOLDERS = {  # what a data set that is already divided calls its parts
     **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
 UNLABELED_FOLDERS = ("unlabeled", "unlabelled")
@@ -133,11 +133,12 @@ def dataset_name(data_dir: str) -> str:
     return os.path.basename(os.path.abspath(resolve_path(data_dir)))
 
 
-def find_images(data_dir: str, unlabeled_dir: str | None = None) -> Index:
+def find_images(data_dir: str, unlabeled_dir: str | None = None, own: Sequence[Path] = ()) -> Index:
     """Index a folder that has a subfolder of images for each class, or the named dataset ``digits``, by names alone.
 
     A folder that holds such a folder alone stands for it. ``train``, ``val`` and ``test`` folders that have class
     folders are the parts that they are called. Images of ``unlabeled_dir`` belong to no class, wherever it lies.
+    ``own`` are folders of this program, which hold no data.
 
     Raises:
         UsageError: there is a folder called ``digits`` here, so ``digits`` could mean either.
@@ -150,10 +151,11 @@ def find_images(data_dir: str, unlabeled_dir: str | None = None) -> Index:
                 "folder, or start elsewhere"
             )
         return _digits()
-    walk = _Walk(_require_folder("--data_dir", data_dir, "; give one with a subfolder of images for each class"))
+    advice = "; give one with a subfolder of images for each class"
+    walk = _Walk(_require_folder("--data_dir", data_dir, advice), own)
     unlabeled_root = None if unlabeled_dir is None else _require_folder("--unlabeled_dir", unlabeled_dir)
     if unlabeled_root is not None:
-        walk.leave_out(unlabeled_root)
+        walk.left_out.add(os.path.realpath(unlabeled_root))
     walk.unwrap()
     labeled: list[tuple[str, str, str]] = []  # path, class, given part
     without: list[str] = []  # the images that have no class
@@ -184,8 +186,7 @@ def find_images(data_dir: str, unlabeled_dir: str | None = None) -> Index:
         lacks = f"no images in its class folders ({first_few(walk.empty)})" if walk.empty else "no class folders in it"
         raise DataError(f"--data_dir {data_dir}: {lacks}; put each class's images in a subfolder")
     if unlabeled_root is not None:
-        others = _Walk(unlabeled_root)
-        others.leave_out(walk.root)  # whose images are known
+        others = _Walk(unlabeled_root, [*own, walk.root])  # whose images are known
         found, _ = others.images("")
         if not found:
             raise DataError(f"--unlabeled_dir {unlabeled_dir}: no images in it")
@@ -207,20 +208,20 @@ def find_images(data_dir: str, unlabeled_dir: str | None = None) -> Index:
     )
 
 
-def innermost(data_dir: str) -> Path:
+def innermost(data_dir: str, own: Sequence[Path] = ()) -> Path:
     """The folder that has the class folders, past those that only wrap it."""
-    walk = _Walk(resolve_path(data_dir))
+    walk = _Walk(resolve_path(data_dir), own)
     if data_dir != "digits" and walk.root.is_dir():
         walk.unwrap()
     return walk.root
 
 
-def unlabeled_beside(data_dir: str) -> str | None:
+def unlabeled_beside(data_dir: str, own: Sequence[Path] = ()) -> str | None:
     """The folder of images that nobody labelled beside the class folders, if ``data_dir`` has one: ``unlabeled``, or a
-    ``test`` folder that has none of the training's class folders, as competitions have it."""
+    ``test`` folder without class folders, as competitions have it (one folder in it may hold all)."""
     if data_dir == "digits" or not resolve_path(data_dir).is_dir():
         return None
-    walk = _Walk(resolve_path(data_dir))
+    walk = _Walk(resolve_path(data_dir), own)
     walk.unwrap()
     parts = walk.parts()
     for folder in dict.fromkeys(["", *(folder for folder, _ in parts)]):
@@ -229,8 +230,8 @@ def unlabeled_beside(data_dir: str) -> str | None:
                 return os.path.join(walk.root, folder, name)
     classes = {_nfc(name) for folder, part in parts if part == "train" for name in walk.folders(folder)}
     for folder, part in parts:
-        known = classes.intersection(map(_nfc, walk.folders(folder)))
-        if part == "test" and not known and walk.images(folder)[0]:
+        inside = walk.folders(folder)
+        if part == "test" and len(inside) < 2 and not classes & {*map(_nfc, inside)} and walk.images(folder)[0]:
             return os.path.join(walk.root, folder)
     return None
 
@@ -240,7 +241,7 @@ def _nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def find_unlabeled(option: str, folder: str) -> tuple[list[str], list[str]]:
+def find_unlabeled(option: str, folder: str, own: Sequence[Path] = ()) -> tuple[list[str], list[str]]:
     """The images that a folder holds at any depth, as sorted absolute paths, and lines that say what is passed over. A
     single file stands for itself.
 
@@ -250,7 +251,7 @@ def find_unlabeled(option: str, folder: str) -> tuple[list[str], list[str]]:
     path = resolve_path(folder)
     if path.is_file():
         return [os.path.abspath(path)], []
-    walk = _Walk(_require_folder(option, folder))
+    walk = _Walk(_require_folder(option, folder), own)
     found, _ = walk.images("")
     if not found:
         raise DataError(f"{option} {folder}: no images in it")
@@ -274,18 +275,15 @@ class _Walk:
     """What lies below a folder, as paths relative to it with slashes, and what of it is passed over. Hidden files and
     folders are not seen, each folder is visited once, whatever links lead to it."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, left_out: Sequence[Path] = ()) -> None:
         self.root = root
-        self.left_out: set[str] = set()  # real paths
+        self.left_out = {os.path.realpath(folder) for folder in left_out}
         self.notes: list[str] = []
         self.empty: list[str] = []  # class folders
         self.other: list[str] = []  # files that are no images
         self.unread: list[str] = []  # images of formats that nothing here reads
         self.system: set[str] = set()
         self.closed: set[str] = set()  # folders that may not be read
-
-    def leave_out(self, folder: Path) -> None:
-        self.left_out.add(os.path.realpath(folder))
 
     def relative(self, root: Path, path: str) -> str:
         """A path below another root: from ours if it lies in there, else absolute."""
@@ -359,10 +357,23 @@ class _Walk:
 
     def parts(self) -> list[tuple[str, str]]:
         """The folders that have class folders, each with the part of the data set that it is: by itself, if it is not
-        divided."""
+        divided.
+
+        Raises:
+            DataError: it seems to be divided, in a way that cannot be followed.
+        """
         named = {name: PART_FOLDERS.get(name.lower(), "") for name in self.folders("")}
         divided = "train" in named.values() and len(set(named.values()) - {""}) > 1
-        if not divided or not any(self.folders(name) for name, part in named.items() if part == "train"):
+        of_training = {inner for name, part in named.items() if part == "train" for inner in self.folders(name)}
+        if divided and not of_training:
+            raise DataError(f"{self.root}: its training folder has no class folders; put each class's images in one")
+        if not divided:
+            for name in named:
+                if named[name] != "train" and len(of_training.intersection(self.folders(name))) > 1:
+                    raise DataError(
+                        f"{self.root}: {name} seems to be a part of a data set that is divided: call it val or test, "
+                        "or move it away"
+                    )
             return [("", "")]
         others = [name for name, part in named.items() if not part and name.lower() not in UNLABELED_FOLDERS]
         if others:
@@ -463,7 +474,6 @@ def check_images(index: Index, cache_dir: str | Path | None, *, max_bad_percent:
         kept = Path(cache_dir) / f"checked-{digest(about.encode('utf-8', 'surrogatepass')).hex()}.npz"
     known = _load_findings(kept)
     findings = [known.get(path) for path in index.paths]
-    del known
     todo = [i for i, each in enumerate(findings) if each is None or each.stamp != _stamp(index.file(i)).stamp]
     began = time.time_ns()
     try:
@@ -477,7 +487,7 @@ def check_images(index: Index, cache_dir: str | Path | None, *, max_bad_percent:
                 if each is not None and each.stamp.ctime_ns < began - RACY_NS
             }
             try:
-                _save_findings(kept, settled)
+                _save_findings(kept, known | settled)  # also of files that this command has not asked for
             except ResourceError as error:
                 print(f"{error.__cause__ or error}: the images are checked again next time")
     readable = np.array([not finding.reason for finding in findings])
@@ -677,15 +687,15 @@ def is_deep(image: Image.Image) -> bool:
 
 def to_rgb(image: Image.Image, value_range: tuple[float, float] | None) -> Image.Image:
     """An image in 8-bit RGB: transparency on white, and of an image of more than 8 bits the values of ``value_range``
-    from black to white (None: from 0 to 65535).
+    from black to white.
 
     Raises:
-        Unreadable: it has floating-point values, and which of them are black and white is not known.
+        Unreadable: it has more than 8 bits, and there is no ``value_range``.
     """
     if is_deep(image):
-        if value_range is None and image.mode.startswith("F"):
-            raise Unreadable("its floating-point values have no range, for there were none in the training")
-        low, high = value_range or (0.0, 65535.0)
+        if value_range is None:
+            raise Unreadable("its pixels have more than 8 bits, and nothing tells which values are black and white")
+        low, high = value_range
         shares = (np.nan_to_num(np.asarray(image, dtype=np.float32), nan=low) - low) / max(high - low, 1e-30)
         image = Image.fromarray((np.clip(shares, 0, 1) * 255 + 0.5).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:

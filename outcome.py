@@ -122,6 +122,7 @@ def conclude(
         "dataset": session.index.name,
         "model_name": config.model_name,
         "counts": split.counts() | {part: len(each) for part, each in rows.items()},
+        "trained": session.trained(),
         "test": scores["test"],
         "val": scores["val"],
         **({} if defaults is None else {"defaults": defaults}),

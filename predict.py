@@ -132,7 +132,7 @@ def find(config: args.Config) -> list[str]:
     Raises:
         DataError: there are none.
     """
-    paths, notes = images.find_unlabeled("--predict_dir", config.predict_dir)
+    paths, notes = images.find_unlabeled("--predict_dir", config.predict_dir, utils.own_folders(config.output_dir))
     for line in notes:
         print(line)
     return paths
@@ -196,7 +196,8 @@ def label_folder(
 
     utils.write_atomically(folder.results / "predictions.csv", write)
     if bad:
-        record.list_bad(folder.results, bad)
+        listed = utils.csv_bytes([("path", "reason"), *bad])
+        utils.write_atomically(folder.results / "bad_files.csv", utils.BOM + listed)
         print(f"{utils.counted(len(bad), 'unreadable file')} left out and listed in bad_files.csv (first: {bad[0][1]})")
     seconds = time.perf_counter() - began
     for name, count in counts.most_common():

@@ -19,7 +19,8 @@ from images import UNKNOWN, Index
 from models import Learner
 
 SAVE_SECONDS = 20.0  # how long a crash may throw a run back ...
-SAVE_SHARE = 0.01  # ... or longer, where saving would take more than this share of the time
+SAVE_SHARE = 0.01  # ... or longer, where saving would take more than this share of the time ...
+LONGEST_PAUSE_SECONDS = 600.0  # ... but no longer than this, for a save may have been held up once
 HISTORY = "epoch network role lr loss_l loss_u loss_mpl mask_rate h loss_s val_accuracy val_loss".split()
 OF_TEACHER = ("loss_l", "loss_u", "loss_mpl", "mask_rate", "h")
 
@@ -99,7 +100,6 @@ class Keeper:
             return
         began = time.perf_counter()
         self.meter.require_finite(self.learners)
-        self.save_history()
         self.save_best()
         last = {
             "steps_done": done,
@@ -109,8 +109,12 @@ class Keeper:
             "best": self.best,
         }
         utils.save_checkpoint(self.folder.checkpoints / utils.LAST, self.identity | last)
+        try:  # what matters most is written
+            self.save_history()
+        except utils.ResourceError as error:
+            print(error)
         self.saved_at = time.perf_counter()
-        self.pause = max(SAVE_SECONDS, (self.saved_at - began) / SAVE_SHARE)
+        self.pause = min(max(SAVE_SECONDS, (self.saved_at - began) / SAVE_SHARE), LONGEST_PAUSE_SECONDS)
 
     def save_history(self) -> None:
         """Write history.csv, as far as it goes."""
@@ -292,7 +296,7 @@ def result_table(figures: dict[str, Any]) -> str:
     counts, seconds = figures["counts"], figures["seconds"]
     lines = [
         "",
-        f"{figures['dataset']}: {counts['labeled']} labels used, tested on {counts['test']} images, "
+        f"{figures['dataset']}: {figures['trained']['labeled']} labels used, tested on {counts['test']} images, "
         f"{seconds['total']:.0f} s",
         f"{'':10} {'accuracy':>9} {'balanced':>9} {'macro F1':>9} {'ECE':>7} {'validation':>11}",
     ]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from PIL import Image
 
@@ -96,7 +97,7 @@ def write(results: Path) -> Path:
     parts = [
         f"<h1>{escape(results.name)}</h1>",
         f'<p class="soft">{escape(figures["dataset"])} · {escape(figures["model_name"])} · {figures["mode"]}</p>',
-        *_headline(figures["test"], figures["counts"]),
+        *_headline(figures["test"], figures["counts"], figures["trained"]),
         *_scores(figures),
         "<h2>Data</h2>",
         "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in figures["notes"]) + "</ul>",
@@ -127,14 +128,15 @@ def write(results: Path) -> Path:
     return path
 
 
-def _headline(test: dict[str, dict[str, float]], counts: dict[str, int]) -> list[str]:
+def _headline(test: dict[str, dict[str, float]], counts: dict[str, int], trained: dict[str, Any]) -> list[str]:
     """The score of the ensemble, or the only network; or only between what it lies, where too few images were tested to
     say more."""
     if not test:
         return ["<p>No image was there to test on: how good the predictions are is not known.</p>"]
     network, accuracy = [(name, own["accuracy"]) for name, own in test.items()][-1]
     interval = metrics.interval(accuracy, counts["test"])
-    trained = f"after training with {counts['labeled']:,} labels and {counts['unlabeled']:,} images without"
+    without = f" and {trained['unlabeled']:,} images without" if trained["unlabeled"] else ""
+    trained = f"after training with {trained['labeled']:,} labels{without}"
     if counts["test"] < FEW:
         return [
             f'<p class="headline">{interval}</p>',

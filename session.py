@@ -38,7 +38,7 @@ def find_data(
         CheckpointError: the checkpoint is of other classes (no image has been read then) or, where none was named, of
             other images; or the folder of a run to go on with has changed.
     """
-    index = images.find_images(config.data_dir, config.unlabeled_dir)
+    index = images.find_images(config.data_dir, config.unlabeled_dir, utils.own_folders(config.output_dir))
     saved = last or saved
     testing = config.mode == "test"
     if saved is not None:
@@ -58,6 +58,8 @@ def find_data(
         split, changes = data.split_from_manifest(
             index, saved["split"], testing=testing, all_labels=config.num_labels_percent == 100
         )
+        if last is not None and set(index.paths) != set(saved["split"]["paths"]):
+            changes = changes or ["the folder has changed since the training: a copy of an image is gone or new"]
         if changes and last is not None:
             raise utils.CheckpointError(
                 f"--resume: {changes[0].replace('the training', 'the run began')}; put it back, or start anew with "
@@ -112,7 +114,7 @@ def choose_checkpoint(config: args.Config) -> tuple[Path, dict[str, Any]]:
         raise faults[0]
     fitting, same = about, {}
     if config.load_path is None or "data_dir" in config.given:
-        index = images.find_images(config.data_dir, config.unlabeled_dir)
+        index = images.find_images(config.data_dir, config.unlabeled_dir, utils.own_folders(config.output_dir))
         here, root = set(index.classes), os.path.realpath(index.root)
         fitting = {
             path: each
@@ -146,9 +148,10 @@ def take_over(config: args.Config, saved: dict[str, Any]) -> args.Config:
     config = args.inherit(config, saved["config"])
     if config.predict_dir is not None:
         return config
-    elsewhere = os.path.realpath(images.innermost(config.data_dir)) != saved["folders"]["data_dir"]
+    own = utils.own_folders(config.output_dir)
+    elsewhere = os.path.realpath(images.innermost(config.data_dir, own)) != saved["folders"]["data_dir"]
     if "data_dir" in config.given and elsewhere and "unlabeled_dir" not in config.given:
-        return dataclasses.replace(config, unlabeled_dir=images.unlabeled_beside(config.data_dir))
+        return dataclasses.replace(config, unlabeled_dir=images.unlabeled_beside(config.data_dir, own))
     for key in ("data_dir", "unlabeled_dir"):
         there, value = saved["folders"][key], getattr(config, key)
         if key in config.given or value in (None, "digits") or utils.resolve_path(value).is_dir():
@@ -193,6 +196,13 @@ class Session:
         self.backbone_state = {"name": self.backbone.name, "seed": seed, "fingerprint": None, "weights": kept}
         self.preparation = preparation(config, index, self.backbone, last or saved)
         self.notes = notes
+        if index.ranges is not None and not self.preparation.value_range:
+            deep = np.flatnonzero(np.isfinite(index.ranges[:, 0]))
+            if len(deep):
+                raise utils.DataError(
+                    f"{utils.counted(len(deep), 'image')} of more than 8 bits (first: {index.file(deep[0])}), and the "
+                    "checkpoint was trained on none, so which values are black and white is not known: convert them"
+                )
         if self.preparation.value_range:
             low, high = self.preparation.value_range
             self.notes.append(f"images of more than 8 bits: values from {low:g} to {high:g} are shown, black to white")
@@ -336,15 +346,27 @@ class Session:
             learners[name].load_weights(weights)
         return learners
 
+    def trained(self) -> dict[str, Any]:
+        """What the networks have learned from: by which modes one after another, of what data set how many images."""
+        config, counts = self.config, self.split.counts()
+        before = self.saved["trained"] if self.saved else {"by": [], "unlabeled": 0}
+        if config.mode == "test":
+            return before
+        mode = "finetune" if config.finetune_mode else "switch" if config.switch_mode else "train"
+        unlabeled = before["unlabeled"] if config.finetune_mode else counts["unlabeled"]
+        about = {"labeled": counts["labeled"], "unlabeled": unlabeled, "val": counts["val"], "dataset": self.index.name}
+        return {"by": [*before["by"], mode], **about}
+
     def identity(self) -> dict[str, Any]:
         """What every checkpoint says of the run it is from."""
         unlabeled = self.config.unlabeled_dir
         return {
             "config": self.config.options(),
             "classes": list(self.index.classes),
-            "split": data.manifest(self.index, self.split),
+            "split": data.manifest(self.index, self.split, self.saved and self.saved["split"]),
             "backbone": self.backbone_state,
             "preparation": dataclasses.asdict(self.preparation),
+            "trained": self.trained(),
             "folders": {
                 "data_dir": os.path.realpath(self.index.root),
                 "unlabeled_dir": unlabeled and os.path.realpath(utils.resolve_path(unlabeled)),

@@ -26,7 +26,7 @@ import torch
 
 BEST = "best_student.pth"
 LAST = "last.pth"
-_BOTH_HOLD = ("config", "classes", "split", "backbone", "preparation", "folders")
+_BOTH_HOLD = ("config", "classes", "split", "backbone", "preparation", "folders", "trained")
 BEST_HOLDS = (*_BOTH_HOLD, "score", "learners")
 LAST_HOLDS = (*_BOTH_HOLD, "steps_done", "state", "meter", "history", "best")
 BOM = codecs.BOM_UTF8  # how a CSV file begins: without it, Excel takes UTF-8 for the system's own encoding
@@ -224,6 +224,14 @@ IN_RESULTS = (
     *("optuna_slices.png", "optuna_importances.png", "optuna_parallel.png", "tensorboard/events.out.tfevents.*"),
 )
 IN_CHECKPOINTS = (BEST, LAST)
+OF_TRAINING = ("history.csv", "study.db")  # what a test does not leave, and could not make again
+REPLACED = ".replaced"
+
+
+def own_folders(output_dir: str) -> tuple[Path, Path]:
+    """The folders of all runs: those of results and of checkpoints."""
+    root = Path(output_dir).expanduser()
+    return root / "results", root / "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -235,8 +243,8 @@ class RunFolder:
 
     @classmethod
     def named(cls, output_dir: str, dataset: str, name: str) -> "RunFolder":
-        root = Path(output_dir).expanduser()
-        return cls(root / "results" / name, root / "checkpoints" / dataset / name)
+        results, checkpoints = own_folders(output_dir)
+        return cls(results / name, checkpoints / dataset / name)
 
     def written(self) -> dict[str, list[Path]]:
         """The files of a run that are there, those in ``results`` and those in ``checkpoints``."""
@@ -244,6 +252,24 @@ class RunFolder:
             "results": [path for name in IN_RESULTS for path in self.results.glob(name) if path.is_file()],
             "checkpoints": [path for name in IN_CHECKPOINTS for path in self.checkpoints.glob(name) if path.is_file()],
         }
+
+    def options(self) -> dict[str, Any] | None:
+        """The options of the run that is there; None if they cannot be told."""
+        try:
+            options = json.loads((self.results / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return options if isinstance(options, dict) else None
+
+    def require_study(self) -> None:
+        """Check that what is there is no training, which a study would write over.
+
+        Raises:
+            CheckpointError: it is.
+        """
+        options = self.options()
+        if options is not None and not options.get("optuna_mode"):
+            raise CheckpointError(f"{self.results} is of no study: give the search another --name")
 
     def begun_options(self) -> dict[str, Any] | None:
         """The options of a run that has no checkpoint to go on from yet, so that it begins anew; None if there is none.
@@ -254,11 +280,8 @@ class RunFolder:
         there = self.written()
         if not there["results"] and not there["checkpoints"]:
             return None
-        try:
-            options = json.loads((self.results / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            options = None
-        if not isinstance(options, dict) or (self.results / "metrics.json").exists():
+        options = self.options()
+        if options is None or (self.results / "metrics.json").exists():
             raise CheckpointError(
                 f"--resume: no {self.checkpoints / LAST} to go on from; use --overwrite in place of --resume"
             )
@@ -285,18 +308,19 @@ class RunFolder:
 
     @contextlib.contextmanager
     def claim(
-        self, *, keep: bool, overwrite: bool, trains: bool = True, spare: Path | None = None
+        self, *, keep: bool, overwrite: bool, trains: bool = True, spare: Sequence[Path] = ()
     ) -> Iterator[Callable[[], None]]:
         """Make the results folder and hold it, so that no other process runs under this name.
 
-        Yields what removes the files of the run that is overwritten: for when the new one can no longer fail to start.
-        Files written since the claim stay. However the block ends, it leaves no empty folder that was not there before.
+        Yields what sets the files of the run that is overwritten aside, for when the new one can no longer fail to
+        start. They are removed when the block ends well; until then they are in ``.replaced``. Files written since the
+        claim stay. However the block ends, it leaves no empty folder that was not there before.
 
         Args:
             keep: go on with what is there.
             overwrite: replace what is there.
-            trains: whether the run writes checkpoints; else those that are there stay.
-            spare: the checkpoint that the run starts from, which stays until it is written anew.
+            trains: whether the run writes checkpoints; else those that are there stay, and a training is not replaced.
+            spare: files that the run starts from, which stay.
 
         Raises:
             CheckpointError: the name is taken and neither ``keep`` nor ``overwrite`` is given, or another process holds
@@ -314,21 +338,44 @@ class RunFolder:
                             f"{getattr(self, what)} exists: {'--resume goes on with it, ' * trains}"
                             "--overwrite replaces it; or use another --name"
                         )
+                if not (trains or keep) and any(path.name in OF_TRAINING for path in there["results"]):
+                    raise CheckpointError(f"{self.results} is of a training: give the test another --name")
                 self._remove_torn()
                 old = there["results"] + there["checkpoints"] * trains if overwrite else []
-                old = {path: _version(path) for path in old if spare is None or path.resolve() != spare.resolve()}
+                spared = {path.resolve() for path in spare}
+                old = {path: version(path) for path in old if path.resolve() not in spared}
 
-                def remove() -> None:
-                    for path, version in old.items():
+                def set_aside() -> None:
+                    for path, known in old.items():
+                        root = self.results if path.is_relative_to(self.results) else self.checkpoints
+                        aside = root / REPLACED / path.relative_to(root)
                         with contextlib.suppress(FileNotFoundError):
-                            if _version(path) == version:
-                                path.unlink()
+                            if version(path) == known:
+                                aside.parent.mkdir(parents=True, exist_ok=True)
+                                path.replace(aside)
 
-                yield remove
+                try:
+                    yield set_aside
+                except BaseException:
+                    if any(path.is_file() for path in (self.results / REPLACED).rglob("*")):
+                        print(
+                            f"what was there before is in {self.results / REPLACED} and {self.checkpoints / REPLACED}"
+                        )
+                    raise
+                self._remove_replaced()
         finally:
             for folder in missing:
                 with contextlib.suppress(OSError):  # not empty, or not made
                     folder.rmdir()
+
+    def _remove_replaced(self) -> None:
+        """Remove what a run that has ended well has replaced."""
+        for folder, names in ((self.results, IN_RESULTS), (self.checkpoints, IN_CHECKPOINTS)):
+            for path in [path for name in names for path in (folder / REPLACED).glob(name)]:
+                path.unlink(missing_ok=True)
+            for emptied in (folder / REPLACED / "tensorboard", folder / REPLACED):
+                with contextlib.suppress(OSError):  # not there, or holds something else
+                    emptied.rmdir()
 
     def _remove_torn(self) -> None:
         """Remove what a process left that was killed while it wrote."""
@@ -344,7 +391,7 @@ def _runs(pid: int) -> bool:
     return pid != os.getpid() and psutil.pid_exists(pid)
 
 
-def _version(path: Path) -> tuple[int, ...]:
+def version(path: Path) -> tuple[int, ...]:
     """What tells a file from one that has taken its place."""
     status = path.stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
@@ -407,7 +454,7 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None]) ->
                 file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        _put(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
         raise ResourceError(
@@ -418,12 +465,27 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None]) ->
             temporary.unlink(missing_ok=True)
 
 
+def _put(temporary: Path, path: Path, seconds: float = 5.0) -> None:
+    """Give a new file the name of the old one. On Windows that has to wait while somebody reads the old one."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            temporary.replace(path)
+            return
+        except PermissionError:
+            if os.name != "nt" or time.monotonic() > until:
+                raise
+            time.sleep(0.1)
+
+
 def _sync_folder(folder: Path) -> None:
-    """Have a new name in a folder outlive a loss of power, where that can be asked for: Windows opens no folder."""
+    """Have a new name in a folder outlive a loss of power, where that can be asked for: Windows opens no folder, and
+    some file systems cannot do it."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_DIRECTORY)
         try:
-            os.fsync(descriptor)
+            with contextlib.suppress(OSError):
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
@@ -563,7 +625,7 @@ def find_checkpoints(load_path: str | None, output_dir: str) -> list[Path]:
     Raises:
         CheckpointError: nothing is found; says where was looked.
     """
-    root = Path(output_dir).expanduser() / "checkpoints"
+    _, root = own_folders(output_dir)
     datasets = sorted(root.iterdir()) if root.is_dir() else []
     if load_path is None:
         runs = [run for dataset in datasets if dataset.is_dir() for run in sorted(dataset.iterdir())]

@@ -71,7 +71,7 @@ def pictures(results: Path) -> Iterator[tuple[str, Callable[[], Path]]]:
     matrices and calibration."""
     figures = json.loads((results / "metrics.json").read_text())
     classes = figures["classes"]
-    title = f"{figures['dataset']}, {figures['model_name']}, {figures['counts']['labeled']} labels"
+    title = f"{figures['dataset']}, {figures['model_name']}, {figures['trained']['labeled']} labels"
     if (results / "history.csv").exists():
         name = "graphs.png"
         yield name, lambda: draw_curves(utils.read_csv(results / "history.csv"), title, results / name)
@@ -395,6 +395,8 @@ def compare(folders: Sequence[Path], path: Path) -> str:
             raise utils.DataError(f"{folder}: not the folder of a finished run ({error})") from error
         history = utils.read_csv(folder / "history.csv") if (folder / "history.csv").exists() else []
         kind = {key: value for key, value in options.items() if key not in OF_NO_INTEREST}
+        if options["test_mode"]:  # other networks, not other seeds
+            kind["load_path"] = options["load_path"]
         runs.append((kind | {key: figures[key] for key in ("mode", "dataset")}, folder.name, figures, history))
     groups: dict[str, list[tuple[str, dict, list]]] = {}
     differing = [key for key in runs[0][0] if len({repr(kind.get(key)) for kind, *_ in runs}) > 1]
@@ -416,7 +418,7 @@ def _comparison_table(groups: dict[str, list[tuple[str, dict, list]]]) -> str:
     ]
     for name, group in groups.items():
         first, *more = textwrap.wrap(name, width) or [""]
-        labels = sorted({figures["counts"]["labeled"] for _, figures, _ in group})
+        labels = sorted({figures.get("trained", figures["counts"])["labeled"] for _, figures, _ in group})
         line = f"{first:{width}} {len(group):4} {'/'.join(map(str, labels)):>7}"
         for network in networks:
             values = [100 * f["test"][network]["accuracy"] for _, f, _ in group if network in f["test"]]
