@@ -13,6 +13,7 @@ import pickle
 import platform
 import re
 import signal
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -357,10 +358,9 @@ class RunFolder:
                 try:
                     yield set_aside
                 except BaseException:
-                    if any(path.is_file() for path in (self.results / REPLACED).rglob("*")):
-                        print(
-                            f"what was there before is in {self.results / REPLACED} and {self.checkpoints / REPLACED}"
-                        )
+                    aside = [folder / REPLACED for folder in (self.results, self.checkpoints)]
+                    if there := [str(folder) for folder in aside if folder.exists()]:
+                        print(f"what was there before is in {' and '.join(there)}")
                     raise
                 self._remove_replaced()
         finally:

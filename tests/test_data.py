@@ -155,7 +155,8 @@ def test_unusual_images_are_read_as_a_viewer_shows_them(tmp_path):
     clear.save(tmp_path / "clear.png")
     turned.save(tmp_path / "turned.png", exif=exif)
     red.save(tmp_path / "animated.gif", save_all=True, append_images=[Image.new("RGB", (40, 40), "blue")])
-    centre = {p.name: images.decode(p, images.Preparation(16, 18))[:, 8, 8].tolist() for p in tmp_path.iterdir()}
+    prepare = images.Preparation(16, 18, value_range=(0.0, 65535.0))
+    centre = {p.name: images.decode(p, prepare)[:, 8, 8].tolist() for p in tmp_path.iterdir()}
     assert centre["deep.png"] == [128, 128, 128]
     assert centre["clear.png"] == [255, 255, 255]
     assert centre["cmyk.tif"] == pytest.approx([200, 30, 30], abs=6)
@@ -206,7 +207,7 @@ def test_batches_do_not_depend_on_how_workers_start_and_send_them(colours, monke
     split = data.make_split(index.paths, index.labels, seed=0, **(SHARES | {"num_labels_percent": 20.0}))
     targets = np.random.default_rng(0).random((len(index), 3), dtype=np.float32)
     schedule = data.Schedule(split.labeled, split.train, 4, 60, 0, 3, targets)
-    views = data.Views(images.Images(index, 32), "transfer")  # batches larger than a pipe
+    views = data.Views(images.Images(index, images.Preparation(32, 37)))  # batches larger than a pipe
     alone = list(data.fresh_batches(schedule, index.labels, views, 2, 5, num_workers=0, pin=False))
     if how == "spawned":
         monkeypatch.setattr(data, "_start_method", lambda: "spawn")

@@ -190,7 +190,9 @@ def test_an_image_that_is_brighter_than_another_stays_so_in_any_depth(tmp_path):
         assert len(np.unique(store[0])) > 10  # not the one or two that 200 of 65,536 values make
 
 
-def test_floating_point_images_are_refused_where_nothing_gives_their_range(tmp_path):
+def test_images_of_more_than_8_bits_are_refused_where_nothing_gives_their_range(tmp_path):
     Image.fromarray(np.full((9, 9), 0.5, np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(images.DataError, match="floating-point"):
-        images.decode(tmp_path / "a.tif", images.Preparation(16, 18))
+    Image.fromarray(np.full((9, 9), 900, np.uint16)).save(tmp_path / "b.png")
+    for name in ("a.tif", "b.png"):
+        with pytest.raises(images.DataError, match="more than 8 bits"):
+            images.decode(tmp_path / name, images.Preparation(16, 18))
