@@ -445,3 +445,147 @@ def test_a_study_goes_on_with_the_same_images_only(cli, tmp_path):
     message = cli.inside(*study, "--n_trials", "2", "--resume", check=4).stderr
     assert "was started on other images" in message
     assert (cli.cwd / "results/s/split.csv").read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a later run must not forget, or write over
+
+
+def test_what_was_trained_on_is_remembered_though_it_was_put_away_for_finetuning(tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=20)
+    index = checked(root)
+    split = split_of(index, num_labels_percent=10.0)
+    first = data.manifest(index, split)
+    kept = {index.paths[i] for i in (*split.labeled, *split.val, *split.test)}
+    fewer = tmp_path / "d2"
+    for path in kept:
+        (fewer / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / path, fewer / path)
+    there = checked(fewer)
+    again_split, _ = data.split_from_manifest(there, first)
+    second = data.manifest(there, again_split, first)
+    assert len(second["before"]["parts"]) == 40 - len(kept)
+    third = data.manifest(there, again_split, second)  # finetuned once more
+    for manifest in (second, third):
+        tested, _ = data.split_from_manifest(index, manifest, testing=True)
+        assert [index.paths[i] for i in tested.test] == [index.paths[i] for i in split.test]
+
+
+def test_new_images_in_the_users_own_test_folder_are_tested_and_never_learned_from(tmp_path):
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            pictures(tmp_path / "d" / part / name, 9, seed=len(part))
+    index = checked(tmp_path / "d")
+    split = split_of(index)
+    for part in ("train", "test"):
+        picture(tmp_path / "d" / part / "cat" / "new.png", seed=77)
+    now = checked(tmp_path / "d")
+    parts = again(now, index, split, all_labels=True)
+    assert (parts["train/cat/new.png"], parts["test/cat/new.png"]) == ("labeled", "test")
+    parts = again(now, index, split, testing=True)
+    assert (parts["train/cat/new.png"], parts["test/cat/new.png"]) == ("unused", "test")
+
+
+def test_labels_that_came_to_conflict_are_believed_no_longer(tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=20)
+    index = checked(root)
+    split = split_of(index)
+    learned, tested = (
+        next(index.paths[i] for i in rows if index.labels[i] == 0) for rows in (split.labeled, split.test)
+    )
+    for name, path in (("l.png", learned), ("t.png", tested)):
+        shutil.copy(root / path, root / "class 1" / name)
+    parts = again(checked(root), index, split)
+    assert parts[learned] == parts["class 1/l.png"] == "unlabeled"
+    assert parts[tested] == parts["class 1/t.png"] == "unused"
+
+
+def test_results_in_the_data_folder_are_no_class(cli, tmp_path):
+    make_folder(cli.cwd / "own", classes=2, images=9)
+    cli.cwd = cli.cwd / "own"
+    cli.inside("--name", "a", "--data_dir", ".", *RUN)
+    out = cli.inside("--name", "b", "--data_dir", ".", *RUN).stdout
+    assert "classes: class 0 (9), class 1 (9)\n" in out
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (("train", "test"), "its training folder has no class folders"),
+        (("train/cat", "train/dog", "holdout/cat", "holdout/dog"), "holdout seems to be a part"),
+        (("train/cat", "train/dog", "test/Cat", "test/Dog"), r"these have fewer: Cat \(0\), Dog \(0\)"),
+    ],
+)
+def test_parts_that_cannot_be_followed_are_refused(tmp_path, folders, message):
+    for folder in folders:
+        pictures(tmp_path / "d" / folder, 5)
+    with pytest.raises(DataError, match=message):
+        data.require_enough(found(tmp_path / "d"))
+    assert images.unlabeled_beside(str(tmp_path / "d")) is None if "cat" in folders[0] else True
+
+
+def test_a_test_says_what_was_learned_from_and_not_what_it_found(cli, tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=20)
+    other = make_folder(tmp_path / "other", classes=2, images=5, seed=8)
+    cli.inside("--name", "e", "--data_dir", root, *RUN, "--num_labels_percent", "20")
+    cli.inside("--name", "t", "--test_mode", "--load_path", "e", "--data_dir", other)
+    cli.inside("--name", "base", "--finetune_mode", "--data_dir", root, *RUN[:-2])
+    trained = {name: cli.metrics(name)["trained"] for name in ("e", "t", "base")}
+    assert trained["t"] == trained["e"]
+    assert trained["e"]["by"] == ["train"]
+    assert trained["base"]["unlabeled"] == 0
+    report = (cli.cwd / "results/t/report.html").read_text(encoding="utf-8")
+    assert f"after training with {trained['e']['labeled']} labels and {trained['e']['unlabeled']} images" in report
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_a_training_is_replaced_by_neither_a_study_nor_a_test_nor_its_own_finetuning(cli, tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=9)
+    cli.inside("--name", "e", "--data_dir", root, *RUN)
+    before = everything(cli.cwd / "results") | everything(cli.cwd / "checkpoints")
+    load = ["--load_path", "e", "--data_dir", root]
+    for options, message in (
+        (["--data_dir", root, *RUN, "--optuna_mode", "--resume"], "is of no study"),
+        (["--test_mode", *load, "--overwrite"], "is of a training: give the test another --name"),
+        (["--test_mode", *load, "--overwrite", "--predict_dir", root], "is of a training"),
+        (["--finetune_mode", *load, "--overwrite"], "is the run that --load_path names"),
+    ):
+        assert message in cli.inside("--name", "e", *options, check=4).stderr
+        assert everything(cli.cwd / "results") | everything(cli.cwd / "checkpoints") == before
+
+
+def test_a_run_that_is_replaced_is_kept_until_the_new_one_is_done(cli, tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=9)
+    cli.inside("--name", "e", "--data_dir", root, *RUN)
+    results, checkpoints = cli.cwd / "results/e", cli.cwd / "checkpoints/d/e"
+    weights, table = (path.read_bytes() for path in (checkpoints / "best_student.pth", results / "predictions.csv"))
+    out = cli.inside("--name", "e", "--data_dir", root, *RUN, "--overwrite", "--lr", "1e30", check=5).stdout
+    assert f"what was there before is in {Path('results/e/.replaced')}" in out
+    assert (checkpoints / ".replaced/best_student.pth").read_bytes() == weights
+    assert (results / ".replaced/predictions.csv").read_bytes() == table
+    cli.inside("--name", "e", "--data_dir", root, *RUN, "--overwrite", "--seed", "1")
+    assert not (results / ".replaced").exists()
+    assert not (checkpoints / ".replaced").exists()
+
+
+def test_a_run_goes_on_in_its_own_results_only(cli, tmp_path):
+    for name in ("flowers", "cats"):
+        make_folder(tmp_path / name, classes=2, images=9, seed=len(name))
+    flowers = ["--name", "e", "--data_dir", tmp_path / "flowers", *RUN]
+    cli.inside(*flowers)
+    shutil.move(cli.cwd / "results/e", cli.cwd / "archived")
+    cli.inside("--name", "e", "--data_dir", tmp_path / "cats", *RUN)
+    before = everything(cli.cwd / "results")
+    assert "started with other options: --data_dir" in cli.inside(*flowers, "--resume", check=4).stderr
+    assert everything(cli.cwd / "results") == before
+
+
+def test_options_that_nothing_can_satisfy_together_are_refused(cli):
+    for options, message in (
+        (["--optuna_mode", "--load_path", "e"], "trains new networks in each trial"),
+        (["--export", "onnx", "--test_views", "2"], "averages no views"),
+    ):
+        assert message in cli.one_line_error(2, *options)

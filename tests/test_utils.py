@@ -129,7 +129,7 @@ def test_a_run_that_writes_no_checkpoints_or_starts_from_one_does_not_remove_it(
     with folder.claim(keep=False, overwrite=True, trains=False) as remove_old:
         remove_old()
     assert left(tmp_path) == {"best_student.pth", "last.pth"}
-    with folder.claim(keep=False, overwrite=True, spare=folder.checkpoints / utils.BEST) as remove_old:
+    with folder.claim(keep=False, overwrite=True, spare=[folder.checkpoints / utils.BEST]) as remove_old:
         remove_old()
     assert left(tmp_path) == {"best_student.pth"}
 
