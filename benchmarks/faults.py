@@ -70,6 +70,7 @@ def start(cwd: Path, options: list[object], prepare: Callable[[], None] = lambda
         sys.stdout = sys.stderr = Path("output.txt").open("w")  # noqa: SIM115 (open until the process ends)
         record.SAVE_SECONDS, record.SAVE_SHARE = 0.0, math.inf  # save at every step
         visualization.pictures = lambda *_: ()  # the longest part of so short a run, and nothing depends on pictures
+        visualization.draw_images = lambda images, captions, title, path: path
         prepare()
         code = MPL.main(args.parse([*map(str, options), "--cache_dir", "cache"]))
     except SystemExit as stop:

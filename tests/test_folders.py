@@ -490,9 +490,7 @@ def test_labels_that_came_to_conflict_are_believed_no_longer(tmp_path):
     root = make_folder(tmp_path / "d", classes=2, images=20)
     index = checked(root)
     split = split_of(index)
-    learned, tested = (
-        next(index.paths[i] for i in rows if index.labels[i] == 0) for rows in (split.labeled, split.test)
-    )
+    learned, tested = (index.paths[rows[index.labels[rows] == 0][0]] for rows in (split.labeled, split.test))
     for name, path in (("l.png", learned), ("t.png", tested)):
         shutil.copy(root / path, root / "class 1" / name)
     parts = again(checked(root), index, split)
@@ -521,7 +519,8 @@ def test_parts_that_cannot_be_followed_are_refused(tmp_path, folders, message):
         pictures(tmp_path / "d" / folder, 5)
     with pytest.raises(DataError, match=message):
         data.require_enough(found(tmp_path / "d"))
-    assert images.unlabeled_beside(str(tmp_path / "d")) is None if "cat" in folders[0] else True
+    if "test/Cat" in folders:  # it is not taken for images without labels
+        assert images.unlabeled_beside(str(tmp_path / "d")) is None
 
 
 def test_a_test_says_what_was_learned_from_and_not_what_it_found(cli, tmp_path):
