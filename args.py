@@ -359,7 +359,7 @@ def command_line(config: Config) -> str:
 
 def rank() -> int:
     """This process's number among those that torchrun started; 0 if it started none."""
-    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    return int(os.environ.get("RANK", "0")) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 class _Parser(argparse.ArgumentParser):

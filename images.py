@@ -687,7 +687,7 @@ def is_deep(image: Image.Image) -> bool:
 
 def to_rgb(image: Image.Image, value_range: tuple[float, float] | None) -> Image.Image:
     """An image in 8-bit RGB: transparency on white, and of an image of more than 8 bits the values of ``value_range``
-    from black to white.
+    shown black to white.
 
     Raises:
         Unreadable: it has more than 8 bits, and there is no ``value_range``.

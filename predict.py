@@ -194,10 +194,13 @@ def label_folder(
         if not counts:
             raise utils.DataError(f"--predict_dir {config.predict_dir}: no file in it can be read as an image")
 
-    utils.write_atomically(folder.results / "predictions.csv", write)
+    try:
+        utils.write_atomically(folder.results / "predictions.csv", write)
+    finally:
+        if bad:
+            listed = utils.BOM + utils.csv_bytes([("path", "reason"), *bad])
+            utils.write_atomically(folder.results / "bad_files.csv", listed)
     if bad:
-        listed = utils.csv_bytes([("path", "reason"), *bad])
-        utils.write_atomically(folder.results / "bad_files.csv", utils.BOM + listed)
         print(f"{utils.counted(len(bad), 'unreadable file')} left out and listed in bad_files.csv (first: {bad[0][1]})")
     seconds = time.perf_counter() - began
     for name, count in counts.most_common():

@@ -395,7 +395,7 @@ def compare(folders: Sequence[Path], path: Path) -> str:
             raise utils.DataError(f"{folder}: not the folder of a finished run ({error})") from error
         history = utils.read_csv(folder / "history.csv") if (folder / "history.csv").exists() else []
         kind = {key: value for key, value in options.items() if key not in OF_NO_INTEREST}
-        if options["test_mode"]:  # other networks, not other seeds
+        if figures["mode"] == "test":  # other networks, not other seeds
             kind["load_path"] = options["load_path"]
         runs.append((kind | {key: figures[key] for key in ("mode", "dataset")}, folder.name, figures, history))
     groups: dict[str, list[tuple[str, dict, list]]] = {}

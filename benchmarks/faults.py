@@ -67,7 +67,7 @@ def start(cwd: Path, options: list[object], prepare: Callable[[], None] = lambda
     code = 70  # as if it crashed
     try:
         os.chdir(cwd)
-        sys.stdout = sys.stderr = Path("output.txt").open("w")  # noqa: SIM115 (open until the process ends)
+        sys.stdout = sys.stderr = Path("output.txt").open("w", errors="backslashreplace")  # noqa: SIM115 (open until the process ends)
         record.SAVE_SECONDS, record.SAVE_SHARE = 0.0, math.inf  # save at every step
         visualization.pictures = lambda *_: ()  # the longest part of so short a run, and nothing depends on pictures
         visualization.draw_images = lambda images, captions, title, path: path

@@ -262,7 +262,7 @@ def test_features_out_of_float16s_range_are_refused():
     body = nn.Sequential(models.Normalize((0.0,) * 3, (1.0,) * 3), nn.Flatten(), nn.Linear(48, 2))
     with torch.no_grad():
         body[2].weight.fill_(1e4)
-    backbone = models.Backbone("wide", body, 2, 4)
+    backbone = models.Backbone("wide", body, 2, 4, models.SYMMETRIC)
     white = torch.full((3, 3, 4, 4), 255, dtype=torch.uint8)
     assert models.Encoder(backbone, torch.device("cpu"), torch.bfloat16)(white).isfinite().all()
     with pytest.raises(UsageError, match="--amp bf16 or off"):

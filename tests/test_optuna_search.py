@@ -266,7 +266,7 @@ def test_workers_take_turns_at_the_accelerators(monkeypatch, device, count, expe
 
 def test_a_worker_on_another_device_may_join(tmp_path):
     url = f"sqlite:///{tmp_path / 'study.db'}"
-    optuna_search.Budget(config(), url)
-    optuna_search.Budget(config(device="cuda:1"), url)
+    optuna_search.Budget(config(), url, "")
+    optuna_search.Budget(config(device="cuda:1"), url, "")
     with pytest.raises(utils.CheckpointError, match="--seed 7"):
-        optuna_search.Budget(config(seed=7), url)
+        optuna_search.Budget(config(seed=7), url, "")

@@ -78,7 +78,7 @@ def test_the_report_is_whole_and_asks_nothing_of_the_network(nasty):
 
 def test_few_test_images_make_no_headline_of_100_percent():
     test = {"ensemble": {"accuracy": 1.0}}
-    headline, text = report._headline(test, {"labeled": 87, "unlabeled": 3966, "test": 6})
+    headline, text = report._headline(test, {"test": 6}, {"labeled": 87, "unlabeled": 3966})
     assert ">61.0% to 100.0%<" in headline
     assert "right about 100% of the 6 test images" in text
     assert ">100.00%<" in report._headline(test, {"labeled": 87, "unlabeled": 3966, "test": 60})[0]
