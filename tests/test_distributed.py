@@ -214,7 +214,9 @@ def test_all_leave_with_the_same_exit_code(alone):
     (alone.cwd / "results" / "taken").mkdir(parents=True)
     (alone.cwd / "results" / "taken" / "config.json").write_text("{}")
     said = shared(alone, 2, "--name", "taken", *STEPWISE, check=4).stderr
-    assert {*re.findall(r"exitcode  : (-?\d+)", said)} <= {"4", "-15"}  # one may be ended before it has left
+    codes = re.findall(r"exitcode  : (-?\d+)", said)
+    assert "4" in codes
+    assert {*codes} <= {"4", "-15"}  # torchrun may end the other with SIGTERM before it has left by itself
     assert said.count("MPL.py: results/taken exists") == 1
     said = shared(alone, 2, "--name", "odd", *STEPWISE, "--batch_size", "7", check=2).stderr
     assert said.count("MPL.py: --batch_size 7: must be a multiple of the 2 processes") == 1
