@@ -10,10 +10,10 @@ import os
 import sys
 
 import args
-import terminal
+import utils
 
 if __name__ == "__main__":
-    terminal.prepare(silent=args.rank() > 0)  # one of several processes speaks for all
+    utils.open_output(silent=args.rank() > 0)  # one of several processes speaks for all
     CONFIG = args.parse()  # before torch is imported: --help and a wrong option are answered at once
     # How long an OpenMP thread spins for the others. By default so long that two runs on the same cores are ten times
     # slower than one after the other; this costs a run that has them to itself nothing measurable.
@@ -21,46 +21,52 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import signal
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
+import checkpoints
 import data
 import distributed
+import features
 import images
+import metrics
+import mixture
 import models
-import modes
 import predict
-import record
-import utils
-from session import Session, choose_checkpoint, find_data, take_over
+import train
+from args import Config
+from checkpoints import Checkpoint, RunFolder
+from utils import Attempts, CheckpointError, DataError, Failure, Interrupted, Signals, UsageError
 
 
-def main(config: args.Config) -> int:
+def main(config: Config) -> int:
     """Run one command. Returns its exit code."""
     logging.getLogger("timm").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="PIL")  # of oddities in images that it reads all the same
     utils.keep_freed_memory()
-    signals = utils.Signals()
+    signals = Signals()
     try:
         with utils.resources_explained(config.batch_size):
             run(config, signals)
         return 0
     except distributed.Left as left:
         return left.exit_code
-    except utils.Interrupted as stop:
+    except Interrupted as stop:
         hint = "; --resume goes on from here" if signals.pending is not None else ""
         if not distributed.rank():
             print(f"\nMPL.py: stopped by {signal.Signals(stop.number).name}{hint}", file=sys.stderr)
         return 128 + stop.number
-    except utils.Failure as error:
+    except Failure as error:
         if config.debug:
             traceback.print_exc()
         who = f" (process {distributed.rank()} of {distributed.world()})" if distributed.rank() else ""
@@ -68,73 +74,76 @@ def main(config: args.Config) -> int:
         return error.exit_code
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One run
-
-
-class Start(NamedTuple):
-    """Where a run begins."""
-
-    config: args.Config
-    folder: utils.RunFolder
-    loaded: Path | None = None  # the checkpoint that gives split and weights ...
-    saved: dict[str, Any] | None = None  # ... and what it holds
-    last: dict[str, Any] | None = None  # the checkpoint that the run goes on from
-    last_version: tuple[int, ...] = ()  # which it was
-    keep: bool = False  # whether it goes on with what is in the folder, if only with its beginning
-
-
-def run(config: args.Config, signals: utils.Signals) -> None:
-    """Options to data to learners to mode to results."""
+def run(config: Config, signals: Signals) -> None:
+    """Options to data to networks to mode to results."""
     began = time.perf_counter()
     device = distributed.local_device(utils.pick_device(config.device))
     precision = utils.pick_precision(config.amp, device)
     if config.export is not None:
-        import export
+        import export  # late, as all that only some runs need
 
         export.require_packages(config.export)
     with distributed.joined(device):
-        agents = distributed.agents()
-        try:
-            start = find_start(config, agents)
-        except ValueError as error:
-            raise (utils.CheckpointError if config.loads or config.resume else utils.UsageError)(str(error)) from error
+        start = find_start(config, distributed.agents())
         if start.config.predict_dir is not None:
             label_folder(start, device, precision)
             return
         with distributed.one_first():
-            index, split, notes = find_data(start.config, start.saved, start.last)
-        session = Session(start.config, index, split, notes, device, precision, start.saved, start.last)
+            found = find_data(start)
+        work = make_ready(start, found, device, precision)
         if distributed.rank():
             distributed.leave_with_the_first()
-            assist(session, signals)
+            assist(work, signals)
         else:
-            lead(session, start, agents, signals, began)
+            lead(work, signals, began)
 
 
-def find_start(config: args.Config, agents: list[tuple[str, int, float]]) -> Start:
+# ---------------------------------------------------------------------------------------------------------------------
+# Where a run begins
+
+
+class Start(NamedTuple):
+    """The options, the folder and the checkpoints that a run starts from."""
+
+    config: Config
+    folder: RunFolder
+    agents: list[tuple[str, int, float]]  # of torchrun
+    loaded: Path | None = None  # the checkpoint that gives split and weights ...
+    saved: Checkpoint | None = None  # ... and what it holds
+    last: Checkpoint | None = None  # the checkpoint that the run goes on from
+    last_version: tuple[int, ...] = ()  # which it was
+    keep: bool = False  # whether it goes on with what is in the folder, if only with its beginning
+
+
+def find_start(config: Config, agents: list[tuple[str, int, float]]) -> Start:
     """The checkpoints that the options name, and the options that follow from them.
 
     Raises:
-        ValueError: they contradict a checkpoint's.
-        CheckpointError: there is none, or none that fits.
+        UsageError, CheckpointError: there is none, none that fits, or the options contradict one another or it.
     """
+    try:
+        return _find_start(config, agents)
+    except ValueError as error:
+        raise (CheckpointError if config.loads or config.resume else UsageError)(str(error)) from error
+
+
+def _find_start(config: Config, agents: list[tuple[str, int, float]]) -> Start:
     loaded = saved = None
-    own = utils.own_folders(config.output_dir)
+    own = checkpoints.own_folders(config.output_dir)
     if config.loads:
-        loaded, saved = choose_checkpoint(config)
+        loaded, saved = checkpoints.choose_checkpoint(config)
         config = dataclasses.replace(take_over(config, saved), load_path=str(loaded))
     elif config.unlabeled_dir is None and (beside := images.unlabeled_beside(config.data_dir, own)):
         config = args.derive(config, unlabeled_dir=beside)
     dataset = images.dataset_name(config.data_dir)
     if config.name is None:
         config = dataclasses.replace(config, name=f"{dataset}_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
-    folder = utils.RunFolder.named(config.output_dir, dataset, config.name)
+    folder = RunFolder.named(config.output_dir, dataset, config.name)
     if distributed.restarted() and distributed.tell(folder.begun_by(agents)):
         config = dataclasses.replace(config, resume=True, overwrite=False)
-    start = Start(config, folder, loaded, saved)
+    start = Start(config, folder, agents, loaded, saved)
     if loaded and config.mode != "test" and loaded.resolve().parent == folder.checkpoints.resolve():
-        raise utils.CheckpointError(f"--name {config.name} is the run that --load_path names: give this one another")
+        raise CheckpointError(f"--name {config.name} is the run that --load_path names: give this one another")
     if not config.resume:
         return start
     if config.mode == "optuna" and (config.storage or any(folder.written().values())):
@@ -142,10 +151,11 @@ def find_start(config: args.Config, agents: list[tuple[str, int, float]]) -> Sta
         return start._replace(keep=True)
     if config.mode == "test":  # which torchrun has started anew
         return start._replace(keep=True)
-    if (folder.checkpoints / utils.LAST).exists():
-        version = utils.version(folder.checkpoints / utils.LAST)
-        last = utils.load_checkpoint(folder.checkpoints / utils.LAST, holds=utils.LAST_HOLDS)
-        args.require_same(config, last["config"])
+    path = folder.checkpoints / checkpoints.LAST
+    if path.exists():
+        version = checkpoints.version(path)
+        last = checkpoints.load_checkpoint(path, "progress")
+        args.require_same(config, last.config)
         if (there := folder.options()) is not None:
             args.require_same(config, there)
         return start._replace(last=last, last_version=version, keep=True)
@@ -156,31 +166,181 @@ def find_start(config: args.Config, agents: list[tuple[str, int, float]]) -> Sta
     return start._replace(config=dataclasses.replace(config, resume=False), keep=begun is not None)
 
 
-def label_folder(start: Start, device: torch.device, precision: torch.dtype | None) -> None:
-    """Label ``--predict_dir``. What another run of the name has left stays until that is done."""
-    config, folder = start.config, start.folder
-    paths = predict.find(config)
-    with folder.claim(keep=start.keep, overwrite=config.overwrite, trains=False) as set_aside_old:
-        predict.label_folder(config, paths, start.saved, folder, device, precision)
-        set_aside_old()
-        write_config(config, folder)
+def take_over(config: Config, saved: Checkpoint) -> Config:
+    """The configuration with what the user did not give taken over from a checkpoint, its data set included.
+
+    Raises:
+        DataError: the folder that it was trained on is neither where it was nor where its name leads from here.
+        ValueError: an option was given that contradicts the checkpoint.
+    """
+    config = args.inherit(config, saved.config)
+    if config.predict_dir is not None:
+        return config
+    own = checkpoints.own_folders(config.output_dir)
+    elsewhere = os.path.realpath(images.innermost(config.data_dir, own)) != saved.data_dir
+    if "data_dir" in config.given and elsewhere and "unlabeled_dir" not in config.given:
+        return dataclasses.replace(config, unlabeled_dir=images.unlabeled_beside(config.data_dir, own))
+    for key, there in (("data_dir", saved.data_dir), ("unlabeled_dir", saved.unlabeled_dir)):
+        value = getattr(config, key)
+        if key in config.given or value in (None, "digits") or utils.resolve_path(value).is_dir():
+            continue
+        if there is None or not os.path.isdir(there):
+            raise DataError(
+                f"--{key} {value} (taken over from the checkpoint, which was trained on {there}): no such folder; "
+                f"give --{key}"
+            )
+        config = dataclasses.replace(config, **{key: there})
+    return config
 
 
-def assist(session: Session, signals: utils.Signals) -> None:
+def find_data(start: Start) -> data.Data:
+    """The images, divided: as for the checkpoint that the run goes on or starts from, or anew.
+
+    Raises:
+        CheckpointError: the checkpoint is of other classes or, where none was named, of other images; or the folder of
+            a run to go on with has changed.
+    """
+    config, earlier = start.config, start.last or start.saved
+    index = data.find_index(
+        config.data_dir,
+        config.unlabeled_dir,
+        checkpoints.own_folders(config.output_dir),
+        max_bad_percent=config.max_bad_percent,
+        cache_dir=utils.cache_folder(config.cache_dir) if config.cache_gb else None,
+        classes=earlier and earlier.classes,
+        testing=config.mode == "test",
+    )
+    all_labels = config.num_labels_percent == 100
+    if start.last is not None:
+        return data.split_unchanged(index, start.last.split, all_labels=all_labels)
+    if start.saved is not None:
+        found = data.split_as_before(index, start.saved.split, testing=config.mode == "test", all_labels=all_labels)
+        if "load_path" not in config.given and not start.saved.split.knows_any(index):
+            raise CheckpointError(
+                f"--load_best: no run was trained on the images of {config.data_dir}; one with the same classes was "
+                f"trained on {start.saved.data_dir}: if you mean it, give it as --load_path"
+            )
+        return found
+    return data.split_anew(
+        index,
+        seed=config.seed,
+        num_labels_percent=config.num_labels_percent,
+        val_percent=config.val_percent,
+        test_percent=config.test_percent,
+        given=config.given,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it works with
+
+
+class Work(NamedTuple):
+    """A run made ready: its images, how networks are made, and what they see."""
+
+    start: Start
+    data: data.Data
+    architecture: models.Architecture
+    inputs: features.Inputs
+    notes: list[str]
+
+    def features(self, rows: np.ndarray) -> torch.Tensor:
+        """What the mixture learns from: features averaged over an image's views, [n, D]."""
+        return self.inputs.average(rows, n_averaged(self.start.config))
+
+
+def n_averaged(config: Config) -> int:
+    """Over how many weak and as many strong views features are averaged: a few, if each step has new ones."""
+    return config.views or mixture.AVERAGED_VIEWS
+
+
+def open_networks(
+    start: Start, index: images.Index, device: torch.device, precision: torch.dtype | None
+) -> tuple[models.Architecture, images.Preparation]:
+    """The networks that the options ask for, and how images are prepared for them."""
+    config, earlier = start.config, start.last or start.saved
+    architecture = models.open_architecture(
+        config.model_name,
+        config.weights,
+        config.img_size,
+        config.seed,
+        len(index.classes),
+        frozen=config.trainable == "head",
+        saved=start.saved and start.saved.backbone,
+        resumed=start.last and start.last.backbone,
+    )
+    mean, std = architecture.backbone.normalization
+    preparation = images.prepare_for(
+        index,
+        size=config.img_size,
+        augmentation=config.augmentation,
+        mean=tuple(mean),
+        std=tuple(std),
+        saved=earlier and earlier.preparation,
+    )
+    return architecture, preparation
+
+
+def make_ready(start: Start, found: data.Data, device: torch.device, precision: torch.dtype | None) -> Work:
+    """Open the networks and their inputs."""
+    config = start.config
+    architecture, preparation = open_networks(start, found.index, device, precision)
+    inputs = open_inputs(config, images.Images(found.index, preparation), architecture, device, precision)
+    notes = [*found.notes]
+    if preparation.value_range:
+        low, high = preparation.value_range
+        notes.append(f"images of more than 8 bits: values from {low:g} to {high:g} are shown, black to white")
+    if architecture.frozen:
+        notes.append(inputs.note)
+        if not config.views and config.mode != "test":
+            notes.append("each step has new views, which go through the backbone")
+    return Work(start, found, architecture, inputs, notes)
+
+
+def open_inputs(
+    config: Config,
+    decoded: images.Images,
+    architecture: models.Architecture,
+    device: torch.device,
+    precision: torch.dtype | None,
+) -> features.Inputs:
+    return features.open_inputs(
+        decoded,
+        architecture,
+        device,
+        precision,
+        views=config.views,
+        n_kept=n_averaged(config) if config.views or config.targets == "mixture" else 0,
+        cache_dir=config.cache_dir,
+        cache_gb=config.cache_gb,
+    )
+
+
+def loaded_learners(
+    config: Config, saved: Checkpoint, architecture: models.Architecture, inputs: features.Inputs
+) -> dict[str, models.Learner]:
+    """The checkpoint's learners, ready to be tested: the one it was scored by first."""
+    learners = train.new_learners(config, dict.fromkeys(saved.best.learners, 0), architecture, inputs)
+    for name, weights in saved.best.learners.items():
+        learners[name].load_weights(weights)
+    return learners
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it does
+
+
+def assist(work: Work, signals: Signals) -> None:
     """What every process but the first does: its share of the training and of the predictions."""
-    import outcome
-
-    trained = None if session.config.mode == "test" else modes.fit(session, None, signals)
-    session, learners = outcome.made_ready(session, trained)
-    outcome.score(session, learners)
-    outcome.predict_others(session, learners)
+    trained = None if work.start.config.mode == "test" else train_networks(work, signals)
+    work, learners = ready_to_test(work, trained)
+    score(work, learners)
+    predict_others(work, learners)
 
 
-def lead(
-    session: Session, start: Start, agents: list[tuple[str, int, float]], signals: utils.Signals, began: float
-) -> None:
+def lead(work: Work, signals: Signals, began: float) -> None:
     """Hold the folder and do all that is to be done in it."""
-    config, folder = session.config, start.folder
+    start, config, folder = work.start, work.start.config, work.start.folder
     try:
         with contextlib.ExitStack() as stack:
             with distributed.failure_told():
@@ -189,76 +349,443 @@ def lead(
                     keep=start.keep, overwrite=config.overwrite, trains=config.mode != "test", spare=spare
                 )
                 set_aside_old = stack.enter_context(claim)
-                if start.last and utils.version(folder.checkpoints / utils.LAST) != start.last_version:
-                    raise utils.CheckpointError(
-                        f"{folder.results}: another process has just gone on with it: try again"
-                    )
+                last = folder.checkpoints / checkpoints.LAST
+                if start.last and checkpoints.version(last) != start.last_version:
+                    raise CheckpointError(f"{folder.results}: another process has just gone on with it: try again")
 
             def begin() -> None:
                 """From here on the folder is this run's."""
                 set_aside_old()
-                folder.note_agents(agents)
-                write_beginning(session, folder)
+                folder.note_agents(start.agents)
+                write_beginning(work)
 
-            carry_out(session, folder, begin, signals, began)
+            carry_out(work, begin, signals, began)
     except utils.InUseError:
         if not config.optuna_mode or config.storage is None:
             raise
         import optuna_search
 
-        optuna_search.join(session, signals)  # the one who holds the folder reports
+        # the one who holds the folder reports
+        optuna_search.join(config, work.data, work.features, functools.partial(train_trial, work, signals))
 
 
-def carry_out(
-    session: Session, folder: utils.RunFolder, begin: Callable[[], None], signals: utils.Signals, began: float
-) -> None:
+def carry_out(work: Work, begin: Callable[[], None], signals: Signals, began: float) -> None:
     """Show, search, train, test, report: what a run does in its folder. It may ``begin`` when nothing can fail any more
     that fails at the start."""
-    config = session.config
+    config, folder = work.start.config, work.start.folder
     print(config.describe())
-    for line in session.notes:
+    for line in work.notes:
         print(line)
     if config.print_model:
-        print(models.describe(session.network("student").model, session.backbone, config.trainable == "head"))
+        print(models.describe(work.architecture, config.seed))
     trained = defaults = None
     if config.mode == "optuna":
         import optuna_search
-        import outcome
 
         begin()
-        tuned = optuna_search.search(session, folder.results, signals)
+        tuned = optuna_search.search(
+            config, work.data, work.features, functools.partial(train_trial, work, signals), folder.results
+        )
         print("training once with the options as given, and once with the best:")
-        _, defaults = outcome.score(session, modes.fit(session, None, signals))
-        session = session.configured(tuned)
+        _, defaults = score(work, train_networks(work, signals))
+        work = work._replace(start=work.start._replace(config=tuned))
         write_config(tuned, folder)
-        trained = modes.fit(session, folder, signals)
+        trained = train_networks(work, signals, folder)
     elif config.mode == "test":
         begin()
     else:
-        trained = modes.fit(session, folder, signals, on_start=begin)
-    seconds_train = time.perf_counter() - began
-    import outcome  # only now: what draws takes seconds to import
-
-    outcome.conclude(session, folder, trained, defaults, began, seconds_train)
+        trained = train_networks(work, signals, folder, begin=begin)
+    conclude(work, trained, defaults, began, time.perf_counter() - began)
 
 
-def write_beginning(session: Session, folder: utils.RunFolder) -> None:
+def make_guide(work: Work) -> mixture.Guide:
+    """What the features of all images say to the run's training."""
+    config, found = work.start.config, work.data
+    return mixture.guide(
+        work.features,
+        found.known,
+        found.split.train,
+        len(found.classes),
+        targets=config.targets,
+        alignment=config.alignment,
+    )
+
+
+def train_networks(
+    work: Work,
+    signals: Signals,
+    folder: RunFolder | None = None,
+    *,
+    guide: mixture.Guide | None = None,
+    begin: Callable[[], None] = lambda: None,
+    on_score: Callable[[int, float], None] | None = None,
+) -> dict[str, models.Learner]:
+    """Train in the run's mode. Returns the learners with their best weights; those that are scored come first.
+
+    Args:
+        folder: where history and checkpoints go; None keeps nothing.
+        begin: called when all is ready for the first step.
+        on_score: hears each epoch's validation score, in place of a progress bar.
+    """
+    config, found, inputs, saved, last = work.start.config, work.data, work.inputs, work.start.saved, work.start.last
+    if guide is None and not config.finetune_mode:
+        guide = make_guide(work)
+        if folder and config.alignment == "estimated":
+            given = mixture.label_shares(found.known, len(found.classes))
+            print(mixture.describe_shares(guide.prior, given, found.classes))
+    plan = train.make_plan(config, found.split, guide)
+    learners = train.new_learners(config, plan.updates, work.architecture, inputs)
+    if saved:
+        for name, learner in learners.items():
+            learner.load_weights(saved.best.learners.get(name) or next(iter(saved.best.learners.values())))
+    val = found.split.val
+    watched = learners, plan.mode.scored, train.validator(inputs, val), found.labels[val]
+    if folder is None:
+        keeper = train.Keeper(*watched)
+    else:
+        about = checkpoints.about_run(config, found, work.architecture, inputs.preparation, saved)
+        keeper = checkpoints.SavingKeeper(*watched, folder=folder, about=about, tensorboard=config.tensorboard)
+        if last:
+            keeper.go_on(last.progress)
+    begin()
+    batches = inputs.batches(plan.schedule, found.labels, keeper.done, plan.total_steps, num_workers=config.num_workers)
+    return train.run_plan(plan, keeper, batches, signals, on_score=on_score)
+
+
+def train_trial(
+    work: Work,
+    signals: Signals,
+    config: Config,
+    found: data.Data,
+    guide: mixture.Guide,
+    on_score: Callable[[int, float], None],
+) -> None:
+    """Train once for a search, with its options and images."""
+    trial = work._replace(start=work.start._replace(config=config), data=found)
+    train_networks(trial, signals, guide=guide, on_score=on_score)
+
+
+def write_beginning(work: Work) -> None:
     """Options and split, which a run that goes on has written before."""
-    config = session.config
-    if not config.resume or not (folder.results / utils.CONFIG).exists():
-        write_config(config, folder)
-        utils.write_atomically(folder.results / "split.csv", data.split_to_csv(session.index, session.split))
-        if session.index.bad:
-            record.list_bad(folder.results, session.index.bad)
+    config, results, found = work.start.config, work.start.folder.results, work.data
+    if not config.resume or not (results / checkpoints.CONFIG).exists():
+        write_config(config, work.start.folder)
+        utils.write_atomically(results / "split.csv", data.split_to_csv(found.index, found.split))
+        if found.index.bad:
+            predict.list_bad(results, found.index.bad)
     if config.show_images:
-        import outcome
-
-        outcome.draw_samples(session, folder)
+        draw_samples(work)
 
 
-def write_config(config: args.Config, folder: utils.RunFolder) -> None:
-    for name in (utils.CONFIG, "commandline_args.txt"):
+def write_config(config: Config, folder: RunFolder) -> None:
+    for name in (checkpoints.CONFIG, "commandline_args.txt"):
         utils.write_json(folder.results / name, config.options())
+
+
+def label_folder(start: Start, device: torch.device, precision: torch.dtype | None) -> None:
+    """Label ``--predict_dir``. What another run of the name has left stays until that is done."""
+    config, folder, saved = start.config, start.folder, start.saved
+    what = f"--predict_dir {config.predict_dir}"
+    paths, notes = images.find_unlabeled(
+        "--predict_dir", config.predict_dir, checkpoints.own_folders(config.output_dir)
+    )
+    for line in notes:
+        print(line)
+    with folder.claim(keep=start.keep, overwrite=config.overwrite, trains=False) as set_aside_old:
+        index = images.Index(
+            name=images.dataset_name(config.data_dir),
+            root=Path("/"),
+            paths=tuple(paths),
+            labels=np.full(len(paths), images.UNKNOWN),
+            classes=saved.classes,
+        )
+        architecture, preparation = open_networks(start, index, device, precision)
+        stream = predict.Stream(index, preparation, ahead=device.type != "cpu")
+        once = dataclasses.replace(config, cache_gb=0.0)  # what is looked at once is not kept
+        inputs = open_inputs(once, stream, architecture, device, precision)
+        learners = loaded_learners(config, saved, architecture, inputs)
+        print(
+            f"{utils.counted(len(index), 'image')} in {config.predict_dir}, {' and '.join(learners)} of "
+            f"{config.load_path}"
+        )
+        predict.label_folder(stream, learners, inputs, folder.results, what=what)
+        set_aside_old()
+        write_config(config, folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it ends with
+
+Scores = dict[str, dict[str, dict[str, float]]]  # by part, network and metric
+
+
+def score(work: Work, learners: Mapping[str, models.Learner]) -> tuple[dict[str, predict.Predicted], Scores]:
+    """What is predicted of the validation and test images, and how good that is."""
+    predicted = {part: predict_part(work, learners, part) for part in ("val", "test")}
+    scores = {
+        part: {
+            name: metrics.classification_metrics(p.numpy(), work.data.labels[each.rows])
+            for name, p in each.probabilities.items()
+            if len(each.rows)
+        }
+        for part, each in predicted.items()
+    }
+    return predicted, scores
+
+
+def predict_part(work: Work, learners: Mapping[str, models.Learner], part: str) -> predict.Predicted:
+    return predict.predict(learners, work.inputs, work.data.index, getattr(work.data.split, part))
+
+
+def predict_others(work: Work, learners: Mapping[str, models.Learner]) -> dict[str, predict.Predicted]:
+    """What is predicted of the images that were trained on, and of those that served for nothing."""
+    return {part: predict_part(work, learners, part) for part in ("unlabeled", "labeled", "unused")}
+
+
+def ready_to_test(work: Work, trained: dict[str, models.Learner] | None) -> tuple[Work, dict[str, models.Learner]]:
+    """The networks to be tested: those just trained, or the checkpoint's; without mixed precision if they are exported,
+    so that what is reported is what the exported file gives."""
+    config, saved = work.start.config, work.start.saved
+    learners = loaded_learners(config, saved, work.architecture, work.inputs) if trained is None else trained
+    if config.mode == "finetune" and saved:
+        partner = list(loaded_learners(config, saved, work.architecture, work.inputs).values())[
+            1:
+        ]  # unchanged, beside the finetuned student
+        learners = learners | dict(zip(["teacher"], partner, strict=False))
+    if config.export is not None and work.inputs.precision is not None:
+        print("tested in float32, as what is exported computes")
+        inputs = open_inputs(config, work.inputs.views.images, work.architecture, work.inputs.device, None)
+        work = work._replace(inputs=inputs)
+        for learner in learners.values():
+            learner.precision = None
+    return work, learners
+
+
+def conclude(
+    work: Work,
+    trained: dict[str, models.Learner] | None,
+    defaults: Scores | None,
+    began: float,
+    seconds_train: float,
+) -> None:
+    """Test the learners, write metrics, predictions, pictures, the report and the export, and print the table.
+
+    What matters most is written first, and each thing whatever became of the others.
+
+    Raises:
+        DataError: images can no longer be read; all is done without them.
+        Failure: something else could not be written.
+    """
+    import report  # only now: what draws takes seconds to import
+    import visualization
+
+    config, results = work.start.config, work.start.folder.results
+    attempts = Attempts(config.batch_size, debug=config.debug)
+    work, learners = ready_to_test(work, trained)
+    predicted, scores = score(work, learners)
+    seconds = {"total": time.perf_counter() - began, "train": seconds_train if trained is not None else 0.0}
+    seconds["test"] = seconds["total"] - seconds_train
+    figures = figures_of(work, learners, predicted, scores, defaults, seconds)
+    with attempts.attempt("metrics.json"):
+        utils.write_json(results / "metrics.json", figures)
+    with attempts.attempt("predictions.csv"):
+        predicted |= predict_others(work, learners)
+    with attempts.attempt("predictions.csv"):
+        order = [part for part in ("test", "unlabeled", "labeled", "val", "unused") if part in predicted]
+        of_parts = {part: predicted[part][:2] for part in order}
+        predict.write_predictions(results / "predictions.csv", work.data.index, of_parts)
+    missing = [each for part in predicted.values() for each in part.missing]
+    if missing:
+        left_out = (
+            f"{utils.counted(len(missing), 'image')} could no longer be read at the end: left out, see bad_files.csv"
+        )
+        figures["notes"] = [*work.notes, left_out]
+        with attempts.attempt("bad_files.csv"):
+            predict.list_bad(results, missing)
+            utils.write_json(results / "metrics.json", figures)
+        attempts.failures.insert(0, gone(missing, results, figures["commands"]))
+    written: list[Path] = []
+    with attempts.attempt("the pictures", needed=False):
+        for name, draw in visualization.pictures(results):
+            with attempts.attempt(name, needed=False):
+                written.append(draw())
+    for name, draw in doubtful(work, results, predicted).items():
+        with attempts.attempt(name, needed=False):
+            written.append(draw())
+    with attempts.attempt("report.html", needed=False):
+        written.append(report.write(results))
+    if config.export is not None:
+        import export
+
+        with attempts.attempt(f"--export {config.export}"):
+            written.append(export.write(config.export, learners, work.inputs, work.data, results))
+            frozen = work.architecture.frozen
+            card = export.write_card(
+                config.export, figures, work.inputs.preparation, results, weights=config.weights, frozen=frozen
+            )
+            written.append(card)
+    print(report.result_table(figures))
+    print(f"pictures and tables: {results}/ ({', '.join(path.name for path in written)})")
+    if trained is not None:
+        print(f"checkpoint: {work.start.folder.checkpoints / checkpoints.BEST}")
+    attempts.close()
+
+
+def figures_of(
+    work: Work,
+    learners: Mapping[str, models.Learner],
+    predicted: Mapping[str, predict.Predicted],
+    scores: Scores,
+    defaults: Scores | None,
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """What metrics.json holds."""
+    config, labels, saved = work.start.config, work.data.labels, work.start.saved
+    rows = {part: each.rows for part, each in predicted.items()}
+    final = {part: train.final(each.probabilities).numpy() for part, each in predicted.items()}
+    if config.mode == "test":
+        trained = saved.trained
+    else:
+        trained = checkpoints.learned_from(config, work.data, saved)
+    changed, usual = args.changed(config.options())
+    return {
+        "mode": config.mode,
+        "dataset": work.data.index.name,
+        "model_name": config.model_name,
+        "counts": work.data.split.counts() | {part: len(each) for part, each in rows.items()},
+        "trained": dataclasses.asdict(trained),
+        "networks": list(learners),
+        "test": scores["test"],
+        "val": scores["val"],
+        **({} if defaults is None else {"defaults": defaults}),
+        "classes": list(work.data.classes),
+        "per_class": metrics.per_class(final["test"], labels[rows["test"]]),
+        "temperature": metrics.fit_temperature(final["val"], labels[rows["val"]]),
+        "seconds": dict(seconds),
+        "notes": work.notes,
+        "commands": commands(config, work.data.index.name),
+        "settings": args.settings(config),
+        "options": {"changed": changed, "default": usual},
+        "versions": utils.versions(work.inputs.device),
+    }
+
+
+def gone(missing: predict.Unreadable, results: Path, lines: Mapping[str, str]) -> DataError:
+    """The error that images could be read when the run began and cannot be now."""
+    again = lines.get("test", "test again")
+    return DataError(
+        f"{utils.counted(len(missing), 'image')} can no longer be read (first: {missing[0][1]}), listed in "
+        f"{results / 'bad_files.csv'}; all else is done and the weights are kept: once they are back, {again}"
+    )
+
+
+def commands(config: Config, dataset: str) -> dict[str, str]:
+    """How to make this run again, and what to do with it."""
+    run = {key: getattr(config, key) for key in ("data_dir", "output_dir", "cache_dir") if key in config.given}
+    trained = config.load_path if config.mode == "test" else f"{dataset}/{config.name}"
+    load = {"load_best": True} if trained is None else {"load_path": trained}
+
+    def follow(suffix: str, mode: str, **more: str) -> str:
+        return args.written({"name": f"{config.name}-{suffix}", mode: True} | load | run | more)
+
+    lines = {"repeat this run": args.command_line(config)}
+    if config.mode != "test":
+        lines["finetune on the labelled images"] = follow("finetuned", "finetune_mode")
+        lines["test"] = follow("test", "test_mode")
+    return lines | {"label a folder of images": follow("labels", "test_mode", predict_dir="FOLDER")}
+
+
+def doubtful(
+    work: Work, results: Path, predicted: Mapping[str, predict.Predicted], most: int = 24
+) -> dict[str, Callable[[], Path]]:
+    """What draws mistakes.png, the test images that are wrong most confidently, and disagreements.png, those of any
+    test or unlabelled images on which the networks are of different opinions most confidently; without such images,
+    nothing."""
+    import visualization
+
+    index = work.data.index
+    names, key = visualization.drawable(index.classes)
+
+    def between(before: str, label: int, after: str = "") -> str:
+        room = visualization.CAPTION - len(before) - len(after)
+        return before + visualization.shortened(names[label], room) + after
+
+    rows, test, _ = predicted["test"]
+    confidence, choice = (each.numpy() for each in train.final(test).max(-1))
+    wrong = np.flatnonzero(choice != index.labels[rows])
+    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:most]
+    grids = {
+        "mistakes.png": (
+            "Test images that are wrong most confidently",
+            rows[wrong],
+            [
+                between("is ", index.labels[rows[i]]) + "\n" + between("not ", choice[i], f" ({confidence[i]:.0%})")
+                for i in wrong
+            ],
+        )
+    }
+    voters = [name for name in test if name != "ensemble"]
+    if len(voters) > 1:
+        looked_at = [predicted[part] for part in ("test", "unlabeled") if part in predicted]
+        rows = np.concatenate([each.rows for each in looked_at])
+        p = [np.concatenate([each.probabilities[name].numpy() for each in looked_at]) for name in voters]
+        votes = np.stack([each.argmax(1) for each in p])
+        surety = np.min([each.max(1) for each in p], axis=0)
+        split_votes = np.flatnonzero((votes != votes[0]).any(0))
+        split_votes = split_votes[np.argsort(-surety[split_votes], kind="stable")][:most]
+        grids["disagreements.png"] = (
+            "Images on which the networks disagree most confidently",
+            rows[split_votes],
+            [
+                "\n".join(
+                    between(f"{voter.replace('_', ' ')}: ", v) for voter, v in zip(voters, votes[:, i], strict=True)
+                )
+                for i in split_votes
+            ],
+        )
+
+    def draw(name: str) -> Path:
+        title, chosen, captions = grids[name]
+        pictures, shown = [], []
+        for i, caption in zip(chosen.tolist(), captions, strict=True):
+            with contextlib.suppress(DataError):  # predicted from kept features, though the file is gone
+                pictures.append(work.inputs.views("plain", [i], [0])[0].permute(1, 2, 0).numpy())
+                shown.append(f"{caption}\n{visualization.file_caption(index.paths[i])}")
+        if not shown:
+            raise ValueError("none of its images can be read any more")
+        if len(shown) < len(chosen):
+            print(f"{name} lacks {utils.counted(len(chosen) - len(shown), 'image')} that can no longer be read")
+        return visualization.draw_images(np.stack(pictures), shown, title + key, results / name)
+
+    return {name: functools.partial(draw, name) for name, (_, chosen, _) in grids.items() if len(chosen)}
+
+
+def draw_samples(work: Work, columns: int = 8, views: int = 2) -> None:
+    """Write samples.png: labelled images of different classes, with weak and strong views of each."""
+    import visualization
+
+    config, found = work.start.config, work.data
+    rng = np.random.default_rng(config.seed)
+    shuffled = rng.permutation(found.split.labeled)
+    _, first = np.unique(found.labels[shuffled], return_index=True)
+    chosen = np.concatenate([shuffled[first], np.delete(shuffled, first)])[:columns]
+
+    def pictures(kind: str, draw: int) -> np.ndarray:
+        return work.inputs.views(kind, chosen, [draw] * len(chosen)).permute(0, 2, 3, 1).numpy()
+
+    names, key = visualization.drawable(found.classes)
+    attempts = Attempts(config.batch_size, debug=config.debug)
+    with attempts.attempt("samples.png", needed=False):
+        path = visualization.draw_samples(
+            pictures("plain", 0),
+            np.stack([pictures("weak", v) for v in range(views)]),
+            np.stack([pictures("strong", v) for v in range(views)]),
+            [names[found.labels[i]] for i in chosen],
+            work.start.folder.results / "samples.png",
+            key.strip(),
+        )
+        print(f"samples: {path}")
+    attempts.close()
 
 
 if __name__ == "__main__":

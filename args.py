@@ -636,3 +636,11 @@ def _check_together(config: Config) -> None:
         raise ValueError("--unlabeled_dir goes with a folder of images in --data_dir, not with digits")
     if config.unlabeled_dir is not None and os.path.abspath(config.unlabeled_dir) == os.path.abspath(config.data_dir):
         raise ValueError("--unlabeled_dir and --data_dir are the same folder")
+
+
+def settings(config):
+    return {k: v for k, v in config.options().items() if k not in (*HARMLESS, "name", "seed", "load_path", "load_best", "n_trials", "timeout", *MODES)}
+
+
+def changed(options):
+    return options, {}

@@ -1,4 +1,4 @@
-"""From images to batches: the split, augmented views, the batch of each step.
+"""From images to batches: whose label is known, the split, augmented views, the batch of each step.
 
 Every random draw is a pure function of (seed, step) or of (pixels, view): neither the number of loader workers nor
 where a run was interrupted changes an image.
@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import math
 import multiprocessing
 import os
 import shutil
@@ -15,17 +16,30 @@ import signal
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 
-from augmentation import strong_view, weak_view
 from distributed import share
-from images import STORE_BYTES, UNKNOWN, Images, Index, digest
-from utils import BOM, DataError, Failure, UsageError, counted, csv_bytes, derive_seed, first_few, seeded
+from images import STORE_BYTES, UNKNOWN, Images, Index, check_images, digest, find_images
+from utils import (
+    BOM,
+    CheckpointError,
+    DataError,
+    Failure,
+    UsageError,
+    counted,
+    csv_bytes,
+    derive_seed,
+    first_few,
+    seeded,
+)
 
 FEWEST_PER_CLASS = 4  # a validation and a test image, and two to train on
 
@@ -206,22 +220,51 @@ def split_to_csv(index: Index, split: Split) -> bytes:
     )
 
 
-def manifest(index: Index, split: Split, earlier: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What a checkpoint remembers of its split: each image's path, label ([N] int64), part, digest ([N, 16] uint8).
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint remembers of its images: each one's path, label ([N] int64), part and digest ([N, 16] uint8);
+    in ``before`` those that an earlier checkpoint learned from and that were no longer there."""
+
+    paths: list[str]
+    labels: torch.Tensor
+    parts: list[str]
+    digests: torch.Tensor
+    before: "Manifest | None" = None
+
+    def digest_list(self) -> list[bytes]:
+        return self.digests.contiguous().numpy().view("S16").ravel().tolist()
+
+    def knows_any(self, index: Index) -> bool:
+        """Whether an image of the index is among these."""
+        return bool(np.isin(index.digests, np.array(self.digest_list(), dtype="S16")).any())
+
+
+def manifest(index: Index, split: Split, earlier: Manifest | None = None) -> Manifest:
+    """The manifest of a split.
 
     Args:
-        earlier: the manifest of the checkpoint that the run started from. Its images that are not here now are
-            remembered too (``before``): they were trained on all the same.
+        earlier: that of the checkpoint that the run started from. Its images that are not here now are remembered too
+            (``before``): they were trained on all the same.
     """
     digests = torch.from_numpy(index.digests.view(np.uint8).reshape(-1, 16).copy())
-    labels = torch.from_numpy(index.labels.copy())
-    here = {"paths": list(index.paths), "labels": labels, "parts": split.part_of(len(index)), "digests": digests}
-    known = [one for one in (earlier, earlier and earlier["before"]) if one]
-    digests = torch.cat([digests[:0], *(one["digests"] for one in known)])
-    gone = np.flatnonzero(~np.isin(np.array(_digest_list(digests), dtype="S16"), index.digests)).tolist()
-    parts = [part for one in known for part in one["parts"]]
-    labels = torch.cat([labels[:0], *(one["labels"] for one in known)])
-    return here | {"before": {"labels": labels[gone], "parts": [parts[i] for i in gone], "digests": digests[gone]}}
+    here = Manifest(list(index.paths), torch.from_numpy(index.labels.copy()), split.part_of(len(index)), digests)
+    known = [each for each in (earlier, earlier and earlier.before) if each]
+    if not known:
+        return here
+    everyone = Manifest(
+        [path for each in known for path in each.paths],
+        torch.cat([each.labels for each in known]),
+        [part for each in known for part in each.parts],
+        torch.cat([each.digests for each in known]),
+    )
+    gone = np.flatnonzero(~np.isin(np.array(everyone.digest_list(), dtype="S16"), index.digests)).tolist()
+    before = Manifest(
+        [everyone.paths[i] for i in gone],
+        everyone.labels[gone],
+        [everyone.parts[i] for i in gone],
+        everyone.digests[gone],
+    )
+    return dataclasses.replace(here, before=before)
 
 
 def fingerprint(index: Index, split: Split) -> str:
@@ -240,7 +283,7 @@ class _Then(NamedTuple):
 
 
 def split_from_manifest(
-    index: Index, saved: dict[str, Any], *, testing: bool = False, all_labels: bool = False
+    index: Index, saved: Manifest, *, testing: bool = False, all_labels: bool = False
 ) -> tuple[Split, list[str]]:
     """A checkpoint's split over the images found now, and lines that say what has changed since (none if nothing).
 
@@ -252,12 +295,9 @@ def split_from_manifest(
     Raises:
         DataError: no image is left to validate or to test on.
     """
-    each_then = map(_Then, _digest_list(saved["digests"]), saved["labels"].tolist(), saved["parts"])
-    then = dict(zip(saved["paths"], each_then, strict=True))
+    then = dict(zip(saved.paths, _entries(saved), strict=True))
     by_digest: dict[bytes, list[_Then]] = defaultdict(list)
-    before = saved["before"]
-    lost = map(_Then, _digest_list(before["digests"]), before["labels"].tolist(), before["parts"])
-    for entry in (*then.values(), *lost):
+    for entry in (*then.values(), *(_entries(saved.before) if saved.before else ())):
         by_digest[entry.digest].append(entry)
     conflicting = {
         index.digests[group[0]]
@@ -306,11 +346,6 @@ def split_from_manifest(
     return split, notes
 
 
-def any_known(index: Index, saved: dict[str, Any]) -> bool:
-    """Whether a manifest knows any of these images."""
-    return bool(np.isin(index.digests, np.array(_digest_list(saved["digests"]), dtype="S16")).any())
-
-
 LABEL_CHANGES = ("with another label", "with a label now", "that lost their label")  # at 0, 1 and -1
 
 
@@ -327,8 +362,272 @@ def _part_of_known(label: int, then: Sequence[_Then], testing: bool) -> str:
     return "unlabeled" if "unlabeled" in parts else "unused"
 
 
-def _digest_list(digests: torch.Tensor) -> list[bytes]:
-    return digests.contiguous().numpy().view("S16").ravel().tolist()
+def _entries(saved: Manifest) -> list[_Then]:
+    return [*map(_Then, saved.digest_list(), saved.labels.tolist(), saved.parts)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run knows of its images
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The images, which of them serves for what, and lines that say what was found."""
+
+    index: Index
+    split: Split
+    notes: tuple[str, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.index.classes
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Of every image, [N] int64, ``UNKNOWN`` where nobody labelled."""
+        return self.index.labels
+
+    @property
+    def known(self) -> np.ndarray:
+        """The labels that may be learned from, [N] int64, ``UNKNOWN`` for all other images."""
+        labels = np.full(len(self.index), UNKNOWN)
+        labels[self.split.labeled] = self.labels[self.split.labeled]
+        return labels
+
+
+def find_index(
+    data_dir: str,
+    unlabeled_dir: str | None,
+    own: Sequence[Path],
+    *,
+    max_bad_percent: float,
+    cache_dir: Path | None,
+    classes: Sequence[str] | None = None,
+    testing: bool = False,
+) -> Index:
+    """The images of a data folder that can be read.
+
+    Args:
+        own: folders of this program, which hold no data.
+        cache_dir: where what was found is kept for the next time; None: nowhere.
+        classes: those of the checkpoint that the run starts from. When ``testing``, some may be absent.
+
+    Raises:
+        CheckpointError: the folder has other classes. No image has been read then.
+        DataError: it is missing, empty or holds too many files that cannot be read.
+    """
+    index = find_images(data_dir, unlabeled_dir, own)
+    if classes is not None:
+        there, here = set(classes), set(index.classes)
+        differences = [f"which lacks {name}" for name in sorted(there - here) if not testing]
+        differences += [f"which also has {name}" for name in sorted(here - there)]
+        if differences:
+            raise CheckpointError(
+                f"the checkpoint has other classes than {data_dir} ({first_few(differences)}); give the folder it was "
+                "trained on"
+            )
+        index = index.with_classes(classes)
+    return check_images(index, cache_dir, max_bad_percent=max_bad_percent)
+
+
+def split_anew(
+    index: Index,
+    *,
+    seed: int,
+    num_labels_percent: float,
+    val_percent: float,
+    test_percent: float,
+    given: Collection[str],
+) -> Data:
+    """The images divided for a run that starts from no checkpoint.
+
+    Args:
+        given: the options that the user gave.
+
+    Raises:
+        UsageError, DataError: see :func:`require_enough` and :func:`make_split`; or a share was given for a part that
+            is a folder of its own.
+    """
+    require_enough(index)
+    for part, percent in (("val", val_percent), ("test", test_percent)):
+        if part in index.given_parts and f"{part}_percent" in given:
+            raise UsageError(f"--{part}_percent {percent:g}: {index.root} has {part} images of its own; leave it out")
+    split = make_split(
+        index.paths,
+        index.labels,
+        seed=seed,
+        num_labels_percent=num_labels_percent,
+        val_percent=val_percent,
+        test_percent=test_percent,
+        duplicates=index.duplicates,
+        given_parts=index.given_parts,
+        classes=index.classes,
+    )
+    return Data(index, split, tuple(_describe(index, split, [])))
+
+
+def split_as_before(index: Index, saved: Manifest, *, testing: bool, all_labels: bool) -> Data:
+    """The images divided as they were for the checkpoint that a run starts from: see :func:`split_from_manifest`."""
+    split, changes = split_from_manifest(index, saved, testing=testing, all_labels=all_labels)
+    return Data(index, split, tuple(_describe(index, split, changes)))
+
+
+def split_unchanged(index: Index, saved: Manifest, *, all_labels: bool) -> Data:
+    """The images divided as in the run that is gone on with.
+
+    Raises:
+        CheckpointError: the folder has changed since it began.
+    """
+    split, changes = split_from_manifest(index, saved, all_labels=all_labels)
+    if set(index.paths) != set(saved.paths):
+        changes = changes or ["the folder has changed since the training: a copy of an image is gone or new"]
+    if changes:
+        raise CheckpointError(
+            f"--resume: {changes[0].replace('the training', 'the run began')}; put it back, or start anew with "
+            "--overwrite"
+        )
+    return Data(index, split, tuple(_describe(index, split, [])))
+
+
+def _describe(index: Index, split: Split, changes: Sequence[str]) -> list[str]:
+    """What was found: counts, classes, duplicates with conflicting labels, files left out or passed over."""
+    counts = split.counts()
+    sizes = np.bincount(index.labels[index.labels != UNKNOWN], minlength=len(index.classes))
+    notes = [
+        f"{index.name}: {len(index.classes)} classes; {counts['labeled']} labelled, {counts['unlabeled']} unlabelled, "
+        f"{counts['val']} validation and {counts['test']} test images",
+        f"classes: {first_few([f'{name} ({n})' for name, n in zip(index.classes, sizes, strict=True)], 12)}",
+    ]
+    groups = index.duplicates
+    if groups:
+        conflicts = [group for group in groups if len({int(index.labels[i]) for i in group} - {UNKNOWN}) > 1]
+        notes.append(f"{counted(len(groups), 'group')} of identical images, each kept on one side of the split")
+        if conflicts:
+            first = " and ".join(index.paths[i] for i in conflicts[0])
+            notes.append(f"{len(conflicts)} of them have conflicting labels and are used without (first: {first})")
+    if len(split.unused):
+        first = index.paths[split.unused[0]]
+        notes.append(f"{counted(len(split.unused), 'image')} neither trained nor tested on (first: {first})")
+    if index.bad:
+        path, reason = index.bad[0]
+        left_out = counted(len(index.bad), "unreadable file")
+        notes.append(f"{left_out} left out and listed in bad_files.csv (first: {path}: {reason})")
+    return [*notes, *index.notes, *changes]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentation: uint8 in, uint8 out, before any normalisation (the network's first layer does that)
+
+
+def weak_view(size: int, *, mirror: bool) -> v2.Transform:
+    """A shift by up to an eighth and, where a mirror image keeps its class, a flip (FixMatch, section 2.3)."""
+    return v2.Compose([v2.RandomHorizontalFlip()] * mirror + [Shift(size // 8)])
+
+
+def strong_view(augmentation: str, size: int, *, mirror: bool) -> v2.Transform:
+    """The original project's augmentations (``transfer``), or the paper's RandAugment with Cutout (``randaugment``)."""
+    if augmentation == "transfer":
+        return v2.Compose(
+            [v2.RandomHorizontalFlip()] * mirror
+            + [
+                v2.RandomApply([v2.ColorJitter(0.1, 0.1, 0.1, 0.1)], p=0.2),
+                Affine((-15, 20), translate=(0.1, 0.1), scale=(0.7, 1.2)),
+                v2.RandomApply([Affine(0, shear=(30, 50))], p=0.3),
+                Perspective(0.5, p=0.3),
+                v2.RandomGrayscale(p=0.1),
+                v2.RandomApply([AdditiveNoise(0.1)], p=0.2),
+            ]
+        )
+    return v2.Compose(
+        [
+            weak_view(size, mirror=mirror),
+            v2.RandAugment(num_ops=2, magnitude=10, interpolation=v2.InterpolationMode.BILINEAR),
+            v2.RandomErasing(p=1.0, scale=(0.02, 0.25), ratio=(1.0, 1.0), value=127),
+        ]
+    )
+
+
+class AdditiveNoise(v2.Transform):
+    """Gaussian noise of a standard deviation given as a fraction of full scale."""
+
+    def __init__(self, sigma: float) -> None:
+        super().__init__()
+        self.sigma = sigma
+
+    def transform(self, inpt: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
+        noise = torch.randn(inpt.shape) * (255 * self.sigma)
+        return (inpt + noise).round_().clamp_(0, 255).to(torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torchvision's transforms, the same draws and pixels in a third to a half of the time: with fresh views and a fast
+# backbone they would take a fifth of a step
+
+
+class Shift(v2.Transform):
+    """A shift by up to ``most`` pixels each way that fills up with the image's reflection: ``v2.RandomCrop`` after
+    padding, without making what is not shown."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def make_params(self, flat_inputs: list[torch.Tensor]) -> dict[str, int]:
+        return {way: int(torch.randint(0, 2 * self.most + 1, ())) - self.most for way in ("up", "left")}
+
+    def transform(self, inpt: torch.Tensor, params: dict[str, int]) -> torch.Tensor:
+        return _shifted(_shifted(inpt, -2, params["up"]), -1, params["left"])
+
+
+def _shifted(image: torch.Tensor, dim: int, by: int) -> torch.Tensor:
+    """An image moved against ``dim`` by a number of pixels, which may be negative."""
+    n = image.shape[dim]
+    if by < 0:
+        return torch.cat([image.narrow(dim, 1, -by).flip(dim), image.narrow(dim, 0, n + by)], dim)
+    if by > 0:
+        return torch.cat([image.narrow(dim, by, n - by), image.narrow(dim, n - 1 - by, by).flip(dim)], dim)
+    return image
+
+
+class Affine(v2.RandomAffine):
+    """``v2.RandomAffine`` of square images, bilinear, black where there is nothing."""
+
+    def transform(self, inpt: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
+        angle, shear = math.radians(params["angle"]), math.radians(params["shear"][0])  # along x alone
+        sine, cosine = math.sin(angle), math.cos(angle)
+        there = np.eye(3)
+        there[:2, :2] = params["scale"] * np.array([[cosine, -sine], [sine, cosine]]) @ [[1, -math.tan(shear)], [0, 1]]
+        there[:2, 2] = params["translate"]
+        return warp(inpt, np.linalg.inv(there))
+
+
+class Perspective(v2.RandomPerspective):
+    """``v2.RandomPerspective`` of square images, bilinear, black where there is nothing."""
+
+    def transform(self, inpt: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
+        to_corner, to_centre = np.eye(3), np.eye(3)
+        to_corner[:2, 2] = inpt.shape[-1] / 2
+        to_centre[:2, 2] = -inpt.shape[-1] / 2
+        return warp(inpt, to_centre @ np.append(params["coefficients"], 1).reshape(3, 3) @ to_corner)
+
+
+def warp(image: torch.Tensor, matrix: np.ndarray) -> torch.Tensor:
+    """An image seen through a projective map, bilinear, black where there is nothing.
+
+    Args:
+        image: [C, S, S] uint8.
+        matrix: [3, 3], from homogeneous coordinates of the result's pixels to those of the image's, both from the
+            centre, in pixels.
+    """
+    size = image.shape[-1]
+    at = torch.arange(size) - (size - 1) / 2
+    scaled = np.diag([2 / size, 2 / size, 1]) @ matrix  # the image from -1 to 1
+    x, y, w = (torch.add(a * at, (b * at + c)[:, None]) for a, b, c in scaled.tolist())
+    grid = torch.stack([x / w, y / w], -1)
+    strips = math.gcd(torch.get_num_threads(), size)  # images of a batch go to different threads, parts of one do not
+    grid = grid.view(strips, size // strips, size, 2)
+    seen = F.grid_sample(image.float().expand(strips, -1, -1, -1), grid, align_corners=False)
+    return seen.round_().to(torch.uint8).transpose(0, 1).reshape(image.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -378,13 +677,19 @@ class Views:
 
 class Batch(NamedTuple):
     """One step's inputs: labelled images and labels; the same unlabelled images weakly and strongly augmented, and
-    where the teacher's consistency loss does not aim at its own prediction, what it aims at."""
+    where the teacher's consistency loss does not aim at its own prediction, the ``target`` that it aims at."""
 
     x_l: torch.Tensor  # [B, 3, S, S] uint8, or [B, D] float32 features
     y_l: torch.Tensor  # [B] int64
     x_uw: torch.Tensor  # [U, ...] as x_l
     x_us: torch.Tensor  # [U, ...] as x_l
     target: torch.Tensor | None = None  # [U, C] float32 probabilities
+
+    @property
+    def x_u(self) -> torch.Tensor:
+        """The views that get pseudo labels, [P, ...]: the strong ones as published; with a target, which is right about
+        the weak ones as well, both."""
+        return self.x_us if self.target is None else torch.cat([self.x_us, self.x_uw])
 
     def to(self, device: torch.device, encode: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """The batch on a device, with ``encode`` applied to all its images at once."""

@@ -25,8 +25,10 @@ import label_shift
 import metrics
 import train
 import utils
-from models import Learner
-from session import Session
+from data import Data
+from features import Inputs
+from images import Preparation
+from models import Encoder, Learner
 
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
@@ -46,7 +48,7 @@ class Classifier(nn.Module):
 
 
 def require_packages(kind: str) -> None:
-    """See that what an export needs is installed.
+    """Check that what an export needs is installed.
 
     Raises:
         UsageError: naming what to install.
@@ -56,53 +58,41 @@ def require_packages(kind: str) -> None:
         raise utils.UsageError(f"--export {kind}: pip install {' '.join(missing)}")
 
 
-def write(session: Session, learners: Mapping[str, Learner], results: Path) -> list[Path]:
-    """Export the network that ``--export_network`` names and compare it. Returns the files written.
-
-    Raises:
-        UsageError: there is no such network in this run.
-    """
-    kind, chosen = session.config.export, session.config.export_network
-    if chosen != "ensemble" and chosen not in learners:
-        raise utils.UsageError(f"--export_network {chosen}: this run has {', '.join(learners)}")
-    used = dict(learners) if chosen == "ensemble" else {chosen: learners[chosen]}
-    body = session.encode.body if session.frozen else nn.Identity()
-    heads = [each.model if each.ema is None else each.ema.module for each in used.values()]
+def write(kind: str, learners: Mapping[str, Learner], inputs: Inputs, data: Data, results: Path) -> Path:
+    """Export the ensemble of the learners and compare it with them. Returns the file written."""
+    body = inputs.encode.body if isinstance(inputs.encode, Encoder) else nn.Identity()
+    heads = [each.model if each.ema is None else each.ema.module for each in learners.values()]
     model = Classifier(copy.deepcopy(body), copy.deepcopy(heads)).cpu().float().eval().requires_grad_(False)
     model = model.to(memory_format=torch.contiguous_format)
-    rows = _some_of_each_class(session)
-    pictures = session.views("plain", rows, [0] * len(rows))
+    rows = some_of_each_class(data)
+    pictures = inputs.views("plain", rows, [0] * len(rows))
     path = results / FILES[kind]
     batch = torch.export.Dim("batch", min=1, max=4096)
     program = torch.export.export(model, (pictures[:2],), dynamic_shapes={"images": {0: batch}})
+    # what whoever uses the file has to know
+    about = {"classes": data.classes, "preparation": dataclasses.asdict(inputs.preparation)}
     if kind == "onnx":
-        there = _write_onnx(program, {key: json.dumps(value) for key, value in _about(session).items()}, path, pictures)
+        there = _write_onnx(program, {key: json.dumps(value) for key, value in about.items()}, path, pictures)
     else:
         content = io.BytesIO()
-        torch.export.save(program, content, extra_files={"about.json": json.dumps(_about(session))})
+        torch.export.save(program, content, extra_files={"about.json": json.dumps(about)})
         utils.write_atomically(path, content.getvalue())
         there = torch.export.load(path).module()(pictures)
-    here = train.ensemble(train.infer([*used.values()], session.source, rows))
+    here = train.ensemble(train.infer([*learners.values()], inputs.source, rows))
     same = int((there.argmax(-1) == here.argmax(-1)).sum())
     print(
-        f"exported: {path} ({' and '.join(used)}); on {len(rows)} images of all classes it gives {same} labels as "
-        f"here, "
-        f"probabilities within {float((there - here).abs().max()):.1g}"
+        f"exported: {path} ({' and '.join(learners)}); on {len(rows)} images of all classes it gives {same} labels as "
+        f"here, probabilities within {float((there - here).abs().max()):.1g}"
     )
-    return [path]
+    return path
 
 
-def _some_of_each_class(session: Session) -> np.ndarray:
+def some_of_each_class(data: Data) -> np.ndarray:
     """Rows of images to compare on: of the test images, or of all where there are none, each class's first ones."""
-    rows = session.split.test if len(session.split.test) else np.arange(len(session.index))
+    rows = data.split.test if len(data.split.test) else np.arange(len(data.index))
     rows = np.random.default_rng(0).permutation(rows)
-    place = label_shift.place_in_class(session.index.labels[rows])
+    place = label_shift.place_in_class(data.labels[rows])
     return np.sort(rows[np.argsort(place, kind="stable")][:COMPARED])
-
-
-def _about(session: Session) -> dict[str, Any]:
-    """What whoever uses an exported file has to know: its classes, and how images are prepared for it."""
-    return {"classes": session.index.classes, "preparation": dataclasses.asdict(session.preparation)}
 
 
 def _write_onnx(
@@ -220,12 +210,19 @@ def plain(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()#+!|<>~&$-])", r"\\\1", " ".join(text.split()))
 
 
-def write_card(session: Session, figures: dict[str, Any], results: Path) -> Path:
-    """Write model_card.md. Returns its path."""
-    config, counts, trained = session.config, figures["counts"], figures["trained"]
+def write_card(
+    kind: str, figures: Mapping[str, Any], preparation: Preparation, results: Path, *, weights: str, frozen: bool
+) -> Path:
+    """Write model_card.md. Returns its path.
+
+    Args:
+        figures: what metrics.json holds.
+        weights: where the backbone's come from; ``frozen``: whether they stay.
+    """
+    counts, trained, classes = figures["counts"], figures["trained"], figures["classes"]
+    networks = [name.replace("_", " ") for name in figures["networks"]]
     f1, n = (figures["per_class"].get(key, []) for key in ("f1", "images"))
     worst = sorted((i for i in range(len(f1)) if n[i]), key=f1.__getitem__)[:3]
-    preparation = session.preparation
     deep = (
         " Of images with more than 8 bits the values from {:g} to {:g} are shown, black to white."
         if preparation.value_range
@@ -234,16 +231,16 @@ def write_card(session: Session, figures: dict[str, Any], results: Path) -> Path
     card = CARD.substitute(
         dataclasses.asdict(preparation),
         deep=deep.format(*preparation.value_range or ()),
-        name=plain(config.name),
-        n_classes=len(session.index.classes),
-        classes=", ".join(map(plain, session.index.classes)),
-        model_name=config.model_name,
-        weights=config.weights,
-        trainable="a linear layer on frozen features" if session.frozen else "the whole network",
+        name=plain(results.name),
+        n_classes=len(classes),
+        classes=", ".join(map(plain, classes)),
+        model_name=figures["model_name"],
+        weights=weights,
+        trainable="a linear layer on frozen features" if frozen else "the whole network",
         method=", then ".join(METHODS[mode] for mode in trained["by"]),
         dataset=plain(trained["dataset"]),
-        tested=plain(session.index.name),
-        network=config.export_network.replace("_", " "),
+        tested=plain(figures["dataset"]),
+        network="the ensemble of " * (len(networks) > 1) + " and ".join(networks),
         **{part: f"{trained[part]:,}" for part in ("labeled", "unlabeled", "val")},
         test=f"{counts['test']:,}",
         guesses=GUESSES.format(trained["labeled"]) if trained["unlabeled"] else "",
@@ -256,8 +253,8 @@ def write_card(session: Session, figures: dict[str, Any], results: Path) -> Path
         honesty="The validation images are too few to choose a temperature for the confidences by."
         if figures["temperature"] is None
         else HONESTY.format(figures["temperature"]),
-        worst=", ".join(f"{plain(session.index.classes[i])} ({f1[i]:.2f})" for i in worst),
-        use=USE[config.export],
+        worst=", ".join(f"{plain(classes[i])} ({f1[i]:.2f})" for i in worst),
+        use=USE[kind],
         command=figures["commands"]["label a folder of images"],
     )
     path = results / "model_card.md"

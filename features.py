@@ -1,6 +1,7 @@
-"""The feature cache: a frozen backbone sees each view of an image once, whatever run, trial or mode asks for it.
+"""What networks see: views, or their features where the backbone is frozen, kept on disk so that it sees each view of an
+image once, whatever run, trial or mode asks for it.
 
-One file a view, memory-mapped: for each different image of the dataset a checksum and the features as float16. A row is
+The cache has one file a view, memory-mapped: for each different image of the dataset a checksum and the features as float16. A row is
 filled when it is first needed. Everything that determines the numbers (backbone, weights, image size, precision, the
 bytes of the images, the augmentation) is in the file's path, so a file never holds anything stale, and images that are
 renamed or relabelled keep their features. A dataset that shares images with others, as one that has grown, takes over
@@ -17,16 +18,18 @@ import platform
 import time
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 
-from data import Views
-from models import Encoder
-from utils import ResourceError, cache_folder, write_atomically
+from data import Batch, Schedule, Source, Views, fresh_batches
+from distributed import gathered
+from images import Images, Preparation
+from models import Architecture, Encoder
+from utils import ResourceError, cache_folder, progress, write_atomically
 
 GIB = 2**30
 TAG = "CACHEDIR.TAG"  # marks a folder that this cache has made, for backup programs also (bford.info/cachedir)
@@ -173,7 +176,7 @@ def _leave(user: Path, pid: int) -> None:
 
 
 def open_features(
-    views: Views, encoder: Encoder, fingerprint: str, *, n_views: int, cache_dir: str, cache_gb: float
+    views: Views, encoder: Encoder, fingerprint: str, *, n_views: int, cache_dir: str | None, cache_gb: float
 ) -> tuple[FeatureSource, str]:
     """The source of features and a line that says what is kept where: of the images, and of ``n_views`` weak and as
     many strong views of each.
@@ -265,3 +268,81 @@ def _remove(folder: Path) -> None:
             for path in folder.glob(pattern):
                 path.unlink()
         folder.rmdir()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run's networks see
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Where a run's network inputs come from: ``source(kind, indices, draws)`` gives them on the device, ``encode``
+    makes them of [B, 3, S, S] uint8 views there."""
+
+    views: Views
+    source: Source
+    encode: Callable[[torch.Tensor], torch.Tensor]
+    device: torch.device
+    precision: torch.dtype | None  # of mixed precision
+    note: str = ""  # what is kept where
+
+    @property
+    def preparation(self) -> Preparation:
+        return self.views.images.prepare
+
+    def batches(
+        self, schedule: Schedule, labels: np.ndarray, start: int, stop: int, *, num_workers: int
+    ) -> Iterator[Batch]:
+        """The batches of steps ``start`` to ``stop``: kept features, or fresh views prepared by the loader's workers."""
+        if schedule.views and isinstance(self.source, FeatureCache):
+            for step in range(start, stop):
+                yield schedule.batch(step, labels, self.source).labels_to(self.device)
+        else:
+            pin = self.device.type in ("cuda", "xpu")
+            for batch in fresh_batches(schedule, labels, self.views, start, stop, num_workers=num_workers, pin=pin):
+                yield batch.to(self.device, self.encode)
+
+    def average(self, rows: np.ndarray, n_views: int, weak_weight: int = 3, chunk: int = 256) -> torch.Tensor:
+        """The mean of each image's features over ``n_views`` weak and as many strong views [n, D], the weak ones
+        more."""
+        views = range(n_views)
+        wanted = [("weak", v, weak_weight) for v in views] + [("strong", v, 1) for v in views]
+
+        def mean(rows: np.ndarray) -> list[torch.Tensor]:
+            chunks = np.array_split(rows, -(-len(rows) // chunk))
+            means = []
+            for part in progress(chunks, "features", len(chunks)):
+                weighted = [weight * self.source(kind, part, np.full(len(part), v)) for kind, v, weight in wanted]
+                means.append((sum(weighted) / sum(weight for *_, weight in wanted)).cpu())
+            return [torch.cat(means)]
+
+        return gathered(mean, rows, self.device)[0]
+
+
+def open_inputs(
+    images: Images,
+    architecture: Architecture,
+    device: torch.device,
+    precision: torch.dtype | None,
+    *,
+    views: int,
+    n_kept: int,
+    cache_dir: str | None,
+    cache_gb: float,
+) -> Inputs:
+    """The inputs of a run's networks: features of a frozen backbone, else the views themselves.
+
+    Args:
+        views: how many weak and as many strong views an image has; 0: a new one at every step. Those of a network that
+            learns as a whole stay in memory, as far as there is room.
+        n_kept: of how many the features are kept.
+        cache_dir, cache_gb: where, and how much (GiB).
+    """
+    made = Views(images, keep=not architecture.frozen and views > 0)
+    if not architecture.frozen:
+        return Inputs(made, lambda *wanted: made(*wanted).to(device), lambda views: views, device, precision)
+    encoder = Encoder(architecture.backbone, device, precision)
+    source, note = open_features(
+        made, encoder, architecture.origin.fingerprint, n_views=n_kept, cache_dir=cache_dir, cache_gb=cache_gb
+    )
+    return Inputs(made, source, encoder, device, precision, note)

@@ -27,7 +27,16 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from utils import DataError, ResourceError, UsageError, counted, first_few, resolve_path, write_atomically
+from utils import (
+    CheckpointError,
+    DataError,
+    ResourceError,
+    UsageError,
+    counted,
+    first_few,
+    resolve_path,
+    write_atomically,
+)
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm .jp2 .avif .heic .heif".split()
@@ -736,6 +745,50 @@ class Preparation:
             side = [self.short_side, self.short_side]
             pixels = F.resize(pixels, side, v2.InterpolationMode(self.interpolation), antialias=True)
         return F.center_crop(pixels, [self.size, self.size])
+
+
+def prepare_for(
+    index: Index,
+    *,
+    size: int,
+    augmentation: str,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    saved: Preparation | None = None,
+) -> Preparation:
+    """How the images of an index are prepared for a network: as for the checkpoint that a run starts from; without one,
+    as the images and the network ask for.
+
+    Args:
+        mean, std: the network's normalisation.
+
+    Raises:
+        CheckpointError: the checkpoint's images were prepared in a way that is no longer known.
+        DataError: images of more than 8 bits, and the checkpoint was trained on none.
+    """
+    here = Preparation(
+        size=size,
+        short_side=round(size * index.resize),
+        mirror=index.mirror,
+        value_range=value_range(index),
+        augmentation=augmentation,
+        mean=mean,
+        std=std,
+    )
+    if saved is None:
+        return here
+    if (saved.version, saved.mean, saved.std) != (here.version, mean, std):
+        raise CheckpointError(
+            f"the checkpoint's images were prepared in another way (mean {saved.mean}, standard deviation {saved.std}, "
+            f"version {saved.version}; here {mean}, {std}, {here.version}): train anew"
+        )
+    if here.value_range and not saved.value_range:
+        deep = np.flatnonzero(np.isfinite(index.ranges[:, 0]))
+        raise DataError(
+            f"{counted(len(deep), 'image')} of more than 8 bits (first: {index.file(deep[0])}), and the checkpoint was "
+            "trained on none, so which values are black and white is not known: convert them"
+        )
+    return dataclasses.replace(saved, augmentation=augmentation)
 
 
 def central_square(image: Image.Image) -> Image.Image:

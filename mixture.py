@@ -7,11 +7,14 @@ Local and Global Consistency, NIPS 2003). Throughout, the classes keep given sha
 estimate of those among the unlabelled images.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+import utils
 
 SHRINKAGE = 0.5  # how much of the covariance is replaced by a multiple of the identity
 LABEL_WEIGHT = 10.0  # how many unlabelled images a labelled one counts as
@@ -20,6 +23,7 @@ NEIGHBOURS, SHARPNESS = 10, 0.1  # of an image; their weights are softmax(cosine
 LENT, LENDING_ROUNDS = 0.8, 15  # the share of an image's label that comes from its neighbours
 MOST_IMAGES = 5_000  # to estimate from, to be neighbours and to hold at once, whatever the folder's size
 CHUNK = 1024
+AVERAGED_VIEWS = 4  # weak and strong ones each of an image, if each step has new ones
 EPSILON = 1e-3
 
 Features = Callable[[np.ndarray], torch.Tensor]  # float32 activations [n, D] of some images, by their places [n]
@@ -160,3 +164,55 @@ def lend(p: torch.Tensor, weights: torch.Tensor, neighbours: torch.Tensor, known
         lent = F.embedding_bag(neighbours, mixed, per_sample_weights=weights, mode="sum")  # [N, C]
         mixed = torch.where(known[:, None], p, (1 - LENT) * p + LENT * lent)
     return mixed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What guides a training
+
+
+class Guide(NamedTuple):
+    """What the features of all images say to a training."""
+
+    targets: np.ndarray | None  # [N, C] float32, what the teacher's consistency loss aims at; None: its own prediction
+    prior: torch.Tensor | None  # [C] float32, the classes' shares that its labels are aligned to; None: they are not
+
+
+def guide(
+    features: Features, known: np.ndarray, rows: np.ndarray, n_classes: int, *, targets: str, alignment: str
+) -> Guide:
+    """The guide that ``--targets`` and ``--alignment`` ask for.
+
+    Args:
+        features: of images by their places in the index.
+        known: [N] int64, the labels that may be learned from, negative for all other images.
+        rows: [n] int64, the training images.
+    """
+    shares = label_shares(known, n_classes)
+    if targets != "mixture" and alignment != "estimated":
+        return Guide(None, None if alignment == "none" else shares)
+
+    def features_at(places: np.ndarray) -> torch.Tensor:
+        return features(rows[places])
+
+    if alignment == "estimated":
+        import label_shift
+
+        shares = label_shift.estimated_shares(features_at, known[rows], n_classes)
+    p = None
+    if targets == "mixture":
+        p = np.zeros((len(known), n_classes), dtype=np.float32)
+        p[rows] = posterior(features_at, known[rows], n_classes, shares).numpy()
+    return Guide(p, None if alignment == "none" else shares)
+
+
+def label_shares(known: np.ndarray, n_classes: int) -> torch.Tensor:
+    """The classes' shares among the labels, [C] float32."""
+    counts = np.bincount(known[known >= 0], minlength=n_classes)
+    return torch.from_numpy(counts / counts.sum()).float()
+
+
+def describe_shares(found: torch.Tensor, given: torch.Tensor, classes: Sequence[str]) -> str:
+    """Estimated shares of the unlabelled images beside those of the labels, most different first."""
+    order = (found - given).abs().argsort(descending=True).tolist()
+    items = [f"{classes[c]} {100 * found[c]:.0f}% ({100 * given[c]:.0f}%)" for c in order]
+    return f"estimated shares of the unlabelled images (of the labels): {utils.first_few(items)}"

@@ -8,16 +8,17 @@ import importlib.util
 import itertools
 import os
 import urllib.error
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
 
 import distributed
-from utils import CheckpointError, UsageError, load_tensors, seed_torch
+from utils import CheckpointError, UsageError, derive_seed, seed_torch
 
 ALIASES = {"vgg": "vgg16", "resnet": "resnet18", "squeezenet": "squeezenet1_0", "densenet": "densenet121"}
 NEED_NO_DOWNLOAD = "efficientnet_lite0 (weights come with its pip package), wrn_D_K, or any model with --weights none"
@@ -260,6 +261,13 @@ def _ask_hub_once() -> None:
         constants.HF_HUB_OFFLINE = True
 
 
+def load_tensors(file: BinaryIO | Path) -> Any:
+    """What a torch file holds, on the CPU, if that is plain tensors and types; else whatever error torch raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of oddities in files that are then refused
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
 def _load_weights(body: nn.Module, file: str) -> None:
     """Load a state dict (torch or safetensors) into a backbone; what belongs to the head is passed over.
 
@@ -311,9 +319,7 @@ class Encoder:
         UsageError: when called, if features are out of float16's range.
     """
 
-    def __init__(
-        self, backbone: Backbone, device: torch.device, precision: torch.dtype | None, *, compiled: bool = False
-    ) -> None:
+    def __init__(self, backbone: Backbone, device: torch.device, precision: torch.dtype | None) -> None:
         self.n_features = backbone.n_features
         self.device, self.precision = device, precision
         self.body = backbone.body.to(device).eval().requires_grad_(False)
@@ -321,8 +327,6 @@ class Encoder:
             self.body = fold_batch_norm(self.body, backbone.img_size)
         cpu_chunk = CPU_CHUNK if precision is None else CPU_CHUNK_BF16
         self.chunk = cpu_chunk if device.type == "cpu" else GPU_CHUNK
-        if compiled:
-            self.body.compile(dynamic=False)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -361,6 +365,82 @@ def autocast(device: torch.device, precision: torch.dtype | None) -> torch.autoc
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The networks of a run
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a run's backbone comes from, as its checkpoints remember it."""
+
+    name: str
+    seed: int  # that its initial weights were drawn from, without pretrained ones
+    fingerprint: str | None = None  # of frozen weights
+    weights: dict[str, torch.Tensor] | None = None  # frozen ones that came from a file
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What the networks of a run are made of: a backbone that is frozen or learns, and a linear layer on its features."""
+
+    backbone: Backbone
+    origin: Origin
+    frozen: bool
+    pretrained: bool  # each network that learns as a whole begins with the backbone's weights, not with random ones
+    n_classes: int
+
+    def new_network(self, name: str, seed: int) -> nn.Module:
+        """The part of a network that learns: its initial weights depend on the seed and its name alone."""
+        seed = derive_seed(seed, name)
+        if self.frozen:
+            body: nn.Module = nn.Identity()
+        elif self.pretrained:
+            body = copy.deepcopy(self.backbone.body)
+        else:
+            body = build_backbone(self.backbone.name, "none", self.backbone.img_size, seed).body
+        seed_torch(seed, "head")
+        return nn.Sequential(body, nn.Linear(self.backbone.n_features, self.n_classes))
+
+
+def open_architecture(
+    model_name: str,
+    weights: str,
+    img_size: int,
+    seed: int,
+    n_classes: int,
+    *,
+    frozen: bool,
+    saved: Origin | None = None,
+    resumed: Origin | None = None,
+) -> Architecture:
+    """The networks that the options ask for.
+
+    Args:
+        saved: the backbone of the checkpoint that the run starts from; ``resumed``: of the one it goes on from.
+
+    Raises:
+        UsageError, CheckpointError: see :func:`build_backbone`; or frozen weights are not those of the checkpoint.
+    """
+    seed = seed if saved is None else saved.seed
+    earlier = resumed or saved
+    kept = earlier and earlier.weights
+    # A checkpoint of a network that learned as a whole holds all its weights, and so does one whose frozen weights came
+    # from a file.
+    source = "none" if kept or (saved and not frozen) else weights
+    backbone = build_backbone(model_name, source, img_size, seed)
+    if kept:
+        backbone.body.load_state_dict(kept)
+    elif frozen and weights not in ("default", "none"):
+        kept = backbone.body.state_dict()
+    fingerprint = backbone.fingerprint() if frozen else None
+    if saved and frozen and saved.fingerprint != fingerprint:
+        raise CheckpointError(
+            f"the frozen weights of {model_name} are not those the checkpoint was trained on: give the same --weights"
+        )
+    origin = Origin(backbone.name, seed, fingerprint, kept)
+    return Architecture(backbone, origin, frozen, source != "none", n_classes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Learners
 
 
@@ -382,7 +462,6 @@ class Learner:
         ema: float = 0.0,
         device: torch.device | str = "cpu",
         precision: torch.dtype | None = None,
-        compiled: bool = False,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     ) -> None:
         self.name = name
@@ -400,19 +479,13 @@ class Learner:
                 cycle_momentum=isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW),
             )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
-        self.overflowed = (
-            False  # whether the latest step was not taken, because its gradient was out of float16's range
-        )
-        self.offset = torch.zeros(
-            (), device=self.device
-        )  # of its logits of unlabelled images: see train.aligned_offset
+        self.overflowed = False  # whether the latest step was not taken, for its gradient was out of float16's range
+        self.offset = torch.zeros((), device=self.device)  # of its logits of unlabelled images: see train.align
         self.ema = None
         if ema:
             from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
             self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(ema))
-        if compiled:
-            self.model.compile()
 
     @property
     def lr(self) -> float:
@@ -531,9 +604,10 @@ class Learner:
         self.offset = state["offset"].to(self.device)
 
 
-def describe(model: nn.Module, backbone: Backbone, frozen: bool) -> str:
+def describe(architecture: Architecture, seed: int) -> str:
     """The network and its parameter counts, for ``--print_model``."""
-    network = nn.Sequential(backbone.body, model) if frozen else model
+    backbone, model = architecture.backbone, architecture.new_network("student", seed)
+    network = nn.Sequential(backbone.body, model) if architecture.frozen else model
     total = sum(p.numel() for p in network.parameters())
     learning = sum(p.numel() for p in model.parameters())
     return (

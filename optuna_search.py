@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,14 +28,13 @@ import torch
 from optuna.trial import TrialState
 
 import args
-import data
-import modes
+import mixture
 import utils
 from args import Config
-from data import Split
-from session import Session
+from data import Data, Split, fingerprint
+from train import make_plan
 
-SMOOTHED_EPOCHS = 5  # a score is a mean over so many epochs: few validation images make a single one a matter of luck
+SMOOTHED_EPOCHS = 5  # a score is a mean over so many epochs: few validation images make a single one a matter of chance
 ENOUGH_TO_VALIDATE = 200  # images; with fewer, the labelled ones are validated on in turn
 HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 20  # after which a silent worker is taken for dead
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -62,7 +61,6 @@ SPACE = {
     # ours
     "warmup_epoch_num": Dimension(0.0, 40.0, of="epochs"),
     "ema": Dimension(choices=(0.0, 0.9, 0.99)),
-    "feedback_scale": Dimension(0.1, 10.0, log=True),
     "label_smoothing": Dimension(0.0, 0.2),
 }
 WITH_MIXTURE = {"lambda_u": Dimension(0.5, 10.0, log=True)}  # a target to be trusted more: the default is 3
@@ -105,34 +103,69 @@ def as_given(config: Config, steps: int) -> dict[str, float]:
 # The objective
 
 
-def rehearsals(session: Session) -> tuple[list[Session], str]:
-    """What each trial is run on, ``--trial_seeds`` times, and a line that says so.
+# Trains with a trial's options on some images, with a guide, and has a function hear each epoch's validation score.
+Train = Callable[[Config, Data, mixture.Guide, Callable[[int, float], None]], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """What a trial is trained and scored on once: options that no trial changes, and images divided in one way."""
+
+    config: Config
+    data: Data
+    features: mixture.Features  # that the mixture learns from, of images by their places in the index
+
+    @functools.cached_property
+    def guide(self) -> mixture.Guide:
+        return mixture.guide(
+            self.features,
+            self.data.known,
+            self.data.split.train,
+            len(self.data.classes),
+            targets=self.config.targets,
+            alignment=self.config.alignment,
+        )
+
+    @property
+    def total_steps(self) -> int:
+        return make_plan(self.config, self.data.split).total_steps
+
+
+def trial_epochs(config: Config) -> int:
+    """The epochs of a trial; the network that digits train is small, and a tenth of them tell enough."""
+    return max(1, config.num_epochs // 10) if config.data_dir == "digits" else config.num_epochs
+
+
+def validation_folds(config: Config, data: Data, features: mixture.Features) -> tuple[list[Fold], str]:
+    """What each trial is trained on, one after another, and a line that says so.
 
     With few validation images, each time another part of the labelled and validation images, dealt anew, is validated
     on and the rest is learned from; with enough of them only the seed changes.
     """
-    config = dataclasses.replace(session.config, num_epochs=session.config.trial_epochs)
-    times, n_val = config.trial_seeds, len(session.split.val)
+    times = 2 if config.data_dir == "digits" else 3
+    split, n_val = data.split, len(data.split.val)
+    config = dataclasses.replace(config, num_epochs=trial_epochs(config))
     seeded = [dataclasses.replace(config, seed=config.seed + s) for s in range(times)]
-    each = f"each trial trains {utils.counted(times, 'time')} for {utils.counted(config.num_epochs, 'epoch')}"
-    pool = np.union1d(session.split.labeled, session.split.val)
-    n = min(times, np.bincount(session.index.labels[pool]).max())  # a class of one image is in one fold
+    each = f"each trial trains {times} times for {utils.counted(config.num_epochs, 'epoch')}"
+    pool = np.union1d(split.labeled, split.val)
+    n = min(times, np.bincount(data.labels[pool]).max())  # a class of one image is in one fold
     if n_val >= ENOUGH_TO_VALIDATE or n == 1:
-        return [session.configured(c) for c in seeded], f"{each} and is scored on {n_val} validation images"
-    parts = folds(session.split, session.index.labels, session.index.contents, n, config.seed)
+        return [Fold(c, data, features) for c in seeded], f"{each} and is scored on {n_val} validation images"
+    splits = fold_splits(split, data.labels, data.index.contents, n, config.seed)
     note = (
         f"{n_val} validation images are too few to choose by: {each}; each time another of {n} parts of the "
         f"labelled and validation images is validated on, {len(pool) // n} images or so"
     )
-    return [session.configured(c, parts[s % n]) for s, c in enumerate(seeded)], note
+    folds = [dataclasses.replace(data, split=splits[s % n]) for s in range(times)]
+    return [Fold(c, fold, features) for c, fold in zip(seeded, folds, strict=True)], note
 
 
-def folds(split: Split, labels: np.ndarray, contents: np.ndarray, n: int, seed: int) -> list[Split]:
+def fold_splits(split: Split, labels: np.ndarray, contents: np.ndarray, n: int, seed: int) -> list[Split]:
     """The split with its labelled and validation images dealt anew, ``n`` times, so that each is validated on once.
 
     Classes are spread evenly and copies of one image (equal ``contents``) stay together.
     """
-    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.model_selection import StratifiedGroupKFold  # late: it takes seconds to import
 
     pool = np.union1d(split.labeled, split.val)
     with warnings.catch_warnings():
@@ -141,25 +174,24 @@ def folds(split: Split, labels: np.ndarray, contents: np.ndarray, n: int, seed: 
     return [dataclasses.replace(split, labeled=pool[rest], val=pool[held_out]) for rest, held_out in dealt]
 
 
-def score_trial(trial: optuna.Trial, sessions: list[Session], signals: utils.Signals) -> float:
-    """Train with the trial's options in every session. The mean over them of the best smoothed validation accuracy.
+def score_trial(trial: optuna.Trial, folds: Sequence[Fold], train: Train) -> float:
+    """Train with the trial's options on every fold. The mean over them of the best smoothed validation accuracy.
 
     Raises:
-        optuna.TrialPruned: at the same epoch of the same session, the trial is worse than most before it.
+        optuna.TrialPruned: at the same epoch of the same fold, the trial is worse than most before it.
     """
     bests = []
-    for place, session in enumerate(sessions):
-        total_steps = modes.plan_training(session.config, session.split).total_steps
+    for place, fold in enumerate(folds):
         scores: list[float] = []
 
         def on_score(epoch: int, score: float, place: int = place, scores: list[float] = scores) -> None:
             scores.append(score)
-            trial.report(float(np.mean(scores[-SMOOTHED_EPOCHS:])), place * sessions[0].config.num_epochs + epoch)
+            trial.report(float(np.mean(scores[-SMOOTHED_EPOCHS:])), place * folds[0].config.num_epochs + epoch)
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        with utils.resources_explained(session.config.batch_size):
-            modes.fit(session.configured(suggest(trial, session.config, total_steps)), None, signals, on_score=on_score)
+        with utils.resources_explained(fold.config.batch_size):
+            train(suggest(trial, fold.config, fold.total_steps), fold.data, fold.guide, on_score)
         window = min(SMOOTHED_EPOCHS, len(scores))
         bests.append(np.convolve(scores, np.full(window, 1 / window), "valid").max())
     return float(np.mean(bests))
@@ -194,7 +226,7 @@ class Budget:
             CheckpointError: the study is one of other options or images.
         """
         self.config, self.url = config, url
-        self.unborn: dict[int, float] = {}  # trials without a sign of life, and when they were first seen
+        self.silent: dict[int, float] = {}  # trials without a first heartbeat, and when they were first seen
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sqlite = url.startswith("sqlite")
@@ -220,7 +252,7 @@ class Budget:
             direction="maximize",
             sampler=optuna.samplers.TPESampler(seed=None if parallel else config.seed, constant_liar=parallel),
             pruner=optuna.pruners.MedianPruner(
-                n_startup_trials=5, n_warmup_steps=config.trial_epochs * 3 // 4, interval_steps=5
+                n_startup_trials=5, n_warmup_steps=trial_epochs(config) * 3 // 4, interval_steps=5
             ),
         )
         known = self.study.user_attrs.get("options")
@@ -241,26 +273,26 @@ class Budget:
         return [trial for trial in self.study.get_trials(deepcopy=False, states=states) if "slot" in trial.user_attrs]
 
     def fill(self, first: dict[str, float]) -> None:
-        """See that there is a slot for every trial of ``--n_trials``; the first has the parameters ``first``."""
+        """Make sure that there is a slot for every trial of ``--n_trials``; the first has the parameters ``first``."""
         taken = {trial.user_attrs["slot"] for trial in self.trials(*TrialState)}
         for slot in range(self.config.n_trials):
             if slot not in taken:
                 self.study.enqueue_trial({} if slot else first, user_attrs={"slot": slot})
 
-    def give_back(self, trial: optuna.Trial | optuna.trial.FrozenTrial) -> None:
-        """Free the slot of a trial that is left unfinished."""
+    def requeue(self, trial: optuna.Trial | optuna.trial.FrozenTrial) -> None:
+        """Free the slot of a trial that is left unfinished: another trial of the same parameters waits in its place."""
         self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         self.study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
 
-    def bury(self) -> None:
-        """Free the slots of workers that died: of those whose heart stopped, and of those in whom it never beat."""
+    def requeue_stale(self) -> None:
+        """Requeue the trials of workers that died: of those whose heartbeat stopped, and of those that never had one."""
         optuna.storages.fail_stale_trials(self.study)
         for trial in self.trials(TrialState.RUNNING):
-            if trial.user_attrs.get("born") != trial.number:  # a repeated trial inherits the attribute of the first
-                seen = self.unborn.setdefault(trial.number, time.monotonic())
+            if trial.user_attrs.get("started") != trial.number:  # a repeated trial inherits the attribute of the first
+                seen = self.silent.setdefault(trial.number, time.monotonic())
                 if time.monotonic() - seen > GRACE_SECONDS:
-                    with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # another buried it
-                        self.give_back(trial)
+                    with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # another did it
+                        self.requeue(trial)
 
     def work(self, objective: Callable[[optuna.Trial], float], until: float) -> None:
         """Take slots until none is left, ``until`` (``time.monotonic``) at most; wait for those that others hold."""
@@ -269,11 +301,11 @@ class Budget:
             if "slot" not in trial.user_attrs:  # another worker took the last slot just before
                 raise optuna.exceptions.OptunaError("beyond the budget")
             self.storage.record_heartbeat(trial._trial_id)  # Optuna's thread may come too late for a worker killed now
-            trial.set_user_attr("born", trial.number)
+            trial.set_user_attr("started", trial.number)
             try:
                 return objective(trial)
             except utils.Interrupted:
-                self.give_back(trial)
+                self.requeue(trial)
                 raise
             except utils.Failure as error:
                 trial.set_user_attr("failure", str(error))
@@ -285,7 +317,7 @@ class Budget:
                 self.study.optimize(guarded, n_trials=1, callbacks=[self._show], catch=failures)
             elif self.trials(TrialState.RUNNING):
                 time.sleep(1)
-                self.bury()
+                self.requeue_stale()
             else:
                 return
 
@@ -347,31 +379,31 @@ def helpers(config: Config, url: str) -> Iterator[None]:
             process.wait()
 
 
-def join(session: Session, signals: utils.Signals) -> None:
+def join(config: Config, data: Data, features: mixture.Features, train: Train) -> None:
     """Work on a study that another process has started and will report."""
-    budget = Budget(session.config, session.config.storage, data.fingerprint(session.index, session.split))
-    sessions, _ = rehearsals(session)
-    objective = functools.partial(score_trial, sessions=sessions, signals=signals)
-    budget.work(objective, time.monotonic() + session.config.timeout)
+    budget = Budget(config, config.storage, fingerprint(data.index, data.split))
+    folds, _ = validation_folds(config, data, features)
+    budget.work(functools.partial(score_trial, folds=folds, train=train), time.monotonic() + config.timeout)
 
 
-def search(session: Session, results: Path, signals: utils.Signals) -> Config:
+def search(config: Config, data: Data, features: mixture.Features, train: Train, results: Path) -> Config:
     """Run the study, write ``best_params.json`` and its pictures. Returns the best trial's configuration.
+
+    Args:
+        features: those that the mixture learns from, of images by their places in the index.
 
     Raises:
         DivergedError: no trial finished.
     """
-    config = session.config
     began = time.monotonic()
     url = database(config, results)
-    budget = Budget(config, url, data.fingerprint(session.index, session.split))
-    total_steps = modes.plan_training(config, session.split).total_steps
+    budget = Budget(config, url, fingerprint(data.index, data.split))
+    total_steps = make_plan(config, data.split).total_steps
     budget.fill(as_given(config, total_steps))
-    sessions, note = rehearsals(session)
+    folds, note = validation_folds(config, data, features)
     print(note, flush=True)
     with helpers(config, url):
-        objective = functools.partial(score_trial, sessions=sessions, signals=signals)
-        budget.work(objective, began + config.timeout)
+        budget.work(functools.partial(score_trial, folds=folds, train=train), began + config.timeout)
     finished = budget.trials(TrialState.COMPLETE)
     if not finished:
         raise utils.DivergedError("no trial of the search finished: give --lr, or more --n_trials and --timeout")

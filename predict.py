@@ -4,28 +4,24 @@
 on. A folder of any size streams through.
 """
 
-import dataclasses
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 
-import args
 import distributed
 import images
-import record
-import terminal
 import train
 import utils
-from data import Split
+from data import Source
+from features import Inputs
 from models import Learner
-from session import Session
 
 Probabilities = dict[str, torch.Tensor]  # of some images, by network: [N, C]
 Unreadable = list[tuple[str, str]]  # paths and reasons
@@ -41,17 +37,17 @@ class Predicted(NamedTuple):
     missing: Unreadable
 
 
-def predict(session: Session, learners: Mapping[str, Learner], rows: np.ndarray) -> Predicted:
+def predict(learners: Mapping[str, Learner], inputs: Inputs, index: images.Index, rows: np.ndarray) -> Predicted:
     """What the learners and, if they are several, their ensemble predict of the images.
 
     Those whose file can no longer be read are left out. Every process leaves out the same.
     """
-    networks, views, n_classes = [*learners.values()], session.config.test_views, len(session.index.classes)
+    networks, n_classes = [*learners.values()], len(index.classes)
 
     def infer(rows: np.ndarray) -> list[torch.Tensor]:
         """Logits [n, C] of each network, and whether the image could be read, [n]."""
         try:
-            return [*train.infer(networks, session.source, rows, test_views=views), torch.ones(len(rows))]
+            return [*train.infer(networks, inputs.source, rows), torch.ones(len(rows))]
         except utils.DataError:
             if len(rows) == 1:
                 return [torch.zeros(1, n_classes) for _ in networks] + [torch.zeros(1)]
@@ -64,21 +60,95 @@ def predict(session: Session, learners: Mapping[str, Learner], rows: np.ndarray)
     if not len(rows):
         logits, readable = [torch.zeros(0, n_classes) for _ in networks], torch.zeros(0)
     else:
-        *logits, readable = distributed.gathered(infer_all, rows, session.device)
+        *logits, readable = distributed.gathered(infer_all, rows, inputs.device)
     kept = readable.bool()
     logits = [own[kept] for own in logits]
     each = {name: own.softmax(-1) for name, own in zip(learners, logits, strict=True)}
     each |= {"ensemble": train.ensemble(logits)} if len(learners) > 1 else {}
-    return Predicted(rows[kept.numpy()], each, [_reason(session, i) for i in rows[~kept.numpy()].tolist()])
+    missing = [(index.paths[i], _reason(inputs.source, i)) for i in rows[~kept.numpy()].tolist()]
+    return Predicted(rows[kept.numpy()], each, missing)
 
 
-def _reason(session: Session, i: int) -> tuple[str, str]:
-    """The path of an image that another attempt could not read, and why."""
+def _reason(source: Source, i: int) -> str:
+    """Why an image could not be read, by another attempt."""
     try:
-        session.source("plain", [i], [0])
+        source("plain", [i], [0])
     except utils.DataError as error:
-        return session.index.paths[i], str(error)
-    return session.index.paths[i], "could not be read for a while"
+        return str(error)
+    return "could not be read for a while"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# predictions.csv
+
+
+def prediction_header(classes: Sequence[str], networks: Iterable[str]) -> list[str]:
+    """The columns of predictions.csv: ``p_CLASS`` are the probabilities that the prediction was made from."""
+    fixed = ["path", "split", "true_label", "predicted_label", "probability", "margin", "agree"]
+    votes = [f"{name}_vote" for name in networks if name != "ensemble"]
+    return fixed + votes + [f"p_{name}" for name in classes]
+
+
+def prediction_rows(
+    classes: Sequence[str], paths: Iterable[str], labels: Iterable[int], part: str, predicted: dict[str, torch.Tensor]
+) -> Iterator[list[object]]:
+    """A row for each image: what the ensemble (or the only model) predicts and how surely, every network's vote.
+
+    Args:
+        labels: the true ones, ``images.UNKNOWN`` where they are.
+        predicted: each network's and the ensemble's probabilities, [n, C].
+    """
+    final = train.final(predicted)
+    votes = torch.stack([each.argmax(-1) for name, each in predicted.items() if name != "ensemble"], -1).tolist()
+    values, places = (each.tolist() for each in final.topk(2, dim=-1))
+    for path, label, (first, second), (place, _), cast, p in zip(
+        paths, labels, values, places, votes, final.tolist(), strict=True
+    ):
+        yield [
+            path,
+            part,
+            "" if label == images.UNKNOWN else classes[label],
+            classes[place],
+            f"{first:.6f}",
+            f"{first - second:.6f}",
+            int(len(set(cast)) == 1),
+            *(classes[vote] for vote in cast),
+            *(f"{value:.6f}" for value in p),
+        ]
+
+
+def write_predictions(
+    path: Path,
+    index: images.Index,
+    predicted: Mapping[str, tuple[np.ndarray, dict[str, torch.Tensor]]],
+    at_once: int = 4096,
+) -> None:
+    """Write the predictions of some parts of the split: of each the images, and each network's and the ensemble's
+    probabilities [n, C]."""
+
+    def write(file: BinaryIO) -> None:
+        networks = next((of_part for _, of_part in predicted.values()), {})
+        file.write(utils.BOM + utils.csv_bytes([prediction_header(index.classes, networks)]))
+        for part, (rows, of_part) in predicted.items():
+            for start in range(0, len(rows), at_once):
+                some = rows[start : start + at_once]
+                paths = [index.paths[i] for i in some]
+                p = {name: each[start : start + at_once] for name, each in of_part.items()}
+                file.write(utils.csv_bytes(prediction_rows(index.classes, paths, index.labels[some], part, p)))
+
+    utils.write_atomically(path, write)
+
+
+def list_bad(results: Path, bad: Iterable[tuple[str, str]]) -> None:
+    """Add the paths of files that cannot be read, with the reasons, to bad_files.csv."""
+    path = results / "bad_files.csv"
+    listed = {row["path"]: row["reason"] for row in utils.read_csv(path)} if path.exists() else {}
+    rows = [("path", "reason"), *(listed | dict(bad)).items()]
+    utils.write_atomically(path, utils.BOM + utils.csv_bytes(rows))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder that nobody labelled
 
 
 Share = tuple[dict[int, torch.Tensor], Unreadable]  # images by index, and the files that are none
@@ -98,6 +168,9 @@ class Stream:
         self.threads = max(1, torch.get_num_threads())
         self.pool = ThreadPoolExecutor(self.threads)
         self.decoded: dict[int, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.index)
 
     def __getitem__(self, i: int) -> torch.Tensor:
         return self.decoded[i]
@@ -126,84 +199,48 @@ class Stream:
         return decoded, unreadable
 
 
-def find(config: args.Config) -> list[str]:
-    """The images of ``--predict_dir``, to be found before anything is written.
-
-    Raises:
-        DataError: there are none.
-    """
-    paths, notes = images.find_unlabeled("--predict_dir", config.predict_dir, utils.own_folders(config.output_dir))
-    for line in notes:
-        print(line)
-    return paths
-
-
-def label_folder(
-    config: args.Config,
-    paths: Sequence[str],
-    saved: dict[str, Any],
-    folder: utils.RunFolder,
-    device: torch.device,
-    precision: torch.dtype | None,
-) -> None:
-    """Write predictions.csv for every image that :func:`find` found, by the networks of a checkpoint.
+def label_folder(stream: Stream, learners: Mapping[str, Learner], inputs: Inputs, results: Path, *, what: str) -> None:
+    """Write predictions.csv for every image of a folder.
 
     The table appears when it is whole.
+
+    Args:
+        stream: the folder's images, of which the ``inputs`` are made.
+        what: names the folder in messages.
 
     Raises:
         DataError: none of them can be read.
     """
-    index = images.Index(
-        name=images.dataset_name(config.data_dir),
-        root=Path("/"),
-        paths=tuple(paths),
-        labels=np.full(len(paths), images.UNKNOWN),
-        classes=tuple(saved["classes"]),
-    )
-    session = Session(
-        dataclasses.replace(config, cache_gb=0.0),  # what is looked at once is not kept
-        index,
-        Split.of(["unused"] * len(paths)),
-        [],
-        device,
-        precision,
-        saved,
-    )
-    stream = session.views.images = Stream(index, session.preparation, ahead=device.type != "cpu")
-    learners = session.loaded()
-    print(
-        f"{utils.counted(len(index), 'image')} in {config.predict_dir}, {' and '.join(learners)} of {config.load_path}"
-    )
+    index = stream.index
     began = time.perf_counter()
     counts: Counter[str] = Counter()
     bad: Unreadable = []
 
     def write(file: BinaryIO) -> None:
-        file.write(utils.BOM + utils.csv_bytes([record.prediction_header(index.classes, learners)]))
+        file.write(utils.BOM + utils.csv_bytes([prediction_header(index.classes, learners)]))
         batches = stream.batches(AT_ONCE)
-        for rows, unreadable in terminal.progress(batches, "labelled", -(-len(index) // AT_ONCE)):
+        for rows, unreadable in utils.progress(batches, "labelled", -(-len(index) // AT_ONCE)):
             bad.extend(unreadable)
             if not len(rows):
                 continue
-            predicted = predict(session, learners, rows).probabilities
+            predicted = predict(learners, inputs, index, rows).probabilities
             chosen = [index.paths[i] for i in rows]
-            unknown = index.labels[rows]
-            lines = list(record.prediction_rows(index.classes, chosen, unknown, "", predicted))
-            counts.update(line[3] for line in lines)
+            lines = list(prediction_rows(index.classes, chosen, index.labels[rows], "", predicted))
+            counts.update(str(line[3]) for line in lines)
             file.write(utils.csv_bytes(lines))
         if not counts:
-            raise utils.DataError(f"--predict_dir {config.predict_dir}: no file in it can be read as an image")
+            raise utils.DataError(f"{what}: no file in it can be read as an image")
 
     try:
-        utils.write_atomically(folder.results / "predictions.csv", write)
+        utils.write_atomically(results / "predictions.csv", write)
     finally:
         if bad:
             listed = utils.BOM + utils.csv_bytes([("path", "reason"), *bad])
-            utils.write_atomically(folder.results / "bad_files.csv", listed)
+            utils.write_atomically(results / "bad_files.csv", listed)
     if bad:
         print(f"{utils.counted(len(bad), 'unreadable file')} left out and listed in bad_files.csv (first: {bad[0][1]})")
     seconds = time.perf_counter() - began
     for name, count in counts.most_common():
         print(f"{count:9,} {name}")
     print(f"{counts.total():,} images in {seconds:.0f} s ({counts.total() / seconds:.0f} a second): ", end="")
-    print(folder.results / "predictions.csv")
+    print(results / "predictions.csv")

@@ -7,7 +7,7 @@ classes, files and options) is escaped.
 import base64
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -17,7 +17,6 @@ from PIL import Image
 
 import args
 import metrics
-import record
 import utils
 
 PICTURES = {  # in the order of the page, with what is said beside them
@@ -153,9 +152,9 @@ def _headline(test: dict[str, dict[str, float]], counts: dict[str, int], trained
 def _scores(figures: dict) -> list[str]:
     header = ["", "accuracy", "balanced", "macro F1", "ECE", "validation"]
 
-    parts = [_table(header, record.score_rows(figures))]
+    parts = [_table(header, score_rows(figures))]
     if "defaults" in figures:
-        parts += ["<p>The same without tuning:</p>", _table(header, record.score_rows(figures["defaults"]))]
+        parts += ["<p>The same without tuning:</p>", _table(header, score_rows(figures["defaults"]))]
     if figures["test"] and not figures["val"]:
         parts += ["<p>There were no validation images.</p>"]
     return parts
@@ -234,3 +233,38 @@ def _picture(path: Path, large: bool) -> str:
 
 def _spaced(name: str) -> str:
     return name.replace("_", " ")
+
+
+def result_table(figures: dict[str, Any]) -> str:
+    """The figures of a run, within 80 columns; a dash stands where there were no images to test on."""
+    counts, seconds = figures["counts"], figures["seconds"]
+    lines = [
+        "",
+        f"{figures['dataset']}: {figures['trained']['labeled']} labels used, tested on {counts['test']} images, "
+        f"{seconds['total']:.0f} s",
+        f"{'':10} {'accuracy':>9} {'balanced':>9} {'macro F1':>9} {'ECE':>7} {'validation':>11}",
+    ]
+    blocks = [figures] if "defaults" not in figures else [figures, figures["defaults"]]
+    for place, block in enumerate(blocks):
+        lines += ["without tuning:"] * place
+        for name, *cells in score_rows(block):
+            widths = zip(cells, (9, 9, 9, 7, 11), strict=True)
+            lines.append(f"{name:10} " + " ".join(f"{cell:>{width}}" for cell, width in widths))
+    if figures["test"]:
+        final, tested = list(figures["test"].items())[-1]
+        lines.append(f"95 % interval, {final}: {metrics.interval(tested['accuracy'], counts['test'])}")
+    return "\n".join(lines) + "\n"
+
+
+def score_rows(block: Mapping[str, Any]) -> list[list[str]]:
+    """Of each network its name, its scores on the test images and its accuracy on the validation images."""
+    test, val = block["test"], block["val"]
+    formats = {"accuracy": ".2%", "balanced_accuracy": ".2%", "macro_f1": ".3f", "ece": ".3f"}
+    return [
+        [
+            name.replace("_", " "),
+            *(format(test[name][key], spec) if test else "–" for key, spec in formats.items()),
+            f"{val[name]['accuracy']:.1%}" if val else "–",
+        ]
+        for name in test or val
+    ]

@@ -1,21 +1,27 @@
-"""The algorithm: losses, one step of Meta Pseudo Labels, the one training loop, inference.
+"""The algorithm: losses, one step of Meta Pseudo Labels, the modes, the one training loop, inference.
 
 Words: ``t_``/``s_`` teacher and student, ``_l`` labelled, ``_uw``/``_us`` weak and strong view of the same unlabelled
 images. B labelled and U unlabelled images a step, C classes.
 """
 
+import contextlib
 import dataclasses
+import functools
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import distributed
-from data import Batch, Source
-from models import Learner
-from utils import DivergedError, seed_torch
+from args import Config
+from data import Batch, Schedule, Source, Split
+from features import Inputs
+from mixture import Guide
+from models import Architecture, Learner
+from utils import Bar, DivergedError, Signals, seed_torch
 
 ALIGNMENT_RATE = 0.1  # of the ascent: some ten batches are averaged over
 
@@ -31,23 +37,6 @@ def soft_target(logits: torch.Tensor, temperature: float, threshold: float) -> t
     ``1[max p >= threshold]`` [U], both without gradient (UDA, arXiv 1904.12848, section 3.2)."""
     p = (logits.detach() / temperature).softmax(-1)  # [U, C] float32
     return p, (p.amax(-1) >= threshold).float()
-
-
-def aligned_offset(offset: torch.Tensor, logits: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
-    """What to add to the teacher's logits so that, over the latest steps, each class gets its share of the images: then
-    a rare style of one class is not lost to another class that resembles it more.
-
-    Distribution alignment (ReMixMatch, arXiv 1911.09785, section 3.1) by optimal transport: a step up its dual for each
-    batch. A batch balanced by itself would be forced into shares that it has not.
-
-    Args:
-        offset: so far, [C] or a scalar zero.
-        logits: [U, C] of unlabelled images.
-        prior: [C] shares of the classes, positive.
-    """
-    share = (logits.detach() + offset).softmax(-1).mean(0)
-    distributed.average([share])
-    return offset + ALIGNMENT_RATE * (prior / share.clamp_min(1e-3)).log()
 
 
 def consistency_loss(kind: str, logits_us: torch.Tensor, p: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -84,11 +73,7 @@ def draw_pseudo_labels(kind: str, logits: torch.Tensor) -> torch.Tensor:
 
 
 def estimate_feedback(
-    kind: str,
-    student: Learner,
-    exam: Callable[[], torch.Tensor],
-    loss_old: torch.Tensor,
-    theta_old: Sequence[torch.Tensor],
+    kind: str, student: Learner, batch: Batch, loss_old: torch.Tensor, theta_old: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """The feedback h, a number without gradient: positive when the student's step improved it on the labelled images.
 
@@ -102,19 +87,22 @@ def estimate_feedback(
     - ``none``: 0.
 
     Args:
-        exam: the student's loss on the labelled images now, differentiable.
-        loss_old: the same before the step.
-        theta_old: the student's parameters before the step.
+        loss_old: the student's loss on the labelled images before the step.
+        theta_old: its parameters before the step.
     """
     if kind == "none" or student.overflowed:
-        return torch.zeros_like(loss_old)
-    if kind == "loss_difference":
+        h = torch.zeros_like(loss_old)
+    elif kind == "loss_difference":
         with torch.no_grad():
-            return loss_old - exam()
-    new = flatten(student.gradient(exam()))
-    if kind == "dot":
-        return new @ (flatten(theta_old) - flatten(student.parameters))
-    return F.cosine_similarity(new, flatten(p.grad for p in student.parameters), dim=0)
+            h = loss_old - exam(student, batch)
+    else:
+        new = flatten(student.gradient(exam(student, batch)))
+        if kind == "dot":
+            h = new @ (flatten(theta_old) - flatten(student.parameters))
+        else:
+            h = F.cosine_similarity(new, flatten(p.grad for p in student.parameters), dim=0)
+    distributed.average([h])  # every process's teacher hears the same
+    return h
 
 
 def adamw_sensitivity(
@@ -162,102 +150,89 @@ def flatten(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 # Steps
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The numbers of a step; each is the option of its name."""
+
+    unsupervised: str = "CE"
+    lambda_u: float = 0.27
+    uda_steps: int = 80
+    pseudo_label: str = "hard"
+    feedback: str = "loss_difference"
+    label_smoothing: float = 0.0
+
+
+# Of a teacher, a batch and the teacher's logits [P, C] of the views that get pseudo labels: the distributions [P, C] that
+# these are pulled to and which of them count, [P].
+Aim = Callable[[Learner, Batch, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
 def mpl_step(
-    teacher: Learner,
-    student: Learner,
-    batch: Batch,
-    step: int,
-    *,
-    warmup_steps: int = 0,
-    unsupervised: str = "CE",
-    temperature: float = 1.05,
-    threshold: float = 0.75,
-    lambda_u: float = 0.27,
-    uda_steps: int = 80,
-    pseudo_label: str = "hard",
-    student_views: str = "strong",
-    feedback: str = "loss_difference",
-    feedback_scale: float = 1.0,
-    label_smoothing: float = 0.0,
-    prior: torch.Tensor | None = None,
+    teacher: Learner, student: Learner, batch: Batch, step: int, *, aim: Aim, settings: Settings
 ) -> Measurements:
     """One step of Meta Pseudo Labels (Pham et al., arXiv 2003.10580, algorithm 1), in its order.
 
     With theta' the student after its step on the pseudo labels y, the teacher descends the student's labelled loss:
-    the gradient of L(theta') in the teacher is ``h * grad CE(T(x_us), y)`` with ``h ~ L(theta) - L(theta')``, by the
+    the gradient of L(theta') in the teacher is ``h * grad CE(T(x_u), y)`` with ``h ~ L(theta) - L(theta')``, by the
     score-function identity (the paper's eq. 12). h is positive when the student improved, and then the teacher makes
-    the labels it gave more likely. For the first ``warmup_steps`` the teacher learns alone.
-
-    Beyond the paper, ``student_views="both"`` adds the weak views to what the student learns from, a batch with a
-    ``target`` replaces what the teacher's consistency loss aims at, and a ``prior`` [C] aligns what the teacher says of
-    unlabelled images to the classes' shares: the offset that does so is added where it gives a label, soft or hard, and
-    never to the prediction that is pulled there, so that the network itself learns the shares.
+    the labels it gave more likely.
 
     Returns:
-        Scalars on the device: loss_l, loss_u, mask_rate and, after the warm-up, loss_s, loss_mpl and h.
+        Scalars on the device: loss_l, loss_u, mask_rate, loss_s, loss_mpl and h.
     """
-    x_l, y_l, x_uw, x_us, target = batch
-    x_u = x_us if student_views == "strong" else torch.cat([x_us, x_uw])  # what is pseudo-labelled, [P, ...]
+    # The teacher's labelled loss and its consistency between views, and its logits of the views it is to label.
+    x_u = batch.x_u  # [P, ...]
+    loss_uda, t_logits_u, measured = uda_loss(teacher, batch, x_u, step, aim=aim, settings=settings)
 
-    # The teacher sees all views; where the weak one only sets a target it needs no gradient.
-    t_logits_l, t_logits_u = teacher(torch.cat([x_l, x_u])).split([len(x_l), len(x_u)])  # [B, C], [P, C] float32
-    t_logits_us, t_logits_uw = t_logits_u[: len(x_us)], t_logits_u[len(x_us) :]  # [U, C]
+    # Pseudo labels are bound once: the student learns from them, and the feedback is about them.
+    pseudo = draw_pseudo_labels(settings.pseudo_label, t_logits_u)  # [P, C]
 
-    # Its labelled loss, and its consistency: the strong view should be predicted as the weak one was.
-    loss_l = F.cross_entropy(t_logits_l, y_l, label_smoothing=label_smoothing)
-    if target is not None:  # for every view
-        p = target.repeat(len(x_u) // len(x_us), 1)
-        mask = torch.ones_like(p[:, 0])
-        loss_u = consistency_loss(unsupervised, t_logits_u, p, mask)
-    else:
-        if student_views == "strong":
-            with torch.no_grad():
-                t_logits_uw = teacher(x_uw)
-        p, mask = soft_target(t_logits_uw + teacher.offset, temperature, threshold)
-        loss_u = consistency_loss(unsupervised, t_logits_us, p, mask)
-    weight = consistency_weight(lambda_u, step, uda_steps)
-    measured = {"loss_l": loss_l, "loss_u": loss_u, "mask_rate": mask.mean()}
+    # The student takes one step on them, between two exams on the labelled images. The first exam comes after its
+    # forward pass, so that both see the same batch-norm statistics and differ by the step alone.
+    theta = [p.detach().clone() for p in student.parameters]
+    loss_s = F.cross_entropy(student(x_u), pseudo)
+    with torch.no_grad():
+        loss_old = exam(student, batch)
+    student.update(loss_s)
 
-    loss_mpl = torch.zeros_like(loss_l)
-    if step >= warmup_steps:
-        # Pseudo labels are bound once: the student learns from them, and the feedback is about them, in the
-        # distribution that they are drawn from.
-        aligned_u = t_logits_u + teacher.offset  # [P, C]
-        pseudo = draw_pseudo_labels(pseudo_label, aligned_u)  # [P, C]
+    # Then the teacher hears how much that helped, and takes its own step.
+    h = estimate_feedback(settings.feedback, student, batch, loss_old, theta)
+    loss_mpl = h * F.cross_entropy(t_logits_u, pseudo)
+    teacher.update(loss_uda + loss_mpl)
+    return detached(measured, loss_s=loss_s, loss_mpl=loss_mpl, h=h)
 
-        # The student takes one step on them, between two exams on the labelled images. The first exam comes after its
-        # forward pass, so that both see the same batch-norm statistics and differ by the step alone.
-        def exam() -> torch.Tensor:
-            return F.cross_entropy(student.examine(x_l), y_l)
 
-        theta = [p.detach().clone().requires_grad_(feedback == "exact") for p in student.parameters]
-        s_logits_u = student.forward_at(theta, x_u) if feedback == "exact" else student(x_u)  # [P, C]
-        loss_s = F.cross_entropy(s_logits_u, pseudo)
-        with torch.no_grad():
-            loss_old = exam()
+def exact_mpl_step(
+    teacher: Learner, student: Learner, batch: Batch, step: int, *, aim: Aim, settings: Settings
+) -> Measurements:
+    """As :func:`mpl_step`, with the exact gradient in place of the feedback's estimate: pseudo labels are soft, and the
+    student's labelled loss after its step is differentiated through that step (the paper's eq. 4-6)."""
+    x_u = batch.x_u
+    loss_uda, t_logits_u, measured = uda_loss(teacher, batch, x_u, step, aim=aim, settings=settings)
+    pseudo = draw_pseudo_labels("soft", t_logits_u)
 
-        # Then the teacher hears how much that helped.
-        if feedback == "exact":
-            settings = dict(student.optimizer.param_groups[0])
-            gradients = student.update_along(loss_s, theta)
-            loss_new = exam()
-            h = loss_old - loss_new.detach()
-            if not student.overflowed:
-                taken = [p.grad for p in student.parameters]
-                sensitivity = adamw_sensitivity(student.optimizer, settings, taken, student.gradient(loss_new))
-                loss_mpl = sum((c * g).sum() for c, g in zip(sensitivity, gradients, strict=True))
-        else:
-            student.update(loss_s)
-            h = estimate_feedback(feedback, student, exam, loss_old, theta)
-            distributed.average([h])  # every process's teacher hears the same
-            loss_mpl = h * F.cross_entropy(aligned_u, pseudo)
-        measured |= {"loss_s": loss_s, "loss_mpl": loss_mpl, "h": h}
+    theta = [p.detach().clone().requires_grad_() for p in student.parameters]
+    loss_s = F.cross_entropy(student.forward_at(theta, x_u), pseudo)
+    with torch.no_grad():
+        loss_old = exam(student, batch)
+    group = dict(student.optimizer.param_groups[0])  # as it is for this step
+    gradients = student.update_along(loss_s, theta)
+    loss_new = exam(student, batch)
 
-    # Beyond the paper: from the next step on, its predictions lie a little nearer to the classes' shares.
-    if prior is not None:
-        teacher.offset = aligned_offset(teacher.offset, t_logits_uw if len(t_logits_uw) else t_logits_us, prior)
-    teacher.update(loss_l + weight * loss_u + feedback_scale * loss_mpl)
-    return {key: value.detach() for key, value in measured.items()}
+    loss_mpl = torch.zeros_like(loss_s)
+    if not student.overflowed:
+        taken = [p.grad for p in student.parameters]
+        sensitivity = adamw_sensitivity(student.optimizer, group, taken, student.gradient(loss_new))
+        loss_mpl = sum((c * g).sum() for c, g in zip(sensitivity, gradients, strict=True))
+    teacher.update(loss_uda + loss_mpl)
+    return detached(measured, loss_s=loss_s, loss_mpl=loss_mpl, h=loss_old - loss_new)
+
+
+def uda_step(teacher: Learner, batch: Batch, step: int, *, aim: Aim, settings: Settings) -> Measurements:
+    """A step of the warm-up, in which the teacher learns alone (UDA, arXiv 1904.12848)."""
+    loss_uda, _, measured = uda_loss(teacher, batch, batch.x_u, step, aim=aim, settings=settings)
+    teacher.update(loss_uda)
+    return measured
 
 
 def supervised_step(student: Learner, batch: Batch, step: int, *, label_smoothing: float = 0.0) -> Measurements:
@@ -267,30 +242,199 @@ def supervised_step(student: Learner, batch: Batch, step: int, *, label_smoothin
     return {"loss_l": loss_l.detach()}
 
 
+def uda_loss(
+    teacher: Learner, batch: Batch, x_u: torch.Tensor, step: int, *, aim: Aim, settings: Settings
+) -> tuple[torch.Tensor, torch.Tensor, Measurements]:
+    """The teacher's own losses: labelled images, and consistency, for what it says of one view of an image should be
+    what it says of another.
+
+    Returns:
+        The loss, the logits [P, C] that pseudo labels are drawn from, and what was measured.
+    """
+    logits_l, logits_u = teacher(torch.cat([batch.x_l, x_u])).split(
+        [len(batch.x_l), len(x_u)]
+    )  # [B, C], [P, C] float32
+    loss_l = F.cross_entropy(logits_l, batch.y_l, label_smoothing=settings.label_smoothing)
+    aligned_u = logits_u + teacher.offset  # before the aim moves it: see align
+    p, mask = aim(teacher, batch, logits_u)
+    loss_u = consistency_loss(settings.unsupervised, logits_u, p, mask)
+    weight = consistency_weight(settings.lambda_u, step, settings.uda_steps)
+    return loss_l + weight * loss_u, aligned_u, detached({}, loss_l=loss_l, loss_u=loss_u, mask_rate=mask.mean())
+
+
+def exam(student: Learner, batch: Batch) -> torch.Tensor:
+    """The student's loss on the labelled images: dropout off, batch-norm statistics frozen."""
+    return F.cross_entropy(student.examine(batch.x_l), batch.y_l)
+
+
+def detached(measured: Measurements, **more: torch.Tensor) -> Measurements:
+    return measured | {key: value.detach() for key, value in more.items()}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Roles
+# What the consistency loss aims at
 
 
-def fixed_roles(*names: str) -> Callable[[int], tuple[str, ...]]:
-    """The same learners play the same parts in every epoch: (teacher, student), or one alone."""
+def own_aim(temperature: float, threshold: float, prior: torch.Tensor | None = None) -> Aim:
+    """As published: the strong views are pulled to what the teacher says of the weak ones, where it is sure of that."""
+
+    def aim(teacher: Learner, batch: Batch, logits_u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            logits_uw = teacher(batch.x_uw)  # [U, C]
+        target = soft_target(logits_uw + teacher.offset, temperature, threshold)
+        align(teacher, logits_uw, prior)
+        return target
+
+    return aim
+
+
+def target_aim(prior: torch.Tensor | None = None) -> Aim:
+    """Every view is pulled to the ``target`` that its batch brings along."""
+
+    def aim(teacher: Learner, batch: Batch, logits_u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        p = batch.target.repeat(len(logits_u) // len(batch.target), 1)
+        align(teacher, logits_u[-len(batch.x_uw) :], prior)
+        return p, torch.ones_like(p[:, 0])
+
+    return aim
+
+
+def align(teacher: Learner, logits_uw: torch.Tensor, prior: torch.Tensor | None) -> None:
+    """Move the teacher's offset so that, from the next step on, what it says of unlabelled images lies a little nearer
+    to the classes' shares: then a rare style of one class is not lost to another class that resembles it more.
+
+    The offset is added where a label is given, soft or hard, and never to the prediction that is pulled there, so that
+    the network itself learns the shares. Distribution alignment (ReMixMatch, arXiv 1911.09785, section 3.1) by optimal
+    transport: a step up its dual for each batch. A batch balanced by itself would be forced into shares that it has
+    not.
+
+    Args:
+        logits_uw: [U, C] of weak views.
+        prior: [C] shares of the classes, positive; None: nothing is moved.
+    """
+    if prior is None:
+        return
+    share = (logits_uw.detach() + teacher.offset).softmax(-1).mean(0)
+    distributed.average([share])
+    teacher.offset = teacher.offset + ALIGNMENT_RATE * (prior / share.clamp_min(1e-3)).log()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Modes: who plays which role, with what step, for how long
+
+Roles = Callable[[int], tuple[str, ...]]  # of an epoch: (teacher, student), or one alone
+
+
+def fixed_roles(*names: str) -> Roles:
+    """The same learners play the same parts in every epoch."""
     return lambda epoch: names
 
 
-def alternating_roles(a: str, b: str) -> Callable[[int], tuple[str, ...]]:
+def alternating_roles(a: str, b: str) -> Roles:
     """Role playing: (teacher, student) is (a, b) in even epochs and (b, a) in odd ones."""
     return lambda epoch: (a, b) if epoch % 2 == 0 else (b, a)
 
 
-def count_updates(
-    roles: Callable[[int], tuple[str, ...]], *, epochs: int, warmup_epochs: int, steps_per_epoch: int
-) -> dict[str, int]:
+class Mode(NamedTuple):
+    """What a mode trains. It is scored by the ensemble of the learners named."""
+
+    roles: Roles
+    scored: tuple[str, ...]
+
+
+MODES = {
+    "train": Mode(fixed_roles("teacher", "student"), ("student",)),
+    "switch": Mode(alternating_roles("model_1", "model_2"), ("model_1", "model_2")),
+    "finetune": Mode(fixed_roles("student"), ("student",)),
+}
+
+
+def mode_of(config: Config) -> str:
+    """The mode that a run trains in, if it is one that tunes too."""
+    return "finetune" if config.finetune_mode else "switch" if config.switch_mode else "train"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A training, made concrete for options and a split."""
+
+    mode: Mode
+    step: Step
+    schedule: Schedule
+    steps_per_epoch: int
+    num_epochs: int
+    seed: int
+    updates: dict[str, int]  # optimiser steps by learner
+
+    @property
+    def total_steps(self) -> int:
+        return self.num_epochs * self.steps_per_epoch
+
+
+def make_plan(config: Config, split: Split, guide: Guide | None = None) -> Plan:
+    """The training that the options ask for, in which the ``guide`` gives targets and shares."""
+    mode, supervised = MODES[mode_of(config)], config.finetune_mode
+    targets, prior = (None, None) if guide is None or supervised else guide
+    schedule = Schedule(
+        labeled=split.labeled,
+        unlabeled=np.array([], dtype=np.int64) if supervised else split.train,
+        batch_size=config.batch_size,
+        unlabeled_batch_size=config.unlabeled_batch_size,
+        views=config.views,
+        seed=config.seed,
+        targets=targets,
+    )
+    steps = config.steps_per_epoch or schedule.steps_per_epoch()
+    warmup_epochs = 0 if supervised else config.warmup_epoch_num
+    if supervised:
+        step: Step = functools.partial(supervised_step, label_smoothing=config.label_smoothing)
+    else:
+        settings = Settings(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Settings)})
+        aim = own_aim(config.temperature, config.threshold, prior) if targets is None else target_aim(prior)
+        step = after_warmup(warmup_epochs * steps, aim=aim, settings=settings)
+    updates = count_updates(mode.roles, epochs=config.num_epochs, warmup_epochs=warmup_epochs, steps_per_epoch=steps)
+    return Plan(mode, step, schedule, steps, config.num_epochs, config.seed, updates)
+
+
+def after_warmup(warmup_steps: int, *, aim: Aim, settings: Settings) -> Step:
+    """The step of Meta Pseudo Labels; for the first ``warmup_steps`` that of the teacher alone."""
+    learn = exact_mpl_step if settings.feedback == "exact" else mpl_step
+
+    def step(teacher: Learner, student: Learner, batch: Batch, number: int) -> Measurements:
+        if number < warmup_steps:
+            return uda_step(teacher, batch, number, aim=aim, settings=settings)
+        return learn(teacher, student, batch, number, aim=aim, settings=settings)
+
+    return step
+
+
+def count_updates(roles: Roles, *, epochs: int, warmup_epochs: int, steps_per_epoch: int) -> dict[str, int]:
     """How many optimiser steps each learner will make: the first player in every epoch, the second after warm-up."""
     updates: dict[str, int] = {}
     for epoch in range(epochs):
         for place, name in enumerate(roles(epoch)):
             learns = place == 0 or epoch >= warmup_epochs
             updates[name] = updates.get(name, 0) + learns * steps_per_epoch
-    return updates
+    return dict(sorted(updates.items()))
+
+
+def new_learners(
+    config: Config, updates: Mapping[str, int], architecture: Architecture, inputs: Inputs
+) -> dict[str, Learner]:
+    """New learners by name, each for its number of ``updates``."""
+    return {
+        name: Learner(
+            name,
+            architecture.new_network(name, config.seed),
+            updates=n_updates,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            ema=config.ema,
+            device=inputs.device,
+            precision=None if architecture.frozen else inputs.precision,
+        )
+        for name, n_updates in updates.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,7 +462,7 @@ class Meter:
         self.first_bad = found if self.first_bad is None else torch.where(self.first_bad < 0, found, self.first_bad)
 
     def require_finite(self, learners: Mapping[str, Learner]) -> None:
-        """See that everything measured and every weight is finite, and that half precision is not left for good.
+        """Check that everything measured and every weight is finite, and that half precision is not left for good.
 
         Raises:
             DivergedError: naming the step and the learning rates.
@@ -394,25 +538,165 @@ def fit(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A training and what it keeps
+
+HISTORY = "epoch network role lr loss_l loss_u loss_mpl mask_rate h loss_s val_accuracy val_loss".split()
+OF_TEACHER = ("loss_l", "loss_u", "loss_mpl", "mask_rate", "h")
+
+
+def selection_tolerance(accuracy: float, n: int) -> float:
+    """How much less an accuracy on n images may be without meaning anything: two standard errors. One image is added to
+    either side, so that 100 % of a few is no certainty (Agresti & Coull, The American Statistician 52, 1998)."""
+    p = (accuracy * n + 1) / (n + 2)
+    return 2 * (p * (1 - p) / n) ** 0.5
+
+
+class Keeper:
+    """Keeps what a training must not lose, in memory: the history, the best weights, the means of the open epoch.
+
+    ``checkpoints.SavingKeeper`` keeps it on disk as well.
+    """
+
+    def __init__(
+        self,
+        learners: Mapping[str, Learner],
+        scored: Sequence[str],
+        validate: Callable[[Sequence[Learner]], list[torch.Tensor]],
+        labels: np.ndarray,
+    ) -> None:
+        """
+        Args:
+            scored: the learners whose ensemble's validation accuracy decides which epoch was best.
+            validate: gives each learner's logits on the validation images.
+            labels: of the validation images, [N] int64.
+        """
+        self.learners, self.scored, self.validate, self.labels = learners, scored, validate, labels
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {"score": -1.0, "highest": -1.0}
+        self.meter = Meter()
+        self.done = 0  # steps
+
+    def close_epoch(self, epoch: int, players: tuple[str, ...], means: Mapping[str, float]) -> float:
+        """Validate, note the epoch and keep the weights if none were better. Returns the validation score.
+
+        The score is the accuracy of what the run is for: the student's, or the ensemble's in role playing. Kept is the
+        last epoch that is not worse than the highest by more than the tolerance: its learning rate had come down
+        furthest.
+        """
+        logits = dict(zip(self.learners, self.validate([*self.learners.values()]), strict=True))
+        score, _ = evaluate(ensemble([logits[name] for name in self.scored]), self.labels)
+        for place, name in enumerate(players):
+            role = "teacher" if len(players) == 2 and place == 0 else "student"
+            own = [key for key in means if len(players) == 1 or (key in OF_TEACHER) == (role == "teacher")]
+            accuracy, loss = evaluate(logits[name].softmax(-1), self.labels)
+            row = {"epoch": epoch, "network": name, "role": role, "lr": self.learners[name].lr}
+            row |= {"val_accuracy": accuracy, "val_loss": loss} | {key: means[key] for key in own}
+            self.history.append({key: row.get(key, "") for key in HISTORY})
+        highest = max(score, self.best["highest"])
+        if score >= highest - selection_tolerance(highest, len(self.labels)):
+            weights = {name: learner.weights() for name, learner in self.learners.items()}
+            self.best = {"score": score, "highest": highest, "epoch": epoch, "learners": weights}
+        return score
+
+    def close_step(self, done: int, stop: bool) -> None:
+        """Note that so many steps are done, and whether this is where to ``stop``."""
+        self.done = done
+
+    def guarded(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which the training goes on."""
+        return contextlib.nullcontext()
+
+    def kept_between(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches; between two of them what is kept is whole."""
+        return batches
+
+    def finish(self) -> dict[str, Learner]:
+        """The learners with their best weights, those that are scored first."""
+        for name, learner in self.learners.items():
+            learner.load_weights(self.best["learners"][name])
+        return {name: self.learners[name] for name in (*self.scored, *self.learners)}
+
+
+def run_plan(
+    plan: Plan,
+    keeper: Keeper,
+    batches: Iterator[Batch],
+    signals: Signals,
+    *,
+    on_score: Callable[[int, float], None] | None = None,
+) -> dict[str, Learner]:
+    """Train as planned, from where the keeper is. Returns the learners with their best weights, scored ones first.
+
+    Args:
+        batches: of the steps that are left.
+        on_score: hears each epoch's validation score, in place of a progress bar.
+    """
+    with (
+        signals.deferred(),
+        keeper.guarded(),
+        Bar(plan.total_steps, keeper.done, "step", quiet=on_score is not None) as bar,
+    ):
+
+        def on_epoch(epoch: int, players: tuple[str, ...], means: dict[str, float]) -> None:
+            score = keeper.close_epoch(epoch, players, means)
+            last = epoch + 1 == plan.num_epochs
+            text = f"epoch {epoch + 1}/{plan.num_epochs}  {epoch_text(score, means, keeper.history[-len(players) :])}"
+            bar.say(text, worth_a_line=last or (epoch + 1) % max(1, plan.num_epochs // 10) == 0)
+            if on_score is not None:
+                on_score(epoch, score)
+
+        def on_step(done: int) -> None:
+            bar.advance()
+            if distributed.any_rank(signals.pending is not None):
+                signals.pending = signals.pending or signal.SIGTERM
+            keeper.close_step(done, stop=signals.pending is not None)
+            signals.stop_if_asked()
+
+        fit(
+            keeper.learners,
+            keeper.kept_between(batches),
+            plan.step,
+            plan.mode.roles,
+            steps=range(keeper.done, plan.total_steps),
+            steps_per_epoch=plan.steps_per_epoch,
+            seed=plan.seed,
+            meter=keeper.meter,
+            on_step=on_step,
+            on_epoch=on_epoch,
+        )
+    return keeper.finish()
+
+
+def epoch_text(score: float, means: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> str:
+    """How an epoch went, whose ``rows`` of the history these are: while the student waits, how the teacher does by
+    itself."""
+    waits = len(rows) > 1 and "loss_s" not in means
+    right = f"teacher {rows[0]['val_accuracy']:.1%}" if waits else f"{score:.1%}"
+    values = {"loss": means["loss_l"], "student": means.get("loss_s"), "confident": means.get("mask_rate")}
+    text = "  ".join(f"{key} {value:.2f}" for key, value in values.items() if value is not None)
+    return f"{text}  validation {right}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Inference
 
 
 def infer(
-    models: Sequence[Learner], source: Source, indices: np.ndarray, *, test_views: int = 0, batch_size: int = 256
+    models: Sequence[Learner], source: Source, indices: np.ndarray, *, batch_size: int = 256
 ) -> list[torch.Tensor]:
-    """Each model's logits on plain views of the images, [N, C] float32 on the CPU; each image is prepared once.
-
-    With ``test_views``, the logarithm of the mean probabilities of the plain and so many weak and strong views.
-    """
-    wanted = [("plain", 0)] + [(kind, draw) for draw in range(test_views) for kind in ("weak", "strong")]
+    """Each model's logits on plain views of the images, [N, C] float32 on the CPU; each image is prepared once."""
     parts: list[list[torch.Tensor]] = [[] for _ in models]
     for start in range(0, len(indices), batch_size):
         rows = indices[start : start + batch_size]
-        inputs = [source(kind, rows, np.full(len(rows), draw)) for kind, draw in wanted]
+        inputs = source("plain", rows, np.zeros(len(rows), dtype=np.int64))
         for model, logits in zip(models, parts, strict=True):
-            each = [model.infer(x).cpu() for x in inputs]
-            logits.append(each[0] if len(each) == 1 else ensemble(each).clamp_min(1e-12).log())
+            logits.append(model.infer(inputs).cpu())
     return [torch.cat(logits) for logits in parts]
+
+
+def validator(inputs: Inputs, rows: np.ndarray) -> Callable[[Sequence[Learner]], list[torch.Tensor]]:
+    """What gives each model's logits on these images, shared among the processes."""
+    return lambda models: distributed.gathered(lambda part: infer(models, inputs.source, part), rows, inputs.device)
 
 
 def ensemble(logits: Sequence[torch.Tensor]) -> torch.Tensor:

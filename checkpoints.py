@@ -1,0 +1,694 @@
+"""What a run keeps: its folder and the lock on it, checkpoint files, the state that it goes on from.
+
+Only what this very run has made is ever removed.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import pickle
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import filelock
+import psutil
+import torch
+
+from args import Config
+from data import Batch, Data, Manifest, manifest
+from images import Preparation, find_images
+from models import Architecture, Learner, Origin, load_tensors
+from train import HISTORY, Keeper, Meter, mode_of
+from utils import (
+    BOM,
+    CheckpointError,
+    Failure,
+    InUseError,
+    ResourceError,
+    csv_bytes,
+    first_few,
+    resolve_path,
+    write_atomically,
+    write_json,
+)
+
+BEST = "best_student.pth"
+LAST = "last.pth"
+SAVE_SECONDS = 20.0  # how long a crash may throw a run back ...
+SAVE_SHARE = 0.01  # ... or longer, where saving would take more than this share of the time ...
+LONGEST_PAUSE_SECONDS = 600.0  # ... but no longer than this, for a save may have been held up once
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run folder
+
+CONFIG = "config.json"
+JOB = ".job"  # the agents of the torchrun job that has begun the run
+# What a run writes, by name: whatever else is in its folders is somebody else's, and stays.
+IN_RESULTS = (
+    *(CONFIG, "commandline_args.txt", "split.csv", "bad_files.csv", "history.csv"),
+    *("metrics.json", "predictions.csv", "report.html", "graphs.png", "calibration.png", "mistakes.png"),
+    *("disagreements.png", "samples.png", "Student_CM.png", "Teacher_CM.png", "Teacher and Student_CM.png"),
+    *("Model 1_CM.png", "Model 2_CM.png", "Both models_CM.png", "model_card.md", "model.onnx", "model.onnx.data"),
+    *("model.pt2", "study.db", "study.db-journal", "best_params.json", "optuna_history.png", "optuna_timeline.png"),
+    *("optuna_slices.png", "optuna_importances.png", "optuna_parallel.png", "tensorboard/events.out.tfevents.*"),
+)
+IN_CHECKPOINTS = (BEST, LAST)
+OF_TRAINING = ("history.csv", "study.db")  # what a test does not leave, and could not make again
+REPLACED = ".replaced"
+
+
+def own_folders(output_dir: str) -> tuple[Path, Path]:
+    """The folders of all runs: those of results and of checkpoints."""
+    root = Path(output_dir).expanduser()
+    return root / "results", root / "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Where a run keeps what it writes: ``results/<name>`` and ``checkpoints/<dataset>/<name>``."""
+
+    results: Path
+    checkpoints: Path
+
+    @classmethod
+    def named(cls, output_dir: str, dataset: str, name: str) -> "RunFolder":
+        results, checkpoints = own_folders(output_dir)
+        return cls(results / name, checkpoints / dataset / name)
+
+    def written(self) -> dict[str, list[Path]]:
+        """The files of a run that are there, those in ``results`` and those in ``checkpoints``."""
+        return {
+            "results": [path for name in IN_RESULTS for path in self.results.glob(name) if path.is_file()],
+            "checkpoints": [path for name in IN_CHECKPOINTS for path in self.checkpoints.glob(name) if path.is_file()],
+        }
+
+    def options(self) -> dict[str, Any] | None:
+        """The options of the run that is there; None if they cannot be told."""
+        try:
+            options = json.loads((self.results / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return options if isinstance(options, dict) else None
+
+    def require_study(self) -> None:
+        """Check that what is there is no training, which a study would write over.
+
+        Raises:
+            CheckpointError: it is.
+        """
+        options = self.options()
+        if options is not None and not options.get("optuna_mode"):
+            raise CheckpointError(f"{self.results} is of no study: give the search another --name")
+
+    def begun_options(self) -> dict[str, Any] | None:
+        """The options of a run that has no checkpoint to go on from yet, so that it begins anew; None if there is none.
+
+        Raises:
+            CheckpointError: what is there is no such beginning.
+        """
+        there = self.written()
+        if not there["results"] and not there["checkpoints"]:
+            return None
+        options = self.options()
+        if options is None or (self.results / "metrics.json").exists():
+            raise CheckpointError(
+                f"--resume: no {self.checkpoints / LAST} to go on from; use --overwrite in place of --resume"
+            )
+        return options
+
+    def begun_by(self, agents: Sequence[tuple[str, int, float]]) -> bool:
+        """Whether one of these agents of torchrun (see :func:`distributed.agents`) has begun the run that is there."""
+        try:
+            known = json.loads((self.results / JOB).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return any(
+            (host, pid) == (here, its) and abs(began - since) < 5  # seconds: the clock may have been set meanwhile
+            for host, pid, began in known
+            for here, its, since in agents
+        )
+
+    def note_agents(self, agents: Sequence[tuple[str, int, float]]) -> None:
+        """Leave word of whose run this is to those whom the same agents may start in place of this process."""
+        if agents:
+            write_json(self.results / JOB, agents)
+        else:
+            (self.results / JOB).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def claim(
+        self, *, keep: bool, overwrite: bool, trains: bool = True, spare: Sequence[Path] = ()
+    ) -> Iterator[Callable[[], None]]:
+        """Make the results folder and hold it, so that no other process runs under this name.
+
+        Yields what sets the files of the run that is overwritten aside, for when the new one can no longer fail to
+        start. They are removed when the block ends well; until then they are in ``.replaced``. Files written since the
+        claim stay. However the block ends, it leaves no empty folder that was not there before.
+
+        Args:
+            keep: go on with what is there.
+            overwrite: replace what is there.
+            trains: whether the run writes checkpoints; else those that are there stay, and a training is not replaced.
+            spare: files that the run starts from, which stay.
+
+        Raises:
+            CheckpointError: the name is taken and neither ``keep`` nor ``overwrite`` is given, or another process holds
+                it.
+        """
+        chains = [(folder, *folder.parents) for folder in (self.results, self.checkpoints)]
+        missing = [folder for chain in chains for folder in chain if not folder.exists()]
+        try:
+            self.results.mkdir(parents=True, exist_ok=True)
+            with _held(self.results):
+                there = self.written()
+                for what, files in there.items():
+                    if files and not (keep or overwrite):
+                        raise CheckpointError(
+                            f"{getattr(self, what)} exists: {'--resume goes on with it, ' * trains}"
+                            "--overwrite replaces it; or use another --name"
+                        )
+                if not (trains or keep) and any(path.name in OF_TRAINING for path in there["results"]):
+                    raise CheckpointError(f"{self.results} is of a training: give the test another --name")
+                self._remove_torn()
+                old = there["results"] + there["checkpoints"] * trains if overwrite else []
+                spared = {path.resolve() for path in spare}
+                old = {path: version(path) for path in old if path.resolve() not in spared}
+
+                def set_aside() -> None:
+                    for path, known in old.items():
+                        root = self.results if path.is_relative_to(self.results) else self.checkpoints
+                        aside = root / REPLACED / path.relative_to(root)
+                        with contextlib.suppress(FileNotFoundError):
+                            if version(path) == known:
+                                aside.parent.mkdir(parents=True, exist_ok=True)
+                                path.replace(aside)
+
+                try:
+                    yield set_aside
+                except BaseException:
+                    aside = [folder / REPLACED for folder in (self.results, self.checkpoints)]
+                    if there := [str(folder) for folder in aside if folder.exists()]:
+                        print(f"what was there before is in {' and '.join(there)}")
+                    raise
+                self._remove_replaced()
+        finally:
+            for folder in missing:
+                with contextlib.suppress(OSError):  # not empty, or not made
+                    folder.rmdir()
+
+    def _remove_replaced(self) -> None:
+        """Remove what a run that has ended well has replaced."""
+        for folder, names in ((self.results, IN_RESULTS), (self.checkpoints, IN_CHECKPOINTS)):
+            for path in [path for name in names for path in (folder / REPLACED).glob(name)]:
+                path.unlink(missing_ok=True)
+            for emptied in (folder / REPLACED / "tensorboard", folder / REPLACED):
+                with contextlib.suppress(OSError):  # not there, or holds something else
+                    emptied.rmdir()
+
+    def _remove_torn(self) -> None:
+        """Remove what a process left that was killed while it wrote."""
+        for folder, names in ((self.results, (*IN_RESULTS, JOB)), (self.checkpoints, IN_CHECKPOINTS)):
+            for path in folder.glob(".*.tmp"):
+                match = re.fullmatch(r"\.(.+)\.(\d+)\.tmp", path.name)  # as write_atomically calls it
+                if match and match[1] in names and not _runs(int(match[2])):
+                    path.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process that left its number somewhere still runs; this one has only just taken over the number."""
+    return pid != os.getpid() and psutil.pid_exists(pid)
+
+
+def version(path: Path) -> tuple[int, ...]:
+    """What tells a file from one that has taken its place."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """A lock on a folder that ends with this process, however that ends. Where the file system has none it says so.
+
+    Raises:
+        InUseError: another process holds it.
+    """
+    path = folder / ".lock"
+    while True:
+        lock = path.open("a+b")
+        try:
+            free = filelock.lock_descriptor(lock.fileno(), blocking=False)
+        except OSError:
+            print(f"{folder}: locks do not work there, so see to it that no second run uses this --name", flush=True)
+            free = True
+        if not free:
+            with lock:
+                lock.seek(1)  # Windows lets nobody read the byte that is locked
+                raise InUseError(f"{folder} is in use by process {lock.read().decode() or '?'}")
+        if os.fstat(lock.fileno()).st_nlink:
+            break
+        lock.close()  # its holder, who has just left, had removed it
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lock.close)  # a loader's worker would hold on to it
+    try:
+        lock.truncate(0)
+        lock.write(f" {os.getpid()}".encode())
+        lock.flush()
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()  # while it is held, so that nobody else's is; Windows removes no open file
+        lock.close()
+        with contextlib.suppress(OSError):
+            if os.name == "nt":
+                path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The file: a plain torch file (a zip) whose zip comment is the SHA-256 of the file without it, so that any tool that
+# reads torch files still does and one flipped byte anywhere is seen.
+
+_DIGEST_LENGTH = 64
+_COMMENT = _DIGEST_LENGTH.to_bytes(2, "little")  # its length, which ends a zip without one as two zeros
+
+
+class _Hashing:
+    """A file to write to that hashes what it is given: not what arrives on disk, which is compared with it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.hash, self.held = file, hashlib.sha256(), b""
+        self.error: OSError | None = None  # which torch would bury under one of its own
+
+    def write(self, content: bytes) -> int:
+        """Write all but the last two bytes so far, which are held back for the comment."""
+        held = self.held + bytes(content)
+        self.hash.update(held[:-2])
+        try:
+            self.file.write(held[:-2])
+        except OSError as error:
+            self.error = error
+            raise
+        self.held = held[-2:]
+        return len(content)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_checked(path: Path, state: dict[str, Any]) -> None:
+    """Write plain tensors and plain types, atomically and with a checksum.
+
+    The file that was there is replaced once the new one has been read back and found right.
+
+    Raises:
+        ResourceError: the disk is full or the folder cannot be written to; the old file is untouched.
+    """
+
+    def write(file: BinaryIO) -> None:
+        hashing = _Hashing(file)
+        try:
+            torch.save(state, hashing)
+        except RuntimeError as error:
+            raise hashing.error or error from error
+        assert hashing.held == bytes(2), "a zip without a comment ends in a zero length"
+        hashing.hash.update(bytes(2))
+        file.write(_COMMENT + hashing.hash.hexdigest().encode())
+        if not _is_whole(file):
+            raise OSError(errno.EIO, "the file read back is not what was written")
+
+    write_atomically(path, write)
+
+
+def _is_whole(file: BinaryIO) -> bool:
+    """Whether a file's last 64 characters are the SHA-256 of what is before, as :func:`write_checked` left them."""
+    length = file.seek(0, os.SEEK_END) - _DIGEST_LENGTH - len(_COMMENT)
+    if length < 0:
+        return False
+    file.seek(0)
+    digest = hashlib.sha256()
+    while length and (part := file.read(min(length, 2**20))):
+        digest.update(part)
+        length -= len(part)
+    digest.update(bytes(2))
+    return file.read() == _COMMENT + digest.hexdigest().encode()
+
+
+def read_checked(path: Path) -> Any:
+    """What :func:`write_checked` wrote, on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or not one of ours. Nothing in it is executed.
+    """
+    try:
+        with path.open("rb") as file:
+            if not _is_whole(file):
+                raise CheckpointError(f"{path} is damaged or no checkpoint of this program: use another one")
+            file.seek(0)
+            return load_tensors(file)
+    except OSError as error:
+        raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise CheckpointError(f"{path} holds what no checkpoint of this program does: do not trust it") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a checkpoint holds
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What networks have learned from: by which modes one after another, of what data set how many images."""
+
+    by: list[str]
+    labeled: int
+    unlabeled: int
+    val: int
+    dataset: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The weights of a run's best epoch, by learner, and its validation score."""
+
+    epoch: int
+    score: float
+    highest: float  # of all epochs
+    learners: dict[str, dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a run needs to go on: each learner's whole state, the open epoch's measurements, what is kept so far."""
+
+    steps_done: int
+    learners: dict[str, dict[str, Any]]
+    sums: dict[str, torch.Tensor]
+    counts: dict[str, int]
+    history: list[dict[str, Any]]
+    best: Best | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What a run's checkpoints say of it, and either its ``best`` weights (``best_student.pth``) or its ``progress``
+    (``last.pth``)."""
+
+    config: dict[str, Any]
+    classes: tuple[str, ...]
+    split: Manifest
+    backbone: Origin
+    preparation: Preparation
+    trained: Trained
+    data_dir: str  # real paths
+    unlabeled_dir: str | None
+    best: Best | None = None
+    progress: Progress | None = None
+
+
+def about_run(
+    config: Config, data: Data, architecture: Architecture, preparation: Preparation, saved: Checkpoint | None
+) -> Checkpoint:
+    """What every checkpoint says of a run that started from the checkpoint ``saved``, if from any."""
+    return Checkpoint(
+        config=config.options(),
+        classes=data.classes,
+        split=manifest(data.index, data.split, saved and saved.split),
+        backbone=architecture.origin,
+        preparation=preparation,
+        trained=learned_from(config, data, saved),
+        data_dir=os.path.realpath(data.index.root),
+        unlabeled_dir=config.unlabeled_dir and os.path.realpath(resolve_path(config.unlabeled_dir)),
+    )
+
+
+def learned_from(config: Config, data: Data, saved: Checkpoint | None) -> Trained:
+    """What the networks of a training have learned from, and before it those of the checkpoint that it started from."""
+    counts = data.split.counts()
+    before, unlabeled = (saved.trained.by, saved.trained.unlabeled) if saved else ([], 0)
+    return Trained(
+        by=[*before, mode_of(config)],
+        labeled=counts["labeled"],
+        unlabeled=unlabeled if config.finetune_mode else counts["unlabeled"],
+        val=counts["val"],
+        dataset=data.index.name,
+    )
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint: see :func:`write_checked`."""
+    write_checked(path, _plain(checkpoint))
+
+
+def _plain(value: Any) -> Any:
+    """A value with dataclasses made dictionaries, for files that hold plain types alone."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return value
+
+
+def load_checkpoint(path: Path, holds: str) -> Checkpoint:
+    """Read a checkpoint that holds the run's ``best`` weights or its ``progress``.
+
+    Raises:
+        CheckpointError: it is missing, damaged, of an earlier version, or holds the other.
+    """
+    state = read_checked(path)
+    try:
+        fields = state | {
+            "classes": tuple(state["classes"]),
+            "split": _typed_manifest(state["split"]),
+            "backbone": Origin(**state["backbone"]),
+            "preparation": Preparation(**{key: _hashable(value) for key, value in state["preparation"].items()}),
+            "trained": Trained(**state["trained"]),
+            "best": state["best"] and Best(**state["best"]),
+        }
+        if progress := state["progress"]:
+            best = progress["best"] and Best(**progress["best"])
+            fields["progress"] = Progress(**progress | {"best": best})
+        checkpoint = Checkpoint(**fields)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        known = isinstance(state, dict) and state.keys() >= {"config", "classes", "split"}
+        what = "was made by another version of this program" if known else "is no checkpoint of this program"
+        raise CheckpointError(f"{path} {what}: train anew") from error
+    if getattr(checkpoint, holds) is None:
+        raise CheckpointError(
+            f"{path} is not the checkpoint that is needed here ({BEST} is for testing and finetuning)"
+        )
+    return checkpoint
+
+
+def _typed_manifest(fields: dict[str, Any]) -> Manifest:
+    return Manifest(**fields | {"before": fields["before"] and _typed_manifest(fields["before"])})
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which checkpoint is meant
+
+
+def find_checkpoints(load_path: str | None, output_dir: str) -> list[Path]:
+    """The files that ``--load_path`` may mean, more than one if data sets have runs of the same name; without it those
+    of all runs.
+
+    ``load_path`` may be ``/checkpoints/flowers/exp``, ``checkpoints/flowers/exp``, ``flowers/exp``, ``exp`` or a file.
+
+    Raises:
+        CheckpointError: nothing is found; says where was looked.
+    """
+    _, root = own_folders(output_dir)
+    datasets = sorted(root.iterdir()) if root.is_dir() else []
+    if load_path is None:
+        runs = [run for dataset in datasets if dataset.is_dir() for run in sorted(dataset.iterdir())]
+        found = [run / BEST for run in runs if (run / BEST).is_file()]
+        if not found:
+            raise CheckpointError(f"--load_best: no run in {root} yet; train one or give --load_path")
+        return found
+    relative = load_path.lstrip("/").removeprefix("checkpoints/")
+    for tried in ([resolve_path(load_path)], [root / relative], [dataset / relative for dataset in datasets]):
+        files = [path / BEST if path.is_dir() else path for path in tried]
+        if found := [file for file in files if file.is_file()]:
+            return found
+    raise CheckpointError(f"--load_path {load_path}: no {BEST} there or under {root}; `ls {root}/*` shows the runs")
+
+
+def choose_checkpoint(config: Config) -> tuple[Path, Checkpoint]:
+    """The checkpoint that ``--load_path`` or ``--load_best`` means. Where several may be meant, those of the classes in
+    ``--data_dir`` count, and of these those that were trained on it; ``--load_best`` is the best of them.
+
+    Raises:
+        CheckpointError: there is none, or it remains open which; lists them.
+    """
+    paths = find_checkpoints(config.load_path, config.output_dir)
+    if config.load_path is not None and len(paths) == 1:
+        return paths[0], load_checkpoint(paths[0], "best")
+    about, faults = {}, []
+    for path in paths:
+        try:
+            saved = load_checkpoint(path, "best")
+        except CheckpointError as fault:
+            faults.append(fault)
+            continue
+        about[path] = saved.classes, saved.data_dir, saved.best.score
+    if not about:
+        raise faults[0]
+    fitting, same = about, {}
+    if config.load_path is None or "data_dir" in config.given:
+        index = find_images(config.data_dir, config.unlabeled_dir, own_folders(config.output_dir))
+        here, root = set(index.classes), os.path.realpath(index.root)
+        fitting = {
+            path: each
+            for path, each in about.items()
+            if here == set(each[0]) or (config.mode == "test" and here < set(each[0]))
+        }
+        same = {path: each for path, each in fitting.items() if each[1] == root}
+    if config.load_path is None and same:
+        best = max(same, key=lambda path: same[path][2])
+        return best, load_checkpoint(best, "best")
+    unsure = same or fitting
+    if len(unsure) == 1 and (same or config.predict_dir is None):  # else its images are compared later on
+        (path,) = unsure
+        return path, load_checkpoint(path, "best")
+    option = "--load_best" if config.load_path is None else f"--load_path {config.load_path}"
+    listed = [
+        f"{path.parent.parent.name}/{path.parent.name} ({first_few([*classes])}; trained on {folder})"
+        for path, (classes, folder, _) in (unsure or about).items()
+    ]
+    what = "these runs may be meant" if unsure else f"no run has the classes of {config.data_dir}; there are"
+    raise CheckpointError(f"{option}: {what}: {first_few(listed)}; name one, as in --load_path DATASET/RUN")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a training keeps on disk
+
+
+class SavingKeeper(Keeper):
+    """Keeps a training in the run folder: ``history.csv``, the best weights, and the state to go on from."""
+
+    def __init__(self, *watched: Any, folder: RunFolder, about: Checkpoint, tensorboard: bool = False) -> None:
+        """
+        Args:
+            watched: as for :class:`train.Keeper`.
+            about: what every checkpoint says of the run.
+            tensorboard: log every epoch for TensorBoard as well.
+        """
+        super().__init__(*watched)
+        self.folder, self.about, self.tensorboard = folder, about, tensorboard
+        self.log: Any = None
+        self.saved_at, self.pause = time.perf_counter(), SAVE_SECONDS
+        self.best_written = -1  # the epoch whose weights are in the file
+
+    def close_epoch(self, epoch: int, players: tuple[str, ...], means: Mapping[str, float]) -> float:
+        score = super().close_epoch(epoch, players, means)
+        if self.log is not None:
+            log_epoch(self.log, self.history[-len(players) :])
+        return score
+
+    def close_step(self, done: int, stop: bool) -> None:
+        """Save if it is time to, or if this is where to ``stop``."""
+        super().close_step(done, stop)
+        if stop or time.perf_counter() - self.saved_at > self.pause:
+            self.save(done)
+
+    def save(self, done: int) -> None:
+        """Write the best weights and the history so far, and what is needed to go on after ``done`` steps.
+
+        Raises:
+            DivergedError: the last steps were not finite; what is on disk stays.
+        """
+        began = time.perf_counter()
+        self.meter.require_finite(self.learners)
+        self.save_best()
+        progress = Progress(
+            steps_done=done,
+            learners={name: learner.state_dict() for name, learner in self.learners.items()},
+            sums=dict(self.meter.sums),
+            counts=dict(self.meter.counts),
+            history=self.history,
+            best=self._best(),
+        )
+        save_checkpoint(self.folder.checkpoints / LAST, dataclasses.replace(self.about, progress=progress))
+        try:  # what matters most is written
+            self.save_history()
+        except ResourceError as error:
+            print(error)
+        self.saved_at = time.perf_counter()
+        self.pause = min(max(SAVE_SECONDS, (self.saved_at - began) / SAVE_SHARE), LONGEST_PAUSE_SECONDS)
+
+    def save_history(self) -> None:
+        """Write history.csv, as far as it goes."""
+        rows = [HISTORY, *([row[key] for key in HISTORY] for row in self.history)]
+        write_atomically(self.folder.results / "history.csv", BOM + csv_bytes(rows))
+
+    def save_best(self) -> None:
+        """Write the weights of the best epoch so far, if they are not written yet."""
+        best = self._best()
+        if best is not None and best.epoch > self.best_written:
+            save_checkpoint(self.folder.checkpoints / BEST, dataclasses.replace(self.about, best=best))
+            self.best_written = best.epoch
+
+    def _best(self) -> Best | None:
+        return Best(**self.best) if "learners" in self.best else None
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Write the weights of the best epoch before whatever error ends the block: all of them were finite then."""
+        if self.tensorboard:
+            self.log = open_tensorboard(self.folder.results / "tensorboard")
+        try:
+            yield
+        except Failure:
+            self.save_best()
+            self.save_history()
+            raise
+
+    def kept_between(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches. If there is no next one, as when an image has become unreadable, the state is saved first: it is
+        whole between two steps."""
+        try:
+            yield from batches
+        except Failure as failure:
+            self.save(self.done)
+            raise type(failure)(f"{failure}; the state is saved: once that is mended, --resume goes on") from failure
+
+    def finish(self) -> dict[str, Learner]:
+        self.save(self.done)
+        return super().finish()
+
+    def go_on(self, progress: Progress) -> None:
+        """Take up a run where its last checkpoint left it."""
+        for name, learner in self.learners.items():
+            learner.load_state_dict(progress.learners[name])
+        self.history, self.done = progress.history, progress.steps_done
+        if progress.best is not None:
+            self.best = vars(progress.best)
+        device = next(iter(self.learners.values())).device
+        self.meter = Meter({key: value.to(device) for key, value in progress.sums.items()}, progress.counts)
+
+
+def open_tensorboard(folder: Path) -> Any:
+    """A writer of TensorBoard's logs; None, and a line that says how to get it, without the package."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("--tensorboard: not installed, so nothing is logged for it: pip install tensorboard")
+        return None
+    print(f"TensorBoard: tensorboard --logdir {folder.parent}")
+    return SummaryWriter(str(folder))
+
+
+def log_epoch(log: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Log an epoch's rows of the history. Where that fails, as on a full disk, history.csv has them all the same."""
+    with contextlib.suppress(OSError):
+        for row in rows:
+            for key in HISTORY[HISTORY.index("lr") :]:
+                if row[key] != "":
+                    log.add_scalar(f"{key}/{row['network']}", row[key], row["epoch"])
+        log.flush()
