@@ -45,7 +45,7 @@ import models
 import predict
 import train
 from args import Config
-from checkpoints import Checkpoint, RunFolder
+from checkpoints import BestCheckpoint, LastCheckpoint, RunFolder
 from utils import Attempts, CheckpointError, DataError, Failure, Interrupted, Signals, UsageError
 
 
@@ -109,8 +109,8 @@ class Start(NamedTuple):
     folder: RunFolder
     agents: list[tuple[str, int, float]]  # of torchrun
     loaded: Path | None = None  # the checkpoint that gives split and weights ...
-    saved: Checkpoint | None = None  # ... and what it holds
-    last: Checkpoint | None = None  # the checkpoint that the run goes on from
+    saved: BestCheckpoint | None = None  # ... and what it holds
+    last: LastCheckpoint | None = None  # the checkpoint that the run goes on from
     last_version: tuple[int, ...] = ()  # which it was
     keep: bool = False  # whether it goes on with what is in the folder, if only with its beginning
 
@@ -154,7 +154,7 @@ def _find_start(config: Config, agents: list[tuple[str, int, float]]) -> Start:
     path = folder.checkpoints / checkpoints.LAST
     if path.exists():
         version = checkpoints.version(path)
-        last = checkpoints.load_checkpoint(path, "progress")
+        last = checkpoints.load_last(path)
         args.require_same(config, last.config)
         if (there := folder.options()) is not None:
             args.require_same(config, there)
@@ -166,7 +166,7 @@ def _find_start(config: Config, agents: list[tuple[str, int, float]]) -> Start:
     return start._replace(config=dataclasses.replace(config, resume=False), keep=begun is not None)
 
 
-def take_over(config: Config, saved: Checkpoint) -> Config:
+def take_over(config: Config, saved: BestCheckpoint) -> Config:
     """The configuration with what the user did not give taken over from a checkpoint, its data set included.
 
     Raises:
@@ -207,7 +207,7 @@ def find_data(start: Start) -> data.Data:
         checkpoints.own_folders(config.output_dir),
         max_bad_percent=config.max_bad_percent,
         cache_dir=utils.cache_folder(config.cache_dir) if config.cache_gb else None,
-        classes=earlier and earlier.classes,
+        classes=earlier.classes if earlier else None,
         testing=config.mode == "test",
     )
     all_labels = config.num_labels_percent == 100
@@ -266,8 +266,8 @@ def open_networks(
         config.seed,
         len(index.classes),
         frozen=config.trainable == "head",
-        saved=start.saved and start.saved.backbone,
-        resumed=start.last and start.last.backbone,
+        saved=start.saved.backbone if start.saved else None,
+        resumed=start.last.backbone if start.last else None,
     )
     mean, std = architecture.backbone.normalization
     preparation = images.prepare_for(
@@ -276,7 +276,7 @@ def open_networks(
         augmentation=config.augmentation,
         mean=tuple(mean),
         std=tuple(std),
-        saved=earlier and earlier.preparation,
+        saved=earlier.preparation if earlier else None,
     )
     return architecture, preparation
 
@@ -317,7 +317,7 @@ def open_inputs(
 
 
 def loaded_learners(
-    config: Config, saved: Checkpoint, architecture: models.Architecture, inputs: features.Inputs
+    config: Config, saved: BestCheckpoint, architecture: models.Architecture, inputs: features.Inputs
 ) -> dict[str, models.Learner]:
     """The checkpoint's learners, ready to be tested: the one it was scored by first."""
     learners = train.new_learners(config, dict.fromkeys(saved.best.learners, 0), architecture, inputs)

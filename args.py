@@ -639,7 +639,11 @@ def _check_together(config: Config) -> None:
 
 
 def settings(config):
-    return {k: v for k, v in config.options().items() if k not in (*HARMLESS, "name", "seed", "load_path", "load_best", "n_trials", "timeout", *MODES)}
+    return {
+        k: v
+        for k, v in config.options().items()
+        if k not in (*HARMLESS, "name", "seed", "load_path", "load_best", "n_trials", "timeout", *MODES)
+    }
 
 
 def changed(options):

@@ -176,9 +176,9 @@ class RunFolder:
                 if not (trains or keep) and any(path.name in OF_TRAINING for path in there["results"]):
                     raise CheckpointError(f"{self.results} is of a training: give the test another --name")
                 self._remove_torn()
-                old = there["results"] + there["checkpoints"] * trains if overwrite else []
+                replaced = there["results"] + there["checkpoints"] * trains if overwrite else []
                 spared = {path.resolve() for path in spare}
-                old = {path: version(path) for path in old if path.resolve() not in spared}
+                old = {path: version(path) for path in replaced if path.resolve() not in spared}
 
                 def set_aside() -> None:
                     for path, known in old.items():
@@ -193,8 +193,8 @@ class RunFolder:
                     yield set_aside
                 except BaseException:
                     aside = [folder / REPLACED for folder in (self.results, self.checkpoints)]
-                    if there := [str(folder) for folder in aside if folder.exists()]:
-                        print(f"what was there before is in {' and '.join(there)}")
+                    if earlier := [str(folder) for folder in aside if folder.exists()]:
+                        print(f"what was there before is in {' and '.join(earlier)}")
                     raise
                 self._remove_replaced()
         finally:
@@ -312,7 +312,7 @@ def write_checked(path: Path, state: dict[str, Any]) -> None:
     def write(file: BinaryIO) -> None:
         hashing = _Hashing(file)
         try:
-            torch.save(state, hashing)
+            torch.save(state, hashing)  # type: ignore[arg-type]  # it writes and flushes, which is all that is asked of it
         except RuntimeError as error:
             raise hashing.error or error from error
         assert hashing.held == bytes(2), "a zip without a comment ends in a zero length"
@@ -395,8 +395,7 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What a run's checkpoints say of it, and either its ``best`` weights (``best_student.pth``) or its ``progress``
-    (``last.pth``)."""
+    """What all of a run's checkpoints say of it."""
 
     config: dict[str, Any]
     classes: tuple[str, ...]
@@ -406,23 +405,35 @@ class Checkpoint:
     trained: Trained
     data_dir: str  # real paths
     unlabeled_dir: str | None
-    best: Best | None = None
-    progress: Progress | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class BestCheckpoint(Checkpoint):
+    """``best_student.pth``: what testing and finetuning start from."""
+
+    best: Best
+
+
+@dataclasses.dataclass(frozen=True)
+class LastCheckpoint(Checkpoint):
+    """``last.pth``: what ``--resume`` goes on from."""
+
+    progress: Progress
 
 
 def about_run(
-    config: Config, data: Data, architecture: Architecture, preparation: Preparation, saved: Checkpoint | None
+    config: Config, data: Data, architecture: Architecture, preparation: Preparation, saved: BestCheckpoint | None
 ) -> Checkpoint:
     """What every checkpoint says of a run that started from the checkpoint ``saved``, if from any."""
     return Checkpoint(
         config=config.options(),
         classes=data.classes,
-        split=manifest(data.index, data.split, saved and saved.split),
+        split=manifest(data.index, data.split, saved.split if saved else None),
         backbone=architecture.origin,
         preparation=preparation,
         trained=learned_from(config, data, saved),
         data_dir=os.path.realpath(data.index.root),
-        unlabeled_dir=config.unlabeled_dir and os.path.realpath(resolve_path(config.unlabeled_dir)),
+        unlabeled_dir=os.path.realpath(resolve_path(config.unlabeled_dir)) if config.unlabeled_dir else None,
     )
 
 
@@ -451,35 +462,54 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def load_checkpoint(path: Path, holds: str) -> Checkpoint:
-    """Read a checkpoint that holds the run's ``best`` weights or its ``progress``.
+def load_best(path: Path) -> BestCheckpoint:
+    """Read a run's best weights.
 
     Raises:
-        CheckpointError: it is missing, damaged, of an earlier version, or holds the other.
+        CheckpointError: they are missing, damaged or of another version of this program, or it is another file.
     """
-    state = read_checked(path)
+    with _structure_checked(path):
+        state = read_checked(path)
+        return BestCheckpoint(**_typed(state), best=Best(**state["best"]))
+
+
+def load_last(path: Path) -> LastCheckpoint:
+    """Read what a run goes on from.
+
+    Raises:
+        CheckpointError: as :func:`load_best`.
+    """
+    with _structure_checked(path):
+        state = read_checked(path)
+        progress = state["progress"]
+        best = progress["best"] and Best(**progress["best"])
+        return LastCheckpoint(**_typed(state), progress=Progress(**progress | {"best": best}))
+
+
+@contextlib.contextmanager
+def _structure_checked(path: Path) -> Iterator[None]:
+    """Within the block, a checkpoint that lacks something is refused."""
     try:
-        fields = state | {
-            "classes": tuple(state["classes"]),
-            "split": _typed_manifest(state["split"]),
-            "backbone": Origin(**state["backbone"]),
-            "preparation": Preparation(**{key: _hashable(value) for key, value in state["preparation"].items()}),
-            "trained": Trained(**state["trained"]),
-            "best": state["best"] and Best(**state["best"]),
-        }
-        if progress := state["progress"]:
-            best = progress["best"] and Best(**progress["best"])
-            fields["progress"] = Progress(**progress | {"best": best})
-        checkpoint = Checkpoint(**fields)
+        yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        known = isinstance(state, dict) and state.keys() >= {"config", "classes", "split"}
-        what = "was made by another version of this program" if known else "is no checkpoint of this program"
-        raise CheckpointError(f"{path} {what}: train anew") from error
-    if getattr(checkpoint, holds) is None:
         raise CheckpointError(
-            f"{path} is not the checkpoint that is needed here ({BEST} is for testing and finetuning)"
-        )
-    return checkpoint
+            f"{path} is not the checkpoint that is needed here ({BEST} is for testing and finetuning, {LAST} for "
+            "--resume), or was made by another version of this program: train anew"
+        ) from error
+
+
+def _typed(state: dict[str, Any]) -> dict[str, Any]:
+    """The fields that all checkpoints have."""
+    return {
+        "config": dict(state["config"]),
+        "classes": tuple(state["classes"]),
+        "split": _typed_manifest(state["split"]),
+        "backbone": Origin(**state["backbone"]),
+        "preparation": Preparation(**{key: _hashable(value) for key, value in state["preparation"].items()}),
+        "trained": Trained(**state["trained"]),
+        "data_dir": state["data_dir"],
+        "unlabeled_dir": state["unlabeled_dir"],
+    }
 
 
 def _typed_manifest(fields: dict[str, Any]) -> Manifest:
@@ -519,7 +549,7 @@ def find_checkpoints(load_path: str | None, output_dir: str) -> list[Path]:
     raise CheckpointError(f"--load_path {load_path}: no {BEST} there or under {root}; `ls {root}/*` shows the runs")
 
 
-def choose_checkpoint(config: Config) -> tuple[Path, Checkpoint]:
+def choose_checkpoint(config: Config) -> tuple[Path, BestCheckpoint]:
     """The checkpoint that ``--load_path`` or ``--load_best`` means. Where several may be meant, those of the classes in
     ``--data_dir`` count, and of these those that were trained on it; ``--load_best`` is the best of them.
 
@@ -528,11 +558,11 @@ def choose_checkpoint(config: Config) -> tuple[Path, Checkpoint]:
     """
     paths = find_checkpoints(config.load_path, config.output_dir)
     if config.load_path is not None and len(paths) == 1:
-        return paths[0], load_checkpoint(paths[0], "best")
+        return paths[0], load_best(paths[0])
     about, faults = {}, []
     for path in paths:
         try:
-            saved = load_checkpoint(path, "best")
+            saved = load_best(path)
         except CheckpointError as fault:
             faults.append(fault)
             continue
@@ -551,11 +581,11 @@ def choose_checkpoint(config: Config) -> tuple[Path, Checkpoint]:
         same = {path: each for path, each in fitting.items() if each[1] == root}
     if config.load_path is None and same:
         best = max(same, key=lambda path: same[path][2])
-        return best, load_checkpoint(best, "best")
+        return best, load_best(best)
     unsure = same or fitting
     if len(unsure) == 1 and (same or config.predict_dir is None):  # else its images are compared later on
         (path,) = unsure
-        return path, load_checkpoint(path, "best")
+        return path, load_best(path)
     option = "--load_best" if config.load_path is None else f"--load_path {config.load_path}"
     listed = [
         f"{path.parent.parent.name}/{path.parent.name} ({first_few([*classes])}; trained on {folder})"
@@ -614,7 +644,7 @@ class SavingKeeper(Keeper):
             history=self.history,
             best=self._best(),
         )
-        save_checkpoint(self.folder.checkpoints / LAST, dataclasses.replace(self.about, progress=progress))
+        save_checkpoint(self.folder.checkpoints / LAST, LastCheckpoint(**vars(self.about), progress=progress))
         try:  # what matters most is written
             self.save_history()
         except ResourceError as error:
@@ -631,7 +661,7 @@ class SavingKeeper(Keeper):
         """Write the weights of the best epoch so far, if they are not written yet."""
         best = self._best()
         if best is not None and best.epoch > self.best_written:
-            save_checkpoint(self.folder.checkpoints / BEST, dataclasses.replace(self.about, best=best))
+            save_checkpoint(self.folder.checkpoints / BEST, BestCheckpoint(**vars(self.about), best=best))
             self.best_written = best.epoch
 
     def _best(self) -> Best | None:

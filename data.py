@@ -41,6 +41,7 @@ from utils import (
     seeded,
 )
 
+Rows = Sequence[int] | np.ndarray  # of images, by their places in the index
 FEWEST_PER_CLASS = 4  # a validation and a test image, and two to train on
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -653,7 +654,7 @@ class Views:
             "strong": strong_view(prepare.augmentation, prepare.size, mirror=prepare.mirror),
         }
 
-    def __call__(self, kind: str, indices: Sequence[int], draws: Sequence[int]) -> torch.Tensor:
+    def __call__(self, kind: str, indices: Rows, draws: Rows) -> torch.Tensor:
         return torch.stack([self._one(kind, int(i), int(draw)) for i, draw in zip(indices, draws, strict=True)])
 
     def _one(self, kind: str, i: int, draw: int) -> torch.Tensor:
@@ -704,7 +705,7 @@ class Batch(NamedTuple):
         return self._replace(y_l=self.y_l.to(device, non_blocking=True), target=target)
 
 
-Source = Callable[[str, Sequence[int], Sequence[int]], torch.Tensor]
+Source = Callable[[str, Rows, Rows], torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 import torch
 
-from data import Batch, Schedule, Source, Views, fresh_batches
+from data import Batch, Rows, Schedule, Source, Views, fresh_batches
 from distributed import gathered
 from images import Images, Preparation
 from models import Architecture, Encoder
@@ -45,7 +45,7 @@ class FeatureSource:
     def __init__(self, views: Views, encoder: Encoder) -> None:
         self.views, self.encoder = views, encoder
 
-    def __call__(self, kind: str, indices: Sequence[int], draws: Sequence[int]) -> torch.Tensor:
+    def __call__(self, kind: str, indices: Rows, draws: Rows) -> torch.Tensor:
         return self.encoder(self.views(kind, indices, draws))
 
 
@@ -71,7 +71,7 @@ class FeatureCache(FeatureSource):
         self.tables: dict[str, np.ndarray | None] = {}  # None: not kept
         self.verified: dict[str, np.ndarray] = {}
 
-    def __call__(self, kind: str, indices: Sequence[int], draws: Sequence[int]) -> torch.Tensor:
+    def __call__(self, kind: str, indices: Rows, draws: Rows) -> torch.Tensor:
         indices, draws = np.asarray(indices), np.asarray(draws)
         rows = self.rows[indices]
         features = np.empty((len(indices), self.encoder.n_features), dtype=np.float32)
