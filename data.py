@@ -291,7 +291,8 @@ def split_from_manifest(
     An image is known by its bytes: one that is renamed or copied stays in its part, and is never tested on if it was
     trained on. One that has got a label since is a labelled one now. Images never seen before join those without a
     label, if they have none. If they have one, they are tested on when that is all that is done (``testing``), join the
-    labelled ones where every label was used (``all_labels``), and are not used otherwise.
+    labelled ones where every label was used (``all_labels``), and are not used otherwise. Of copies among them, one of
+    which is held out, no other is used.
 
     Raises:
         DataError: no image is left to validate or to test on.
@@ -327,10 +328,15 @@ def split_from_manifest(
                 part = _part_of_known(label, [entry], testing)
         else:
             changes["renamed or copied"].append(path)
-            part = _part_of_known(label, by_digest[content], testing)
+            part = _part_of_known(label, by_digest[content], testing or given in ("val", "test"))
         if content in conflicting:  # no label of it is believed
             part = "unlabeled" if part in ("labeled", "unlabeled") and content in by_digest else "unused"
         parts.append(part)
+    for group in index.duplicates:
+        kept = next((part for part in ("test", "val") if any(parts[i] == part for i in group)), None)
+        if kept and index.digests[group[0]] not in by_digest:
+            for i in group:
+                parts[i] = kept if parts[i] == kept else "unused"
     here, now = set(index.paths), set(index.digests.tolist())
     changes["gone"] = [path for path, entry in then.items() if path not in here and entry.digest not in now]
     split = Split.of(parts)
@@ -340,7 +346,8 @@ def split_from_manifest(
         raise DataError(f"{index.root}: none of the checkpoint's validation or test images are left; put them back")
     listed = [f"{counted(len(paths), 'image')} {what} (first: {paths[0]})" for what, paths in changes.items() if paths]
     if testing and len(changes["new"]) == len(index):
-        return split, ["no image of the training is among them: all that have a label are tested on"]
+        tested = counted(len(split.test), "labelled image is", "labelled images are")
+        return split, [f"no image of the training is among them: {tested} tested on"]
     notes = [f"the folder has changed since the training: {', '.join(listed)}"] * bool(listed)
     if aside:
         notes.append(f"{counted(len(aside), 'new label')} not used: the training used a share of the labels only")
@@ -505,7 +512,7 @@ def _describe(index: Index, split: Split, changes: Sequence[str]) -> list[str]:
         notes.append(f"{counted(len(groups), 'group')} of identical images, each kept on one side of the split")
         if conflicts:
             first = " and ".join(index.paths[i] for i in conflicts[0])
-            notes.append(f"{len(conflicts)} of them have conflicting labels and are used without (first: {first})")
+            notes.append(f"{len(conflicts)} of them have conflicting labels, which are ignored (first: {first})")
     if len(split.unused):
         first = index.paths[split.unused[0]]
         notes.append(f"{counted(len(split.unused), 'image')} neither trained nor tested on (first: {first})")
