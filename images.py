@@ -372,7 +372,8 @@ class _Walk:
             DataError: it seems to be divided, in a way that cannot be followed.
         """
         named = {name: PART_FOLDERS.get(name.lower(), "") for name in self.folders("")}
-        divided = "train" in named.values() and len(set(named.values()) - {""}) > 1
+        there = {entry.name.lower() for entry in self._entries("") if entry.is_dir()}  # a test folder left out as well
+        divided = "train" in named.values() and len({PART_FOLDERS.get(name) for name in there} - {None}) > 1
         of_training = {inner for name, part in named.items() if part == "train" for inner in self.folders(name)}
         if divided and not of_training:
             raise DataError(f"{self.root}: its training folder has no class folders; put each class's images in one")
