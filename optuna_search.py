@@ -163,7 +163,8 @@ def validation_folds(config: Config, data: Data, features: mixture.Features) -> 
 def fold_splits(split: Split, labels: np.ndarray, contents: np.ndarray, n: int, seed: int) -> list[Split]:
     """The split with its labelled and validation images dealt anew, ``n`` times, so that each is validated on once.
 
-    Classes are spread evenly and copies of one image (equal ``contents``) stay together.
+    Classes are spread evenly and copies of one image (equal ``contents``) stay together: unlabelled ones of an image
+    that is validated on are not used.
     """
     from sklearn.model_selection import StratifiedGroupKFold  # late: it takes seconds to import
 
@@ -171,7 +172,18 @@ def fold_splits(split: Split, labels: np.ndarray, contents: np.ndarray, n: int, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of classes with fewer images than folds
         dealt = list(StratifiedGroupKFold(n, shuffle=True, random_state=seed).split(pool, labels[pool], contents[pool]))
-    return [dataclasses.replace(split, labeled=pool[rest], val=pool[held_out]) for rest, held_out in dealt]
+    folds = []
+    for rest, held_out in dealt:
+        is_copy = np.isin(contents[split.unlabeled], contents[pool[held_out]])
+        fold = dataclasses.replace(
+            split,
+            labeled=pool[rest],
+            unlabeled=split.unlabeled[~is_copy],
+            val=pool[held_out],
+            unused=np.union1d(split.unused, split.unlabeled[is_copy]),
+        )
+        folds.append(fold)
+    return folds
 
 
 def score_trial(trial: optuna.Trial, folds: Sequence[Fold], train: Train) -> float:
@@ -417,8 +429,16 @@ def search(config: Config, data: Data, features: mixture.Features, train: Train,
     n_pruned, took = len(budget.trials(TrialState.PRUNED)), time.monotonic() - began
     print(f"{len(finished)} trials finished and {n_pruned} pruned in {took:.0f} s, best score {winner.value:.1%}")
     print(f"to look around: pip install optuna-dashboard && optuna-dashboard {args.without_password(url)}")
-    print(f"to train with the best options: python MPL.py --params {results / 'best_params.json'}")
+    print(f"to train with the best options: {command_with(results / 'best_params.json', config)}")
     return best
+
+
+def command_with(params: Path, config: Config) -> str:
+    """The command that trains with the options in a file and those that were given to the search."""
+    of_search = [spec.name for spec in dataclasses.fields(Config) if spec.metadata.get("group") == "tuning"]
+    left_out = (*args.OF_ONE_RUN, *of_search, "optuna_mode")
+    given = {key: getattr(config, key) for key in config.given if key not in left_out}
+    return args.written(given | {"params": params})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
