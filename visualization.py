@@ -161,11 +161,12 @@ def _fit(texts: Sequence[Text], inches: float) -> None:
 
 @plt.rc_context(STYLE)
 def draw_curves(history: list[dict[str, str]], title: str, path: Path) -> Path:
-    """Losses, validation accuracy, mask rate and feedback, learning rates, each over the epochs."""
+    """Losses, validation accuracy, feedback and, if a threshold decided, mask rate, learning rates, each over the
+    epochs."""
     (title,) = _lettered(title)
     networks = list(dict.fromkeys(row["network"] for row in history))
     of_role = [row for row in history if row["role"] != "student" or len(networks) == 1]
-    has_mpl = any(row["mask_rate"] for row in history)
+    has_mpl = any(row["loss_u"] for row in history)
     figure, axes = (
         plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
         if has_mpl
@@ -189,17 +190,20 @@ def draw_curves(history: list[dict[str, str]], title: str, path: Path) -> Path:
     axes["rates"].set(title="Learning rate at the end of the epoch", ylabel="AdamW step size")
 
     if has_mpl:
-        right = axes["feedback"].twinx()
+        feedback = axes["feedback"]
+        feedback.set_title("Feedback h")
         x, y = _series(of_role, "mask_rate")
-        axes["feedback"].plot(x, [100 * value for value in y], color=COLORS[0])
-        axes["feedback"].set(title="Confident unlabelled images, and feedback h", ylim=(0, 103))
-        axes["feedback"].set_ylabel("above the threshold, percent", color=COLORS[0])
+        if x:
+            feedback.plot(x, [100 * value for value in y], color=COLORS[0])
+            feedback.set(title="Confident unlabelled images, and feedback h", ylim=(0, 103))
+            feedback.set_ylabel("above the threshold, percent", color=COLORS[0])
+            feedback = feedback.twinx()
+            feedback.grid(False)
+            feedback.spines["right"].set_visible(True)
         x, y = _series(of_role, "h")
-        right.plot(x, y, color=COLORS[1], alpha=0.8)
-        right.set_ylabel("h (positive: the student improved)", color=COLORS[1])
-        right.axhline(0, color=COLORS[1], linewidth=0.6, linestyle=":")
-        right.grid(False)
-        right.spines["right"].set_visible(True)
+        feedback.plot(x, y, color=COLORS[1], alpha=0.8)
+        feedback.set_ylabel("h (positive: the student improved)", color=COLORS[1])
+        feedback.axhline(0, color=COLORS[1], linewidth=0.6, linestyle=":")
     for name, ax in axes.items():
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
