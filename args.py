@@ -642,7 +642,7 @@ def settings(config):
     return {
         k: v
         for k, v in config.options().items()
-        if k not in (*HARMLESS, "name", "seed", "load_path", "load_best", "n_trials", "timeout", *MODES)
+        if k not in (*HARMLESS, "name", "seed", "load_best", "n_trials", "timeout", *MODES)
     }
 
 

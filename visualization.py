@@ -382,7 +382,7 @@ def draw_samples(
 # ---------------------------------------------------------------------------------------------------------------------
 # Comparing runs
 
-OF_NO_INTEREST = ("name", "seed", "load_path", "load_best", "n_trials", "timeout", *args.MODES, *args.HARMLESS)
+OF_NO_INTEREST = ("name", "seed", "load_best", "n_trials", "timeout", *args.MODES, *args.HARMLESS)
 
 
 def compare(folders: Sequence[Path], path: Path) -> str:
@@ -399,8 +399,6 @@ def compare(folders: Sequence[Path], path: Path) -> str:
             raise utils.DataError(f"{folder}: not the folder of a finished run ({error})") from error
         history = utils.read_csv(folder / "history.csv") if (folder / "history.csv").exists() else []
         kind = {key: value for key, value in options.items() if key not in OF_NO_INTEREST}
-        if figures["mode"] == "test":  # other networks, not other seeds
-            kind["load_path"] = options["load_path"]
         runs.append((kind | {key: figures[key] for key in ("mode", "dataset")}, folder.name, figures, history))
     groups: dict[str, list[tuple[str, dict, list]]] = {}
     differing = [key for key in runs[0][0] if len({repr(kind.get(key)) for kind, *_ in runs}) > 1]
