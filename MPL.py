@@ -585,7 +585,7 @@ def conclude(
     predicted, scores = score(work, learners)
     seconds = {"total": time.perf_counter() - began, "train": seconds_train if trained is not None else 0.0}
     seconds["test"] = seconds["total"] - seconds_train
-    figures = figures_of(work, learners, predicted, scores, defaults, seconds)
+    figures = figures_of(work, trained, learners, predicted, scores, defaults, seconds)
     with attempts.attempt("metrics.json"):
         utils.write_json(results / "metrics.json", figures)
     with attempts.attempt("predictions.csv"):
@@ -633,6 +633,7 @@ def conclude(
 
 def figures_of(
     work: Work,
+    trained: Mapping[str, models.Learner] | None,
     learners: Mapping[str, models.Learner],
     predicted: Mapping[str, predict.Predicted],
     scores: Scores,
@@ -643,18 +644,16 @@ def figures_of(
     config, labels, saved = work.start.config, work.data.labels, work.start.saved
     rows = {part: each.rows for part, each in predicted.items()}
     final = {part: train.final(each.probabilities).numpy() for part, each in predicted.items()}
-    if config.mode == "test":
-        trained = saved.trained
-    else:
-        trained = checkpoints.learned_from(config, work.data, saved)
+    trainings = saved.trainings if config.mode == "test" else checkpoints.learned_from(config, work.data, saved)
     changed, usual = args.changed(config.options())
     return {
         "mode": config.mode,
         "dataset": work.data.index.name,
         "model_name": config.model_name,
         "counts": work.data.split.counts() | {part: len(each) for part, each in rows.items()},
-        "trained": dataclasses.asdict(trained),
-        "networks": list(learners),
+        "trainings": [dataclasses.asdict(training) for training in trainings],
+        "learned_from": checkpoints.describe(trainings, work.data.index.name),
+        "networks": {name: "trained" if name in (trained or ()) else "loaded" for name in learners},
         "test": scores["test"],
         "val": scores["val"],
         **({} if defaults is None else {"defaults": defaults}),

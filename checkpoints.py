@@ -361,14 +361,14 @@ def read_checked(path: Path) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
-    """What networks have learned from: by which modes one after another, of what data set how many images."""
+class Training:
+    """One training of those that networks went through: in which mode, on how many images of what data set."""
 
-    by: list[str]
+    mode: str
+    dataset: str
     labeled: int
     unlabeled: int
     val: int
-    dataset: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -402,7 +402,7 @@ class Checkpoint:
     split: Manifest
     backbone: Origin
     preparation: Preparation
-    trained: Trained
+    trainings: list[Training]
     data_dir: str  # real paths
     unlabeled_dir: str | None
 
@@ -431,22 +431,32 @@ def about_run(
         split=manifest(data.index, data.split, saved.split if saved else None),
         backbone=architecture.origin,
         preparation=preparation,
-        trained=learned_from(config, data, saved),
+        trainings=learned_from(config, data, saved),
         data_dir=os.path.realpath(data.index.root),
         unlabeled_dir=os.path.realpath(resolve_path(config.unlabeled_dir)) if config.unlabeled_dir else None,
     )
 
 
-def learned_from(config: Config, data: Data, saved: Checkpoint | None) -> Trained:
+def learned_from(config: Config, data: Data, saved: Checkpoint | None) -> list[Training]:
     """What the networks of a training have learned from, and before it those of the checkpoint that it started from."""
     counts = data.split.counts()
-    before, unlabeled = (saved.trained.by, saved.trained.unlabeled) if saved else ([], 0)
-    return Trained(
-        by=[*before, mode_of(config)],
-        labeled=counts["labeled"],
-        unlabeled=unlabeled if config.finetune_mode else counts["unlabeled"],
-        val=counts["val"],
-        dataset=data.index.name,
+    unlabeled = 0 if config.finetune_mode else counts["unlabeled"]
+    now = Training(mode_of(config), data.index.name, counts["labeled"], unlabeled, counts["val"])
+    return [*(saved.trainings if saved else ()), now]
+
+
+def describe(trainings: Sequence[Training], dataset: str) -> str:
+    """What networks have learned from, in words: ``53 labels and 1,600 images without``.
+
+    Args:
+        dataset: the one that goes without saying, if every training was on it.
+    """
+    elsewhere = any(each.dataset != dataset for each in trainings)
+    return ", then ".join(
+        f"{each.labeled:,} label{'s' * (each.labeled != 1)}"
+        + f" of {each.dataset}" * elsewhere
+        + f" and {each.unlabeled:,} image{'s' * (each.unlabeled != 1)} without" * bool(each.unlabeled)
+        for each in trainings
     )
 
 
@@ -459,7 +469,7 @@ def _plain(value: Any) -> Any:
     """A value with dataclasses made dictionaries, for files that hold plain types alone."""
     if dataclasses.is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return value
+    return [_plain(each) for each in value] if isinstance(value, list) else value
 
 
 def load_best(path: Path) -> BestCheckpoint:
@@ -506,7 +516,7 @@ def _typed(state: dict[str, Any]) -> dict[str, Any]:
         "split": _typed_manifest(state["split"]),
         "backbone": Origin(**state["backbone"]),
         "preparation": Preparation(**{key: _hashable(value) for key, value in state["preparation"].items()}),
-        "trained": Trained(**state["trained"]),
+        "trainings": [Training(**each) for each in state["trainings"]],
         "data_dir": state["data_dir"],
         "unlabeled_dir": state["unlabeled_dir"],
     }

@@ -7,6 +7,7 @@ classes, files and options) is escaped.
 import base64
 import io
 import json
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -96,7 +97,7 @@ def write(results: Path) -> Path:
     parts = [
         f"<h1>{escape(results.name)}</h1>",
         f'<p class="soft">{escape(figures["dataset"])} · {escape(figures["model_name"])} · {figures["mode"]}</p>',
-        *_headline(figures["test"], figures["counts"], figures["trained"]),
+        *_headline(figures["test"], figures["counts"], figures["learned_from"]),
         *_scores(figures),
         "<h2>Data</h2>",
         "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in figures["notes"]) + "</ul>",
@@ -127,15 +128,14 @@ def write(results: Path) -> Path:
     return path
 
 
-def _headline(test: dict[str, dict[str, float]], counts: dict[str, int], trained: dict[str, Any]) -> list[str]:
+def _headline(test: dict[str, dict[str, float]], counts: dict[str, int], learned_from: str) -> list[str]:
     """The score of the ensemble, or the only network; or only between what it lies, where too few images were tested to
     say more."""
     if not test:
         return ["<p>No image was there to test on: how good the predictions are is not known.</p>"]
     network, accuracy = [(name, own["accuracy"]) for name, own in test.items()][-1]
     interval = metrics.interval(accuracy, counts["test"])
-    without = f" and {trained['unlabeled']:,} images without" if trained["unlabeled"] else ""
-    trained = f"after training with {trained['labeled']:,} labels{without}"
+    trained = f"after training with {escape(learned_from)}"
     if counts["test"] < FEW:
         return [
             f'<p class="headline">{interval}</p>',
@@ -164,10 +164,7 @@ def _temperature(temperature: float | None, n_val: int) -> str:
     """What is said of the temperature beside the picture of the calibration."""
     if temperature is not None:
         return " The temperature was chosen on the validation images; it changes no predicted label."
-    if n_val < metrics.ENOUGH_FOR_A_TEMPERATURE:
-        images = utils.counted(n_val, "validation image")
-        return f" No temperature is advised that would make up for it: {images} are too few to choose one by."
-    return " No temperature is advised that would make up for it: the validation images bound none."
+    return f" No temperature is advised that would make up for it: {metrics.why_no_temperature(n_val)}."
 
 
 def _classes(figures: dict) -> list[str]:
@@ -240,8 +237,13 @@ def result_table(figures: dict[str, Any]) -> str:
     counts, seconds = figures["counts"], figures["seconds"]
     lines = [
         "",
-        f"{figures['dataset']}: {figures['trained']['labeled']} labels used, tested on {counts['test']} images, "
-        f"{seconds['total']:.0f} s",
+        *textwrap.wrap(
+            f"{figures['dataset']}: trained with {figures['learned_from']}; tested on {counts['test']} images, "
+            f"{seconds['total']:.0f} s",
+            80,
+            break_long_words=False,
+            break_on_hyphens=False,
+        ),
         f"{'':10} {'accuracy':>9} {'balanced':>9} {'macro F1':>9} {'ECE':>7} {'validation':>11}",
     ]
     blocks = [figures] if "defaults" not in figures else [figures, figures["defaults"]]

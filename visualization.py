@@ -71,7 +71,7 @@ def pictures(results: Path) -> Iterator[tuple[str, Callable[[], Path]]]:
     matrices and calibration."""
     figures = json.loads((results / "metrics.json").read_text())
     classes = figures["classes"]
-    title = f"{figures['dataset']}, {figures['model_name']}, {figures['trained']['labeled']} labels"
+    title = f"{figures['dataset']}, {figures['model_name']}, {figures['learned_from']}"
     if (results / "history.csv").exists():
         name = "graphs.png"
         yield name, lambda: draw_curves(utils.read_csv(results / "history.csv"), title, results / name)
@@ -420,7 +420,7 @@ def _comparison_table(groups: dict[str, list[tuple[str, dict, list]]]) -> str:
     ]
     for name, group in groups.items():
         first, *more = textwrap.wrap(name, width) or [""]
-        labels = sorted({figures.get("trained", figures["counts"])["labeled"] for _, figures, _ in group})
+        labels = sorted({figures.get("trainings", [figures["counts"]])[-1]["labeled"] for _, figures, _ in group})
         line = f"{first:{width}} {len(group):4} {'/'.join(map(str, labels)):>7}"
         for network in networks:
             values = [100 * f["test"][network]["accuracy"] for _, f, _ in group if network in f["test"]]
