@@ -82,9 +82,9 @@ def suggest(trial: optuna.trial.BaseTrial, config: Config, steps: int) -> Config
 
 def searched(config: Config) -> dict[str, Dimension]:
     """The part of the space that the user left open and that matters."""
-    space, idle = SPACE, ()
-    if config.targets == "mixture":
-        space, idle = SPACE | WITH_MIXTURE, ("temperature", "threshold")
+    mixed = config.targets == "mixture"
+    idle = ("temperature", "threshold") if mixed else ()
+    space = SPACE | WITH_MIXTURE if mixed else SPACE
     return {name: each for name, each in space.items() if name not in config.given and name not in idle}
 
 
@@ -328,8 +328,8 @@ class Budget:
         values = "  ".join(f"{key} {value:.3g}" for key, value in trial.params.items())
         score = f"{trial.value:.1%}" if trial.state == TrialState.COMPLETE else trial.state.name.lower()
         failure = f" ({trial.user_attrs['failure']})" if "failure" in trial.user_attrs else ""
-        best = max((t.value for t in self.trials(TrialState.COMPLETE)), default=None)
-        best = "" if best is None else f", best {best:.1%}"
+        values_so_far = [t.value for t in self.trials(TrialState.COMPLETE) if t.value is not None]
+        best = f", best {max(values_so_far):.1%}" if values_so_far else ""
         print(
             f"trial {trial.user_attrs['slot'] + 1}/{self.config.n_trials}  {score}{failure}{best}  {values}", flush=True
         )
@@ -407,7 +407,7 @@ def search(config: Config, data: Data, features: mixture.Features, train: Train,
     finished = budget.trials(TrialState.COMPLETE)
     if not finished:
         raise utils.DivergedError("no trial of the search finished: give --lr, or more --n_trials and --timeout")
-    winner = max(finished, key=lambda trial: trial.value)
+    winner = max(finished, key=lambda trial: trial.value or 0.0)
     best = suggest(optuna.trial.FixedTrial(winner.params), config, total_steps)
     utils.write_json(results / "best_params.json", {name: getattr(best, name) for name in SPACE})
     try:

@@ -100,13 +100,13 @@ def estimate_feedback(
         if kind == "dot":
             h = new @ (flatten(theta_old) - flatten(student.parameters))
         else:
-            h = F.cosine_similarity(new, flatten(p.grad for p in student.parameters), dim=0)
+            h = F.cosine_similarity(new, flatten(student.gradients()), dim=0)
     distributed.average([h])  # every process's teacher hears the same
     return h
 
 
 def adamw_sensitivity(
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     group: Mapping[str, Any],
     gradients: Sequence[torch.Tensor],
     exam_gradients: Sequence[torch.Tensor],
@@ -221,9 +221,9 @@ def exact_mpl_step(
 
     loss_mpl = torch.zeros_like(loss_s)
     if not student.overflowed:
-        taken = [p.grad for p in student.parameters]
-        sensitivity = adamw_sensitivity(student.optimizer, group, taken, student.gradient(loss_new))
-        loss_mpl = sum((c * g).sum() for c, g in zip(sensitivity, gradients, strict=True))
+        at = student.gradient(loss_new)
+        sensitivity = adamw_sensitivity(student.optimizer, group, student.gradients(), at)
+        loss_mpl = sum(((c * g).sum() for c, g in zip(sensitivity, gradients, strict=True)), start=loss_mpl)
     teacher.update(loss_uda + loss_mpl)
     return detached(measured, loss_s=loss_s, loss_mpl=loss_mpl, h=loss_old - loss_new)
 
@@ -292,6 +292,7 @@ def target_aim(prior: torch.Tensor | None = None) -> Aim:
     """Every view is pulled to the ``target`` that its batch brings along."""
 
     def aim(teacher: Learner, batch: Batch, logits_u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert batch.target is not None, "this aim goes with batches that have a target"
         p = batch.target.repeat(len(logits_u) // len(batch.target), 1)
         align(teacher, logits_u[-len(batch.x_uw) :], prior)
         return p, torch.ones_like(p[:, 0])
@@ -452,13 +453,13 @@ class Meter:
 
     def add(self, step: int, measured: Measurements, overflowed: bool = False) -> None:
         """Note what a step measured. One that ``overflowed`` in half precision was not taken, and may not be finite."""
-        if overflowed and not sum(measured.values()).isfinite():
+        finite = torch.stack([*measured.values()]).isfinite().all()
+        if overflowed and not finite:
             return
         for key, value in measured.items():
             self.sums[key] = self.sums.get(key, 0) + value
             self.counts[key] = self.counts.get(key, 0) + 1
-        total = sum(measured.values())
-        found = torch.where(total.isfinite(), -1, step)
+        found = torch.where(finite, -1, step)
         self.first_bad = found if self.first_bad is None else torch.where(self.first_bad < 0, found, self.first_bad)
 
     def require_finite(self, learners: Mapping[str, Learner]) -> None:
@@ -551,6 +552,16 @@ def selection_tolerance(accuracy: float, n: int) -> float:
     return 2 * (p * (1 - p) / n) ** 0.5
 
 
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The weights of a training's best epoch, by learner, and its validation score."""
+
+    epoch: int
+    score: float
+    highest: float  # of all epochs
+    learners: dict[str, dict[str, Any]]
+
+
 class Keeper:
     """Keeps what a training must not lose, in memory: the history, the best weights, the means of the open epoch.
 
@@ -572,7 +583,7 @@ class Keeper:
         """
         self.learners, self.scored, self.validate, self.labels = learners, scored, validate, labels
         self.history: list[dict[str, Any]] = []
-        self.best: dict[str, Any] = {"score": -1.0, "highest": -1.0}
+        self.best: Best | None = None
         self.meter = Meter()
         self.done = 0  # steps
 
@@ -592,10 +603,10 @@ class Keeper:
             row = {"epoch": epoch, "network": name, "role": role, "lr": self.learners[name].lr}
             row |= {"val_accuracy": accuracy, "val_loss": loss} | {key: means[key] for key in own}
             self.history.append({key: row.get(key, "") for key in HISTORY})
-        highest = max(score, self.best["highest"])
+        highest = max(score, self.best.highest) if self.best else score
         if score >= highest - selection_tolerance(highest, len(self.labels)):
             weights = {name: learner.weights() for name, learner in self.learners.items()}
-            self.best = {"score": score, "highest": highest, "epoch": epoch, "learners": weights}
+            self.best = Best(epoch, score, highest, weights)
         return score
 
     def close_step(self, done: int, stop: bool) -> None:
@@ -612,8 +623,8 @@ class Keeper:
 
     def finish(self) -> dict[str, Learner]:
         """The learners with their best weights, those that are scored first."""
-        for name, learner in self.learners.items():
-            learner.load_weights(self.best["learners"][name])
+        for name, weights in self.best.learners.items() if self.best else ():
+            self.learners[name].load_weights(weights)
         return {name: self.learners[name] for name in (*self.scored, *self.learners)}
 
 
