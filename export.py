@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
-import label_shift
 import metrics
+import mixture
 import train
 import utils
 from models import Learner
@@ -96,7 +96,7 @@ def _some_of_each_class(session: Session) -> np.ndarray:
     """Rows of images to compare on: of the test images, or of all where there are none, each class's first ones."""
     rows = session.split.test if len(session.split.test) else np.arange(len(session.index))
     rows = np.random.default_rng(0).permutation(rows)
-    place = label_shift.place_in_class(session.index.labels[rows])
+    place = mixture.place_in_class(session.index.labels[rows])
     return np.sort(rows[np.argsort(place, kind="stable")][:COMPARED])
 
 

@@ -16,7 +16,6 @@ import data
 import distributed
 import features
 import images
-import label_shift
 import mixture
 import models
 import terminal
@@ -294,7 +293,7 @@ class Session:
             def features_at(places: np.ndarray) -> torch.Tensor:
                 return self.average_view(rows[places])
 
-            shares = label_shift.estimated_shares(features_at, labels, n_classes) if estimated else self.label_shares()
+            shares = mixture.estimated_shares(features_at, labels, n_classes) if estimated else self.label_shares()
             p = np.zeros((len(self.index), n_classes), dtype=np.float32)
             p[rows] = mixture.posterior(features_at, labels, n_classes, shares).numpy()
             self.mixtures[key] = p, shares
