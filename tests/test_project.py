@@ -55,7 +55,6 @@ def test_imports_go_one_way():
         "train",
         "record",
         "mixture",
-        "label_shift",
         "session",
         "modes",
         "predict",
