@@ -355,7 +355,7 @@ def helpers(config: Config, url: str) -> Iterator[None]:
         if name not in ("storage", "workers", "resume", "overwrite", "params", "device"):
             options.append([f"--{name}"] if value is True else [f"--{name}", str(value)])
     if "name" not in config.given:
-        options.append(["--name", config.name])
+        options.append(["--name", str(config.name)])
     threads = str(max(1, (os.cpu_count() or 1) // config.workers))
     if config.workers > 1:
         torch.set_num_threads(int(threads))
@@ -379,9 +379,9 @@ def helpers(config: Config, url: str) -> Iterator[None]:
             process.wait()
 
 
-def join(config: Config, data: Data, features: mixture.Features, train: Train) -> None:
-    """Work on a study that another process has started and will report."""
-    budget = Budget(config, config.storage, fingerprint(data.index, data.split))
+def join(config: Config, url: str, data: Data, features: mixture.Features, train: Train) -> None:
+    """Work on a study in the database ``url`` that another process has started and will report."""
+    budget = Budget(config, url, fingerprint(data.index, data.split))
     folds, _ = validation_folds(config, data, features)
     budget.work(functools.partial(score_trial, folds=folds, train=train), time.monotonic() + config.timeout)
 
