@@ -167,6 +167,30 @@ class Settings:
 Aim = Callable[[Learner, Batch, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
+def uda_loss(
+    teacher: Learner, batch: Batch, x_u: torch.Tensor, step: int, *, aim: Aim, settings: Settings
+) -> tuple[torch.Tensor, torch.Tensor, Measurements]:
+    """What the teacher learns by itself (UDA, Xie et al., arXiv 1904.12848, eq. 1): the labelled images, and consistency,
+    for what it says of one view of an image should be what it says of another.
+
+    Args:
+        x_u: [P, ...] the views that get pseudo labels.
+
+    Returns:
+        The loss, the logits [P, C] that pseudo labels are drawn from, and what was measured.
+    """
+    sizes = [len(batch.x_l), len(x_u)]
+    logits_l, logits_u = teacher(torch.cat([batch.x_l, x_u])).split(sizes)  # [B, C], [P, C] float32
+    loss_l = F.cross_entropy(logits_l, batch.y_l, label_smoothing=settings.label_smoothing)
+
+    aligned_u = logits_u + teacher.offset  # before the aim moves it: see align
+    p, mask = aim(teacher, batch, logits_u)
+    loss_u = consistency_loss(settings.unsupervised, logits_u, p, mask)
+
+    weight = consistency_weight(settings.lambda_u, step, settings.uda_steps)
+    return loss_l + weight * loss_u, aligned_u, detached({}, loss_l=loss_l, loss_u=loss_u, mask_rate=mask.mean())
+
+
 def mpl_step(
     teacher: Learner, student: Learner, batch: Batch, step: int, *, aim: Aim, settings: Settings
 ) -> Measurements:
@@ -180,7 +204,7 @@ def mpl_step(
     Returns:
         Scalars on the device: loss_l, loss_u, mask_rate, loss_s, loss_mpl and h.
     """
-    # The teacher's labelled loss and its consistency between views, and its logits of the views it is to label.
+    # What the teacher learns by itself, and what it says of the views that it is to label.
     x_u = batch.x_u  # [P, ...]
     loss_uda, t_logits_u, measured = uda_loss(teacher, batch, x_u, step, aim=aim, settings=settings)
 
@@ -229,7 +253,7 @@ def exact_mpl_step(
 
 
 def uda_step(teacher: Learner, batch: Batch, step: int, *, aim: Aim, settings: Settings) -> Measurements:
-    """A step of the warm-up, in which the teacher learns alone (UDA, arXiv 1904.12848)."""
+    """A step of the warm-up, in which the teacher learns alone."""
     loss_uda, _, measured = uda_loss(teacher, batch, batch.x_u, step, aim=aim, settings=settings)
     teacher.update(loss_uda)
     return measured
@@ -240,26 +264,6 @@ def supervised_step(student: Learner, batch: Batch, step: int, *, label_smoothin
     loss_l = F.cross_entropy(student(batch.x_l), batch.y_l, label_smoothing=label_smoothing)
     student.update(loss_l)
     return {"loss_l": loss_l.detach()}
-
-
-def uda_loss(
-    teacher: Learner, batch: Batch, x_u: torch.Tensor, step: int, *, aim: Aim, settings: Settings
-) -> tuple[torch.Tensor, torch.Tensor, Measurements]:
-    """The teacher's own losses: labelled images, and consistency, for what it says of one view of an image should be
-    what it says of another.
-
-    Returns:
-        The loss, the logits [P, C] that pseudo labels are drawn from, and what was measured.
-    """
-    logits_l, logits_u = teacher(torch.cat([batch.x_l, x_u])).split(
-        [len(batch.x_l), len(x_u)]
-    )  # [B, C], [P, C] float32
-    loss_l = F.cross_entropy(logits_l, batch.y_l, label_smoothing=settings.label_smoothing)
-    aligned_u = logits_u + teacher.offset  # before the aim moves it: see align
-    p, mask = aim(teacher, batch, logits_u)
-    loss_u = consistency_loss(settings.unsupervised, logits_u, p, mask)
-    weight = consistency_weight(settings.lambda_u, step, settings.uda_steps)
-    return loss_l + weight * loss_u, aligned_u, detached({}, loss_l=loss_l, loss_u=loss_u, mask_rate=mask.mean())
 
 
 def exam(student: Learner, batch: Batch) -> torch.Tensor:
