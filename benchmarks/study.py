@@ -6,7 +6,7 @@ python benchmarks/study.py --data_dir FOLDER --seeds 400-409 --budgets 1,3,10 --
 Options after -- go to every run. Runs that are already in --out are not repeated; --jobs of them run at a time.
 Each seed is one split, the same for every method, and differences are taken within it. The share of the gap closed is
 (method - labels only) / (all labels - labels only), of means. With --table NAME the figures replace
-docs/results/NAME.csv, and what each part of a method is worth NAME_parts.csv; ``python benchmarks/tables.py`` then
+docs/results/NAME.csv, and what each part of a method is worth NAME_parts.csv; ``python benchmarks/results.py`` then
 brings the tables of README.md and RESULTS.md up to date.
 """
 
@@ -29,7 +29,7 @@ from scipy.stats import t as student_t
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tables import RESULTS, markdown
+from results import RESULTS, markdown
 
 BOTH = ("student", "teacher", "ensemble")
 MODELS = ("model_1", "model_2", "ensemble")

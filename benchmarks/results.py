@@ -1,4 +1,4 @@
-"""The tables of README.md and RESULTS.md, from the files in docs/results: python benchmarks/tables.py
+"""The tables of README.md and RESULTS.md, from the files in docs/results: python benchmarks/results.py
 
 What stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` is rewritten as ``TABLES`` has it.
 """
@@ -121,11 +121,10 @@ TABLES: dict[str, Callable[[], str]] = {
         (
             *("labels only", "labels only, two models", "logistic regression", "label spreading"),
             *("mpl", "mpl, role playing", "mpl, other augmentation"),
-            *("best", "best, role playing", "best, other augmentation", "best, estimated shares"),
+            *("best", "best, role playing", "best, other augmentation"),
             "all labels",
         ),
     ),
-    "flowers5_bf16": lambda: methods_table("flowers5_bf16", "3", tuple(FOUR)),
     "flowers5_budgets": lambda: budgets_table(
         "flowers5", {name: name for name in ("labels only", "label spreading", "mpl", "mpl, role playing", "best")}
     ),
@@ -138,7 +137,6 @@ TABLES: dict[str, Callable[[], str]] = {
             ("mpl, dot feedback", "mpl, no feedback"),
             ("mpl, exact feedback, soft labels", "mpl, no feedback"),
             ("mpl, cosine feedback", "mpl, no feedback"),
-            ("mpl, aligned, cosine feedback", "mpl, aligned, no feedback"),
             ("best", "best, no feedback"),
             ("best, cosine feedback", "best, no feedback"),
         ),
@@ -155,17 +153,14 @@ TABLES: dict[str, Callable[[], str]] = {
             ("best", "best, strong views alone"),
             ("best, estimated shares", "best"),
             ("best, then finetuned", "best"),
-            ("best, then 8 test views", "best"),
             ("mpl, sampled labels", "mpl"),
             ("mpl, cosine consistency", "mpl"),
         ),
     ),
-    "fresh_views": lambda: parts_table({"flowers5_fresh_views": ""}, (("best, fresh views", "best"),)),
-    "label_shares": lambda: whole_table("label_shares"),
+    "label_shares": lambda: whole_table("label_shares", without="mpl"),
     "tuning": lambda: whole_table("tuning", without="teacher"),
-    "speed": lambda: whole_table("speed"),
+    "speed": lambda: whole_table("speed", processor="EPYC, bf16"),
     "seconds": lambda: whole_table("seconds"),
-    "processes": lambda: whole_table("processes_steps", processes="4"),
 }
 
 
