@@ -206,18 +206,18 @@ def shallow(method: str, given: list[str]) -> dict:
     from sklearn.semi_supervised import LabelSpreading
 
     import args
-    from session import Session, find_data
+    import MPL
 
-    config = args.parse(given)
-    index, split, notes = find_data(config)
-    session = Session(config, index, split, notes, torch.device("cpu"), None)
+    start = MPL.find_start(args.parse(given), [])
+    work = MPL.make_ready(start, MPL.find_data(start), torch.device("cpu"), None)
+    index, split = work.data.index, work.data.split
     began = time.perf_counter()
     labels = np.where(np.isin(split.train, split.labeled), index.labels[split.train], -1)
 
     def plain(rows: np.ndarray) -> torch.Tensor:
-        return session.source("plain", rows, np.zeros(len(rows), dtype=np.int64)).float().flatten(1)
+        return work.inputs.source("plain", rows, np.zeros(len(rows), dtype=np.int64)).float().flatten(1)
 
-    x = normalize((session.average_view if session.frozen else plain)(split.train).numpy())
+    x = normalize((work.features if work.architecture.frozen else plain)(split.train).numpy())
     x_test = normalize(plain(split.test).numpy())
     if method == "label spreading":
         predicted = LabelSpreading("knn", n_neighbors=10).fit(x, labels).predict(x_test)
