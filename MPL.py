@@ -85,8 +85,8 @@ def run(config: Config, signals: Signals) -> None:
         export.require_packages(config.export)
     with distributed.joined(device):
         start = find_start(config, distributed.agents())
-        if start.config.predict_dir is not None:
-            label_folder(start, device, precision)
+        if start.saved is not None and start.config.predict_dir is not None:
+            label_folder(start, start.saved, start.config.predict_dir, device, precision)
             return
         with distributed.one_first():
             found = find_data(start)
@@ -136,9 +136,9 @@ def _find_start(config: Config, agents: list[tuple[str, int, float]]) -> Start:
     elif config.unlabeled_dir is None and (beside := images.unlabeled_beside(config.data_dir, own)):
         config = args.derive(config, unlabeled_dir=beside)
     dataset = images.dataset_name(config.data_dir)
-    if config.name is None:
-        config = dataclasses.replace(config, name=f"{dataset}_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
-    folder = RunFolder.named(config.output_dir, dataset, config.name)
+    name = config.name or f"{dataset}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    config = dataclasses.replace(config, name=name)
+    folder = RunFolder.named(config.output_dir, dataset, name)
     if distributed.restarted() and distributed.tell(folder.begun_by(agents)):
         config = dataclasses.replace(config, resume=True, overwrite=False)
     start = Start(config, folder, agents, loaded, saved)
@@ -180,6 +180,7 @@ def take_over(config: Config, saved: BestCheckpoint) -> Config:
     elsewhere = os.path.realpath(images.innermost(config.data_dir, own)) != saved.data_dir
     if "data_dir" in config.given and elsewhere and "unlabeled_dir" not in config.given:
         return dataclasses.replace(config, unlabeled_dir=images.unlabeled_beside(config.data_dir, own))
+    moved: dict[str, Any] = {}
     for key, there in (("data_dir", saved.data_dir), ("unlabeled_dir", saved.unlabeled_dir)):
         value = getattr(config, key)
         if key in config.given or value in (None, "digits") or utils.resolve_path(value).is_dir():
@@ -189,8 +190,8 @@ def take_over(config: Config, saved: BestCheckpoint) -> Config:
                 f"--{key} {value} (taken over from the checkpoint, which was trained on {there}): no such folder; "
                 f"give --{key}"
             )
-        config = dataclasses.replace(config, **{key: there})
-    return config
+        moved[key] = there
+    return dataclasses.replace(config, **moved)
 
 
 def find_data(start: Start) -> data.Data:
@@ -332,7 +333,7 @@ def loaded_learners(
 
 def assist(work: Work, signals: Signals) -> None:
     """What every process but the first does: its share of the training and of the predictions."""
-    trained = None if work.start.config.mode == "test" else train_networks(work, signals)
+    trained = {} if work.start.config.mode == "test" else train_networks(work, signals)
     work, learners = ready_to_test(work, trained)
     score(work, learners)
     predict_others(work, learners)
@@ -361,12 +362,13 @@ def lead(work: Work, signals: Signals, began: float) -> None:
 
             carry_out(work, begin, signals, began)
     except utils.InUseError:
-        if not config.optuna_mode or config.storage is None:
+        storage = config.storage
+        if not config.optuna_mode or storage is None:
             raise
         import optuna_search
 
         # the one who holds the folder reports
-        optuna_search.join(config, work.data, work.features, functools.partial(train_trial, work, signals))
+        optuna_search.join(config, storage, work.data, work.features, functools.partial(train_trial, work, signals))
 
 
 def carry_out(work: Work, begin: Callable[[], None], signals: Signals, began: float) -> None:
@@ -378,7 +380,8 @@ def carry_out(work: Work, begin: Callable[[], None], signals: Signals, began: fl
         print(line)
     if config.print_model:
         print(models.describe(work.architecture, config.seed))
-    trained = defaults = None
+    trained: dict[str, models.Learner] = {}
+    defaults = None
     if config.mode == "optuna":
         import optuna_search
 
@@ -430,7 +433,7 @@ def train_networks(
     config, found, inputs, saved, last = work.start.config, work.data, work.inputs, work.start.saved, work.start.last
     if guide is None and not config.finetune_mode:
         guide = make_guide(work)
-        if folder and config.alignment == "estimated":
+        if folder and config.alignment == "estimated" and guide.prior is not None:
             given = mixture.label_shares(found.known, len(found.classes))
             print(mixture.describe_shares(guide.prior, given, found.classes))
     plan = train.make_plan(config, found.split, guide)
@@ -482,13 +485,12 @@ def write_config(config: Config, folder: RunFolder) -> None:
         utils.write_json(folder.results / name, config.options())
 
 
-def label_folder(start: Start, device: torch.device, precision: torch.dtype | None) -> None:
+def label_folder(
+    start: Start, saved: BestCheckpoint, predict_dir: str, device: torch.device, precision: torch.dtype | None
+) -> None:
     """Label ``--predict_dir``. What another run of the name has left stays until that is done."""
-    config, folder, saved = start.config, start.folder, start.saved
-    what = f"--predict_dir {config.predict_dir}"
-    paths, notes = images.find_unlabeled(
-        "--predict_dir", config.predict_dir, checkpoints.own_folders(config.output_dir)
-    )
+    config, folder, what = start.config, start.folder, f"--predict_dir {predict_dir}"
+    paths, notes = images.find_unlabeled("--predict_dir", predict_dir, checkpoints.own_folders(config.output_dir))
     for line in notes:
         print(line)
     with folder.claim(keep=start.keep, overwrite=config.overwrite, trains=False) as set_aside_old:
@@ -504,10 +506,7 @@ def label_folder(start: Start, device: torch.device, precision: torch.dtype | No
         once = dataclasses.replace(config, cache_gb=0.0)  # what is looked at once is not kept
         inputs = open_inputs(once, stream, architecture, device, precision)
         learners = loaded_learners(config, saved, architecture, inputs)
-        print(
-            f"{utils.counted(len(index), 'image')} in {config.predict_dir}, {' and '.join(learners)} of "
-            f"{config.load_path}"
-        )
+        print(f"{utils.counted(len(index), 'image')} in {predict_dir}, {' and '.join(learners)} of {config.load_path}")
         predict.label_folder(stream, learners, inputs, folder.results, what=what)
         set_aside_old()
         write_config(config, folder)
@@ -521,7 +520,8 @@ Scores = dict[str, dict[str, dict[str, float]]]  # by part, network and metric
 
 def score(work: Work, learners: Mapping[str, models.Learner]) -> tuple[dict[str, predict.Predicted], Scores]:
     """What is predicted of the validation and test images, and how good that is."""
-    predicted = {part: predict_part(work, learners, part) for part in ("val", "test")}
+    parts: tuple[str, ...] = ("val", "test")
+    predicted = {part: predict_part(work, learners, part) for part in parts}
     scores = {
         part: {
             name: metrics.classification_metrics(p.numpy(), work.data.labels[each.rows])
@@ -539,19 +539,20 @@ def predict_part(work: Work, learners: Mapping[str, models.Learner], part: str) 
 
 def predict_others(work: Work, learners: Mapping[str, models.Learner]) -> dict[str, predict.Predicted]:
     """What is predicted of the images that were trained on, and of those that served for nothing."""
-    return {part: predict_part(work, learners, part) for part in ("unlabeled", "labeled", "unused")}
+    parts: tuple[str, ...] = ("unlabeled", "labeled", "unused")
+    return {part: predict_part(work, learners, part) for part in parts}
 
 
-def ready_to_test(work: Work, trained: dict[str, models.Learner] | None) -> tuple[Work, dict[str, models.Learner]]:
-    """The networks to be tested: those just trained, or the checkpoint's; without mixed precision if they are exported,
-    so that what is reported is what the exported file gives."""
+def ready_to_test(work: Work, trained: Mapping[str, models.Learner]) -> tuple[Work, dict[str, models.Learner]]:
+    """The networks to be tested: those just trained, or the checkpoint's if there are none; without mixed precision if
+    they are exported, so that what is reported is what the exported file gives."""
     config, saved = work.start.config, work.start.saved
-    learners = loaded_learners(config, saved, work.architecture, work.inputs) if trained is None else trained
-    if config.mode == "finetune" and saved:
-        partner = list(loaded_learners(config, saved, work.architecture, work.inputs).values())[
-            1:
-        ]  # unchanged, beside the finetuned student
-        learners = learners | dict(zip(["teacher"], partner, strict=False))
+    learners = dict(trained)
+    if saved and config.mode == "test":
+        learners = loaded_learners(config, saved, work.architecture, work.inputs)
+    elif saved and config.mode == "finetune":
+        loaded = loaded_learners(config, saved, work.architecture, work.inputs)
+        learners |= dict(zip(["teacher"], [*loaded.values()][1:], strict=False))  # unchanged, beside the new student
     if config.export is not None and work.inputs.precision is not None:
         print("tested in float32, as what is exported computes")
         inputs = open_inputs(config, work.inputs.views.images, work.architecture, work.inputs.device, None)
@@ -563,7 +564,7 @@ def ready_to_test(work: Work, trained: dict[str, models.Learner] | None) -> tupl
 
 def conclude(
     work: Work,
-    trained: dict[str, models.Learner] | None,
+    trained: Mapping[str, models.Learner],
     defaults: Scores | None,
     began: float,
     seconds_train: float,
@@ -583,7 +584,7 @@ def conclude(
     attempts = Attempts(config.batch_size, debug=config.debug)
     work, learners = ready_to_test(work, trained)
     predicted, scores = score(work, learners)
-    seconds = {"total": time.perf_counter() - began, "train": seconds_train if trained is not None else 0.0}
+    seconds = {"total": time.perf_counter() - began, "train": seconds_train if trained else 0.0}
     seconds["test"] = seconds["total"] - seconds_train
     figures = figures_of(work, trained, learners, predicted, scores, defaults, seconds)
     with attempts.attempt("metrics.json"):
@@ -626,7 +627,7 @@ def conclude(
             written.append(card)
     print(report.result_table(figures))
     print(f"pictures and tables: {results}/ ({', '.join(path.name for path in written)})")
-    if trained is not None:
+    if trained:
         print(f"checkpoint: {work.start.folder.checkpoints / checkpoints.BEST}")
     attempts.close()
 
@@ -644,7 +645,8 @@ def figures_of(
     config, labels, saved = work.start.config, work.data.labels, work.start.saved
     rows = {part: each.rows for part, each in predicted.items()}
     final = {part: train.final(each.probabilities).numpy() for part, each in predicted.items()}
-    trainings = saved.trainings if config.mode == "test" else checkpoints.learned_from(config, work.data, saved)
+    tested = saved if config.mode == "test" else None
+    trainings = tested.trainings if tested else checkpoints.learned_from(config, work.data, saved)
     changed, usual = args.changed(config.options())
     return {
         "mode": config.mode,

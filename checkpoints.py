@@ -24,7 +24,7 @@ from args import Config
 from data import Batch, Data, Manifest, manifest
 from images import Preparation, find_images
 from models import Architecture, Learner, Origin, load_tensors
-from train import HISTORY, Keeper, Meter, mode_of
+from train import HISTORY, Best, Keeper, Meter, mode_of
 from utils import (
     BOM,
     CheckpointError,
@@ -372,16 +372,6 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True)
-class Best:
-    """The weights of a run's best epoch, by learner, and its validation score."""
-
-    epoch: int
-    score: float
-    highest: float  # of all epochs
-    learners: dict[str, dict[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
 class Progress:
     """What a run needs to go on: each learner's whole state, the open epoch's measurements, what is kept so far."""
 
@@ -652,7 +642,7 @@ class SavingKeeper(Keeper):
             sums=dict(self.meter.sums),
             counts=dict(self.meter.counts),
             history=self.history,
-            best=self._best(),
+            best=self.best,
         )
         save_checkpoint(self.folder.checkpoints / LAST, LastCheckpoint(**vars(self.about), progress=progress))
         try:  # what matters most is written
@@ -669,13 +659,9 @@ class SavingKeeper(Keeper):
 
     def save_best(self) -> None:
         """Write the weights of the best epoch so far, if they are not written yet."""
-        best = self._best()
-        if best is not None and best.epoch > self.best_written:
-            save_checkpoint(self.folder.checkpoints / BEST, BestCheckpoint(**vars(self.about), best=best))
-            self.best_written = best.epoch
-
-    def _best(self) -> Best | None:
-        return Best(**self.best) if "learners" in self.best else None
+        if self.best is not None and self.best.epoch > self.best_written:
+            save_checkpoint(self.folder.checkpoints / BEST, BestCheckpoint(**vars(self.about), best=self.best))
+            self.best_written = self.best.epoch
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
@@ -706,9 +692,7 @@ class SavingKeeper(Keeper):
         """Take up a run where its last checkpoint left it."""
         for name, learner in self.learners.items():
             learner.load_state_dict(progress.learners[name])
-        self.history, self.done = progress.history, progress.steps_done
-        if progress.best is not None:
-            self.best = vars(progress.best)
+        self.history, self.best, self.done = progress.history, progress.best, progress.steps_done
         device = next(iter(self.learners.values())).device
         self.meter = Meter({key: value.to(device) for key, value in progress.sums.items()}, progress.counts)
 

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
-import label_shift
 import metrics
+import mixture
 import train
 import utils
 from data import Data
@@ -91,7 +91,7 @@ def some_of_each_class(data: Data) -> np.ndarray:
     """Rows of images to compare on: of the test images, or of all where there are none, each class's first ones."""
     rows = data.split.test if len(data.split.test) else np.arange(len(data.index))
     rows = np.random.default_rng(0).permutation(rows)
-    place = label_shift.place_in_class(data.labels[rows])
+    place = mixture.place_in_class(data.labels[rows])
     return np.sort(rows[np.argsort(place, kind="stable")][:COMPARED])
 
 

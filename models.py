@@ -524,6 +524,10 @@ class Learner:
         self.scaler.scale(loss).backward(inputs=self.parameters)
         self._step()
 
+    def gradients(self) -> list[torch.Tensor]:
+        """Those of the latest update; zero where the loss did not depend on a parameter."""
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+
     def gradient(self, loss: torch.Tensor) -> list[torch.Tensor]:
         """The gradient of ``loss`` in the parameters, without a step; zero if it is out of float16's range."""
         scaled = torch.autograd.grad(self.scaler.scale(loss), self.parameters, materialize_grads=True)

@@ -82,9 +82,9 @@ def suggest(trial: optuna.trial.BaseTrial, config: Config, steps: int) -> Config
 
 def searched(config: Config) -> dict[str, Dimension]:
     """The part of the space that the user left open and that matters."""
-    space, idle = SPACE, ()
-    if config.targets == "mixture":
-        space, idle = SPACE | WITH_MIXTURE, ("temperature", "threshold")
+    mixed = config.targets == "mixture"
+    idle = ("temperature", "threshold") if mixed else ()
+    space = SPACE | WITH_MIXTURE if mixed else SPACE
     return {name: each for name, each in space.items() if name not in config.given and name not in idle}
 
 
@@ -340,8 +340,8 @@ class Budget:
         values = "  ".join(f"{key} {value:.3g}" for key, value in trial.params.items())
         score = f"{trial.value:.1%}" if trial.state == TrialState.COMPLETE else trial.state.name.lower()
         failure = f" ({trial.user_attrs['failure']})" if "failure" in trial.user_attrs else ""
-        best = max((t.value for t in self.trials(TrialState.COMPLETE)), default=None)
-        best = "" if best is None else f", best {best:.1%}"
+        values_so_far = [t.value for t in self.trials(TrialState.COMPLETE) if t.value is not None]
+        best = f", best {max(values_so_far):.1%}" if values_so_far else ""
         print(
             f"trial {trial.user_attrs['slot'] + 1}/{self.config.n_trials}  {score}{failure}{best}  {values}", flush=True
         )
@@ -367,7 +367,7 @@ def helpers(config: Config, url: str) -> Iterator[None]:
         if name not in ("storage", "workers", "resume", "overwrite", "params", "device"):
             options.append([f"--{name}"] if value is True else [f"--{name}", str(value)])
     if "name" not in config.given:
-        options.append(["--name", config.name])
+        options.append(["--name", str(config.name)])
     threads = str(max(1, (os.cpu_count() or 1) // config.workers))
     if config.workers > 1:
         torch.set_num_threads(int(threads))
@@ -391,9 +391,9 @@ def helpers(config: Config, url: str) -> Iterator[None]:
             process.wait()
 
 
-def join(config: Config, data: Data, features: mixture.Features, train: Train) -> None:
-    """Work on a study that another process has started and will report."""
-    budget = Budget(config, config.storage, fingerprint(data.index, data.split))
+def join(config: Config, url: str, data: Data, features: mixture.Features, train: Train) -> None:
+    """Work on a study in the database ``url`` that another process has started and will report."""
+    budget = Budget(config, url, fingerprint(data.index, data.split))
     folds, _ = validation_folds(config, data, features)
     budget.work(functools.partial(score_trial, folds=folds, train=train), time.monotonic() + config.timeout)
 
@@ -419,7 +419,7 @@ def search(config: Config, data: Data, features: mixture.Features, train: Train,
     finished = budget.trials(TrialState.COMPLETE)
     if not finished:
         raise utils.DivergedError("no trial of the search finished: give --lr, or more --n_trials and --timeout")
-    winner = max(finished, key=lambda trial: trial.value)
+    winner = max(finished, key=lambda trial: trial.value or 0.0)
     best = suggest(optuna.trial.FixedTrial(winner.params), config, total_steps)
     utils.write_json(results / "best_params.json", {name: getattr(best, name) for name in SPACE})
     try:
