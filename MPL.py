@@ -448,8 +448,8 @@ def train_networks(
     else:
         about = checkpoints.about_run(config, found, work.architecture, inputs.preparation, saved)
         keeper = checkpoints.SavingKeeper(*watched, folder=folder, about=about, tensorboard=config.tensorboard)
-        if last:
-            keeper.go_on(last.progress)
+    if last:  # every process goes on, if only the first one saves
+        checkpoints.go_on(keeper, last.progress)
     begin()
     batches = inputs.batches(plan.schedule, found.labels, keeper.done, plan.total_steps, num_workers=config.num_workers)
     return train.run_plan(plan, keeper, batches, signals, on_score=on_score)

@@ -688,13 +688,14 @@ class SavingKeeper(Keeper):
         self.save(self.done)
         return super().finish()
 
-    def go_on(self, progress: Progress) -> None:
-        """Take up a run where its last checkpoint left it."""
-        for name, learner in self.learners.items():
-            learner.load_state_dict(progress.learners[name])
-        self.history, self.best, self.done = progress.history, progress.best, progress.steps_done
-        device = next(iter(self.learners.values())).device
-        self.meter = Meter({key: value.to(device) for key, value in progress.sums.items()}, progress.counts)
+
+def go_on(keeper: Keeper, progress: Progress) -> None:
+    """Take up a training where its last checkpoint left it."""
+    for name, learner in keeper.learners.items():
+        learner.load_state_dict(progress.learners[name])
+    keeper.history, keeper.best, keeper.done = progress.history, progress.best, progress.steps_done
+    device = next(iter(keeper.learners.values())).device
+    keeper.meter = Meter({key: value.to(device) for key, value in progress.sums.items()}, progress.counts)
 
 
 def open_tensorboard(folder: Path) -> Any:

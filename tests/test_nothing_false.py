@@ -1,5 +1,6 @@
 """Numbers, labels and sentences that a run must not get wrong, however unusual its history is."""
 
+import contextlib
 import io
 import json
 import types
@@ -19,8 +20,10 @@ import export
 import images
 import metrics
 import models
+import MPL
 import optuna_search
 import train
+import utils
 import visualization
 
 CAT, DOG = 0, 1
@@ -118,6 +121,28 @@ def test_a_trial_learns_from_no_copy_of_what_it_is_scored_on():
         assert 5 in fold.unlabeled
         assert (4 in fold.unlabeled) == (0 in fold.labeled)
         assert (4 in fold.unused) == (0 in fold.val)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is trained
+
+
+def test_the_classes_shares_are_on_no_other_device_than_the_teacher():
+    teacher = types.SimpleNamespace(offset=torch.zeros((), device="meta"))
+    train.align(teacher, torch.zeros(3, 2, device="meta"), torch.tensor([0.5, 0.5]))
+    assert teacher.offset.device.type == "meta"
+
+
+def test_a_process_that_saves_nothing_goes_on_where_the_run_was(cli, tmp_path):
+    folder = make_folder(tmp_path / "d", classes=2, images=9)
+    options = ["--name", "e", "--data_dir", folder, *TINY, "--num_epochs", "1", "--warmup_epoch_num", "0"]
+    cli.inside(*options)
+    with contextlib.chdir(cli.cwd):
+        start = MPL.find_start(args.parse(cli.command(*options, "--resume")[2:]), [])
+        work = MPL.make_ready(start, MPL.find_data(start), torch.device("cpu"), None)
+        epochs = []
+        MPL.train_networks(work, utils.Signals(), on_score=lambda epoch, score: epochs.append(epoch))
+    assert epochs == []  # all are done
 
 
 # ---------------------------------------------------------------------------------------------------------------------
