@@ -17,6 +17,7 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from distributed import share
-from images import STORE_BYTES, UNKNOWN, Images, Index, check_images, digest, find_images
+from images import STORE_BYTES, UNKNOWN, DecodedImages, Index, check_images, digest, find_images
 from utils import (
     BOM,
     CheckpointError,
@@ -153,10 +154,10 @@ def make_split(
         if i not in grouped:
             order[int(labels[i])].append((i,))
     for group in duplicates:
-        known = tuple(i for i in group if free[i])
-        if known:
-            order[int(labels[known[0]])].append(known)
-            copies[known[0]] = [i for i in group if labels[i] == UNKNOWN]
+        members = tuple(i for i in group if free[i])
+        if members:
+            order[int(labels[members[0]])].append(members)
+            copies[members[0]] = [i for i in group if labels[i] == UNKNOWN]
     for groups in order.values():
         groups.sort(key=lambda group: derive_seed(seed, paths[group[0]]))
 
@@ -180,7 +181,7 @@ def make_split(
             parts[taken] = part
             for i in taken if part != "labeled" else ():
                 parts[copies.get(i, [])] = "unused"
-    return Split.of(parts)
+    return Split.of(parts.tolist())
 
 
 def apportion(sizes: np.ndarray, percent: float) -> np.ndarray:
@@ -650,7 +651,7 @@ class Views:
     memory for when they are drawn again.
     """
 
-    def __init__(self, images: Images, *, keep: bool = False) -> None:
+    def __init__(self, images: DecodedImages, *, keep: bool = False) -> None:
         prepare = images.prepare
         self.kept: dict[tuple[str, int, int], torch.Tensor] = {}
         self.most = STORE_BYTES // (3 * prepare.size**2) if keep else 0
@@ -789,8 +790,13 @@ def _follow_the_main_process(worker: int) -> None:
     # Failures are handed over. All that could still reach this hook is the thread that serves tensors, complaining
     # that the main process went away while it asked for one.
     sys.excepthook = lambda *_: None
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(process: BaseProcess) -> None:
+    process.join()
+    os._exit(1)
 
 
 def _start_method() -> str:
@@ -799,20 +805,17 @@ def _start_method() -> str:
     return "fork" if sys.platform == "linux" else "spawn"
 
 
-def _send(batch: Batch | Failure) -> Batch | Failure:
-    """In a worker: put a batch into shared memory. Where that is small, as in a container, leave it as arrays, which go
-    through a pipe: 30 MB take a twentieth of a second."""
+def _send(batch: Batch | Failure) -> dict[str, torch.Tensor] | dict[str, np.ndarray] | Failure:
+    """In a worker: put a batch's tensors into shared memory. Where that is small, as in a container, make them arrays,
+    which go through a pipe: 30 MB take a twentieth of a second."""
     if isinstance(batch, Failure):
         return batch
-    n_bytes = sum(each.nbytes for each in batch if each is not None)
+    tensors = {name: each for name, each in batch._asdict().items() if each is not None}
+    n_bytes = sum(each.nbytes for each in tensors.values())
     with contextlib.suppress(RuntimeError):  # another worker took the room
         if not os.path.isdir("/dev/shm") or shutil.disk_usage("/dev/shm").free > 2 * n_bytes:
-            return Batch(*(each if each is None else each.share_memory_() for each in batch))
-    return Batch(*(each if each is None else each.numpy() for each in batch))
-
-
-def _receive(batch: Batch) -> Batch:
-    return Batch(*(each if each is None else torch.as_tensor(each) for each in batch))
+            return {name: each.share_memory_() for name, each in tensors.items()}
+    return {name: each.numpy() for name, each in tensors.items()}
 
 
 def fresh_batches(
@@ -826,10 +829,10 @@ def fresh_batches(
         num_workers=num_workers,
         multiprocessing_context=_start_method() if num_workers else None,
         worker_init_fn=_follow_the_main_process,
-        collate_fn=_send if num_workers else None,
+        collate_fn=_send if num_workers else None,  # type: ignore[arg-type]  # one item at a time: batch_size=None
         pin_memory=pin,
     )
-    for batch in loader:
-        if isinstance(batch, Failure):
-            raise batch
-        yield _receive(batch)
+    for sent in loader:
+        if isinstance(sent, Failure):
+            raise sent
+        yield sent if isinstance(sent, Batch) else Batch(**{name: torch.as_tensor(each) for name, each in sent.items()})

@@ -103,7 +103,7 @@ def _write_onnx(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the converter about itself
-        converted = torch.onnx.export(
+        converted: torch.onnx.ONNXProgram = torch.onnx.export(  # type: ignore[assignment]  # None without dynamo alone
             program, input_names=["images"], output_names=["probabilities"], dynamo=True, verbose=False
         )
     converted.model.metadata_props.update(about)
