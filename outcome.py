@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -136,6 +137,8 @@ def conclude(
         },
         "notes": session.notes,
         "commands": commands(config, session),
+        "settings": settings(config),
+        "options": options(config),
         "versions": utils.versions(session.device),
     }
     with ending.attempt("metrics.json"):
@@ -170,11 +173,27 @@ def conclude(
         with ending.attempt(f"--export {config.export}"):
             written += export.write(session, learners, results)
             written.append(export.write_card(session, figures, results))
-    print(record.result_table(figures))
+    print(report.result_table(figures))
     print(f"pictures and tables: {results}/ ({', '.join(path.name for path in written)})")
     if trained is not None:
         print(f"checkpoint: {folder.checkpoints / utils.BEST}")
     ending.close()
+
+
+def settings(config: args.Config) -> dict[str, Any]:
+    """The options that make a run another experiment, in which runs over several seeds are alike."""
+    left_out = {"name", "seed", "load_path", "load_best", "n_trials", "timeout", *args.MODES, *args.HARMLESS}
+    if config.mode == "test":  # other networks, not other seeds
+        left_out.remove("load_path")
+    return {key: value for key, value in config.options().items() if key not in left_out}
+
+
+def options(config: args.Config) -> dict[str, dict[str, Any]]:
+    """Every option, ``changed`` or at its ``default``."""
+    everything = config.options()
+    usual = args.defaults(**{key: everything[key] for key in ("data_dir", "model_name", *args.MODES)})
+    changed = {key: value for key, value in everything.items() if value != usual[key]}
+    return {"changed": changed, "default": {key: usual[key] for key in everything if key not in changed}}
 
 
 def gone(missing: predict.Unreadable, results: Path, lines: Mapping[str, str]) -> utils.DataError:
