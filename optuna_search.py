@@ -31,7 +31,6 @@ import args
 import data
 import modes
 import utils
-import visualization
 from args import Config
 from data import Split
 from session import Session
@@ -379,6 +378,8 @@ def search(session: Session, results: Path, signals: utils.Signals) -> Config:
     winner = max(finished, key=lambda trial: trial.value)
     best = suggest(optuna.trial.FixedTrial(winner.params), config, total_steps)
     utils.write_json(results / "best_params.json", {name: getattr(best, name) for name in SPACE})
+    import visualization  # only now: only who reports draws, and its import takes seconds of start-up
+
     try:
         visualization.draw_study(budget.study, results)
     except Exception as error:  # whatever a library raises: the best options are what counts

@@ -43,7 +43,7 @@ def write(results: Path) -> Path:
     best = results / "best_params.json"
     n_classes, n_tested = len(figures["classes"]), figures["counts"]["test"]
     seconds = [(f"seconds, {what}", f"{value:.0f}") for what, value in figures["seconds"].items()]
-    page = _template("report.html").render(
+    page = template("report.html").render(
         name=results.name,
         figures=figures,
         tested=tested(figures),
@@ -69,8 +69,12 @@ def write(results: Path) -> Path:
     return path
 
 
-def _template(name: str) -> jinja2.Template:
-    """A template from the folder beside this file, escaping every value put into it."""
+def template(name: str) -> jinja2.Template:
+    """A page of ``templates`` beside this file; it escapes every value that is put into it.
+
+    Raises:
+        Failure: the file is missing.
+    """
 
     def source(name: str) -> str:
         try:
@@ -79,7 +83,7 @@ def _template(name: str) -> jinja2.Template:
             content = None
         if content is None:
             path = Path(__file__).parent / "templates" / name
-            raise utils.Failure(f"{path}: this part of the program is missing: put it back")
+            raise utils.Failure(f"{path}: this part of the program is missing: restore it from the source")
         return content.decode("utf-8")
 
     environment = jinja2.Environment(

@@ -8,6 +8,7 @@ the table and one colour of compare.png.
 """
 
 import argparse
+import contextlib
 import functools
 import io
 import itertools
@@ -28,6 +29,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import font_manager
+from matplotlib.rcsetup import cycler
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
@@ -47,7 +49,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
-    "axes.prop_cycle": matplotlib.cycler(color=COLORS),
+    "axes.prop_cycle": cycler(color=COLORS),
     "legend.frameon": False,
     "text.parse_math": False,  # a class may be called $5 - $10
     "text.usetex": False,
@@ -69,6 +71,13 @@ LOSSES = {
     "loss_mpl": "feedback (teacher)",
     "loss_s": "pseudo labels (student)",
 }
+
+
+@contextlib.contextmanager
+def styled(style: Any) -> Iterator[None]:
+    """Draw in a style: ``plt.rc_context``, which is a decorator as well, typed as one."""
+    with plt.rc_context(style):
+        yield
 
 
 def pictures(results: Path) -> Iterator[tuple[str, Callable[[], Path]]]:
@@ -154,17 +163,16 @@ def _width(text: str) -> int:
 
 def _fit(texts: Sequence[Text], inches: float) -> None:
     """Shrink the texts, all by the same factor, until the widest takes no more than ``inches``."""
-    renderer = texts[0].figure.canvas.get_renderer()
-    widest = max(text.get_window_extent(renderer).width / text.figure.dpi for text in texts)
+    widest = max(text.get_window_extent().width for text in texts) / plt.rcParams["figure.dpi"]
     for text in texts if widest > inches else ():
-        text.set_fontsize(text.get_fontsize() * inches / widest)
+        text.set_fontsize(float(text.get_fontsize()) * inches / widest)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The pictures of a run
 
 
-@plt.rc_context(STYLE)
+@styled(STYLE)
 def draw_curves(history: list[dict[str, str]], title: str, path: Path) -> Path:
     """Losses, validation accuracy, mask rate and feedback, and learning rates over the epochs.
 
@@ -239,7 +247,7 @@ def _series(rows: list[dict[str, str]], key: str) -> tuple[list[int], list[float
     return [x for x, _ in points], [y for _, y in points]
 
 
-@plt.rc_context(STYLE)
+@styled(STYLE)
 def draw_confusion(
     truth: Sequence[str], predicted: Sequence[str], classes: Sequence[str], title: str, path: Path
 ) -> Path:
@@ -282,7 +290,7 @@ def draw_confusion(
     return _save(figure, path)
 
 
-@plt.rc_context(STYLE)
+@styled(STYLE)
 def draw_calibration(
     probabilities: np.ndarray, labels: np.ndarray, temperature: float | None, title: str, path: Path, bins: int = 10
 ) -> Path:
@@ -320,7 +328,7 @@ def draw_calibration(
     return _save(figure, path)
 
 
-@plt.rc_context(PLAIN)
+@styled(PLAIN)
 def draw_images(images: np.ndarray, captions: Sequence[str], title: str, path: Path, columns: int = 6) -> Path:
     """A grid of images [N, S, S, 3] uint8, each with a caption of lines of up to ``CAPTION`` characters."""
     columns = min(columns, max(len(images), 4))  # four are as wide as a title
@@ -344,7 +352,7 @@ def draw_images(images: np.ndarray, captions: Sequence[str], title: str, path: P
     return _save(figure, path)
 
 
-@plt.rc_context(PLAIN)
+@styled(PLAIN)
 def draw_samples(
     images: np.ndarray, weak: np.ndarray, strong: np.ndarray, labels: Sequence[str], path: Path, title: str = ""
 ) -> Path:
@@ -590,7 +598,7 @@ def _comparison_table(groups: dict[str, list[Run]]) -> str:
     return "\n".join(lines)
 
 
-@plt.rc_context(STYLE)
+@styled(STYLE)
 def _draw_comparison(groups: dict[str, list[Run]], path: Path) -> None:
     names = _lettered(*groups)
     figure, (curves, dots) = plt.subplots(
