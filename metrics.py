@@ -33,7 +33,7 @@ def classification_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dic
         probabilities: [N, C].
         labels: [N] int.
     """
-    from sklearn.metrics import precision_recall_fscore_support
+    from sklearn.metrics import precision_recall_fscore_support  # only now: its import takes seconds of start-up
 
     if not len(labels):
         return {}
@@ -50,12 +50,12 @@ def classification_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dic
 
 
 def interval(share: float, n: int) -> str:
-    """Between which shares the truth lies with 95 % confidence, when ``share`` was seen in n images (E. B. Wilson, JASA
+    """Between which shares the truth lies with 95 % confidence, when ``share`` of n images was seen (E. B. Wilson, JASA
     22, 1927)."""
-    z = 1.96
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return f"{max(0.0, centre - half):.1%} to {centre + half:.1%}"
+    from scipy.stats import binomtest  # only now: its import takes seconds of start-up
+
+    bounds = binomtest(round(share * n), n).proportion_ci(method="wilson")
+    return f"{bounds.low:.1%} to {bounds.high:.1%}"
 
 
 def per_class(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:

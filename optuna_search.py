@@ -422,8 +422,10 @@ def search(config: Config, data: Data, features: mixture.Features, train: Train,
     winner = max(finished, key=lambda trial: trial.value or 0.0)
     best = suggest(optuna.trial.FixedTrial(winner.params), config, total_steps)
     utils.write_json(results / "best_params.json", {name: getattr(best, name) for name in SPACE})
+    import visualization  # only now: only who reports draws, and its import takes seconds of start-up
+
     try:
-        draw_study(budget.study, results)
+        visualization.draw_study(budget.study, results)
     except Exception as error:  # whatever a library raises: the best options are what counts
         print(f"pictures of the search could not be drawn: {' '.join(f'{type(error).__name__}: {error}'.split())}")
     n_pruned, took = len(budget.trials(TrialState.PRUNED)), time.monotonic() - began
@@ -439,56 +441,3 @@ def command_with(params: Path, config: Config) -> str:
     left_out = (*args.OF_ONE_RUN, *of_search, "optuna_mode")
     given = {key: getattr(config, key) for key in config.given if key not in left_out}
     return args.written(given | {"params": params})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-
-
-def draw_study(study: optuna.Study, results: Path) -> list[Path]:
-    """Write pictures of the study: its history and timeline and, where they can be told, the parameters' importances,
-    slices and parallel coordinates."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator, NullLocator
-    from optuna.visualization import matplotlib as pictures
-
-    drawings: dict[str, Callable[..., Any]] = {
-        "history": pictures.plot_optimization_history,
-        "timeline": pictures.plot_timeline,
-    }
-    if study.best_params:
-        drawings |= {"slices": pictures.plot_slice}
-    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    if len({trial.value for trial in complete}) > 1 and len(study.best_params) > 1:
-        most_important = list(optuna.importance.get_param_importances(study))[:6]  # more could not be read
-        drawings |= {
-            "importances": pictures.plot_param_importances,
-            "parallel": functools.partial(pictures.plot_parallel_coordinate, params=most_important),
-        }
-    written = []
-    with warnings.catch_warnings(), plt.rc_context({"figure.figsize": (8, 4.5)}):
-        warnings.simplefilter("ignore")
-        for name, draw in drawings.items():
-            axes = np.atleast_1d(draw(study))
-            figure = axes.flat[0].figure
-            if name in ("slices", "parallel"):
-                figure.set_size_inches(max(8, 2.8 * len(axes.flat)) if name == "slices" else 12, 4.5)
-                axes.flat[0].title.set_visible(name == "parallel")
-                for each in figure.axes:
-                    each.tick_params(axis="x", labelrotation=45)
-                    if name == "slices" and each.get_xscale() == "log":
-                        each.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-                        each.xaxis.set_major_formatter("{x:g}")
-                        each.xaxis.set_minor_locator(NullLocator())
-                figure.align_xlabels()
-            if name == "parallel":
-                for each in figure.axes:
-                    each.grid(False)
-                    plt.setp(each.get_yticklabels(which="both"), bbox={"facecolor": "white", "alpha": 0.8, "pad": 1})
-            written.append(results / f"optuna_{name}.png")
-            figure.savefig(written[-1], dpi=120, bbox_inches="tight", pad_inches=0.12)
-            plt.close("all")
-    return written
