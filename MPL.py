@@ -300,7 +300,7 @@ def make_ready(start: Start, found: data.Data, device: torch.device, precision: 
 
 def open_inputs(
     config: Config,
-    decoded: images.Images,
+    decoded: images.DecodedImages,
     architecture: models.Architecture,
     device: torch.device,
     precision: torch.dtype | None,
@@ -593,7 +593,7 @@ def conclude(
         predicted |= predict_others(work, learners)
     with attempts.attempt("predictions.csv"):
         order = [part for part in ("test", "unlabeled", "labeled", "val", "unused") if part in predicted]
-        of_parts = {part: predicted[part][:2] for part in order}
+        of_parts = {str(part): predicted[part][:2] for part in order}
         predict.write_predictions(results / "predictions.csv", work.data.index, of_parts)
     missing = [each for part in predicted.values() for each in part.missing]
     if missing:

@@ -1,12 +1,12 @@
-"""What networks see: views, or their features where the backbone is frozen, kept on disk so that it sees each view of an
-image once, whatever run, trial or mode asks for it.
+"""What networks see: views, or their features where the backbone is frozen. These are kept on disk, so that it sees each
+view of an image once, whatever run, trial or mode asks for it.
 
-The cache has one file a view, memory-mapped: for each different image of the dataset a checksum and the features as float16. A row is
-filled when it is first needed. Everything that determines the numbers (backbone, weights, image size, precision, the
-bytes of the images, the augmentation) is in the file's path, so a file never holds anything stale, and images that are
-renamed or relabelled keep their features. A dataset that shares images with others, as one that has grown, takes over
-their rows. A row torn by a crash fails its checksum and is computed again. Several processes may fill one file: they
-write the same numbers.
+The cache has one file a view, memory-mapped: for each different image of the dataset a checksum and the features as
+float16. A row is filled when it is first needed. Everything that determines the numbers (backbone, weights, image size,
+precision, the bytes of the images, the augmentation) is in the file's path, so a file never holds anything stale, and
+images that are renamed or relabelled keep their features. A dataset that shares images with others, as one that has
+grown, takes over their rows. A row torn by a crash fails its checksum and is computed again. Several processes may fill
+one file: they write the same numbers.
 """
 
 import contextlib
@@ -295,7 +295,7 @@ class Inputs:
     def batches(
         self, schedule: Schedule, labels: np.ndarray, start: int, stop: int, *, num_workers: int
     ) -> Iterator[Batch]:
-        """The batches of steps ``start`` to ``stop``: kept features, or fresh views prepared by the loader's workers."""
+        """The batches of steps ``start`` to ``stop``: kept features, or fresh views from the loader's workers."""
         if schedule.views and isinstance(self.source, FeatureCache):
             for step in range(start, stop):
                 yield schedule.batch(step, labels, self.source).labels_to(self.device)

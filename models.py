@@ -388,7 +388,7 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What the networks of a run are made of: a backbone that is frozen or learns, and a linear layer on its features."""
+    """What a run's networks are made of: a backbone that is frozen or learns, and a linear layer on its features."""
 
     backbone: Backbone
     origin: Origin

@@ -297,7 +297,7 @@ class Budget:
         self.study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
 
     def requeue_stale(self) -> None:
-        """Requeue the trials of workers that died: of those whose heartbeat stopped, and of those that never had one."""
+        """Requeue the trials of workers that died: whose heartbeat stopped, or who never had one."""
         optuna.storages.fail_stale_trials(self.study)
         for trial in self.trials(TrialState.RUNNING):
             if trial.user_attrs.get("started") != trial.number:  # a repeated trial inherits the attribute of the first

@@ -170,8 +170,8 @@ Aim = Callable[[Learner, Batch, torch.Tensor], tuple[torch.Tensor, torch.Tensor 
 def uda_loss(
     teacher: Learner, batch: Batch, x_u: torch.Tensor, step: int, *, aim: Aim, settings: Settings
 ) -> tuple[torch.Tensor, torch.Tensor, Measurements]:
-    """What the teacher learns by itself (UDA, Xie et al., arXiv 1904.12848, eq. 1): the labelled images, and consistency,
-    for what it says of one view of an image should be what it says of another.
+    """What the teacher learns by itself (UDA, Xie et al., arXiv 1904.12848, eq. 1): the labelled images, and that what
+    it says of one view of an image should be what it says of another.
 
     Args:
         x_u: [P, ...] the views that get pseudo labels.
@@ -297,7 +297,7 @@ def own_aim(temperature: float, threshold: float, prior: torch.Tensor | None = N
 def target_aim(prior: torch.Tensor | None = None) -> Aim:
     """Every view is pulled to the ``target`` that its batch brings along, however confident the teacher is."""
 
-    def aim(teacher: Learner, batch: Batch, logits_u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def aim(teacher: Learner, batch: Batch, logits_u: torch.Tensor) -> tuple[torch.Tensor, None]:
         assert batch.target is not None, "this aim goes with batches that have a target"
         p = batch.target.repeat(len(logits_u) // len(batch.target), 1)
         align(teacher, logits_u[-len(batch.x_uw) :], prior)
