@@ -321,7 +321,8 @@ def loaded_learners(
     config: Config, saved: BestCheckpoint, architecture: models.Architecture, inputs: features.Inputs
 ) -> dict[str, models.Learner]:
     """The checkpoint's learners, ready to be tested: the one it was scored by first."""
-    learners = train.new_learners(config, dict.fromkeys(saved.best.learners, 0), architecture, inputs)
+    untrained = dict.fromkeys(saved.best.learners, 0)
+    learners = train.new_learners(config, untrained, architecture, inputs.device, inputs.precision)
     for name, weights in saved.best.learners.items():
         learners[name].load_weights(weights)
     return learners
@@ -436,13 +437,13 @@ def train_networks(
         if folder and config.alignment == "estimated" and guide.prior is not None:
             given = mixture.label_shares(found.known, len(found.classes))
             print(mixture.describe_shares(guide.prior, given, found.classes))
-    plan = train.make_plan(config, found.split, guide)
-    learners = train.new_learners(config, plan.updates, work.architecture, inputs)
+    plan = train.make_plan(config, found.split, *(guide or ()))
+    learners = train.new_learners(config, plan.updates, work.architecture, inputs.device, inputs.precision)
     if saved:
         for name, learner in learners.items():
             learner.load_weights(saved.best.learners.get(name) or next(iter(saved.best.learners.values())))
     val = found.split.val
-    watched = learners, plan.mode.scored, train.validator(inputs, val), found.labels[val]
+    watched = learners, plan.mode.scored, train.validator(inputs.source, val, inputs.device), found.labels[val]
     if folder is None:
         keeper = train.Keeper(*watched)
     else:
@@ -622,7 +623,7 @@ def conclude(
             written.append(export.write(config.export, learners, work.inputs, work.data, results))
             frozen = work.architecture.frozen
             card = export.write_card(
-                config.export, figures, work.inputs.preparation, results, weights=config.weights, frozen=frozen
+                config.export, figures, work.inputs, results, weights=config.weights, frozen=frozen
             )
             written.append(card)
     print(report.result_table(figures))

@@ -27,7 +27,6 @@ import train
 import utils
 from data import Data
 from features import Inputs
-from images import Preparation
 from models import Encoder, Learner
 
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
@@ -218,7 +217,7 @@ def _described(training: Mapping[str, Any]) -> str:
 
 
 def write_card(
-    kind: str, figures: Mapping[str, Any], preparation: Preparation, results: Path, *, weights: str, frozen: bool
+    kind: str, figures: Mapping[str, Any], inputs: Inputs, results: Path, *, weights: str, frozen: bool
 ) -> Path:
     """Write model_card.md. Returns its path.
 
@@ -236,12 +235,12 @@ def write_card(
     worst = sorted((i for i in range(len(f1)) if n[i]), key=f1.__getitem__)[:3]
     deep = (
         " Of images with more than 8 bits the values from {:g} to {:g} are shown, black to white."
-        if preparation.value_range
+        if inputs.preparation.value_range
         else ""
     )
     card = CARD.substitute(
-        dataclasses.asdict(preparation),
-        deep=deep.format(*preparation.value_range or ()),
+        dataclasses.asdict(inputs.preparation),
+        deep=deep.format(*inputs.preparation.value_range or ()),
         name=plain(results.name),
         n_classes=len(classes),
         classes=", ".join(map(plain, classes)),

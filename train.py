@@ -18,8 +18,6 @@ import torch.nn.functional as F
 import distributed
 from args import Config
 from data import Batch, Schedule, Source, Split
-from features import Inputs
-from mixture import Guide
 from models import Architecture, Learner
 from utils import Bar, DivergedError, Signals, seed_torch
 
@@ -378,10 +376,16 @@ class Plan:
         return self.num_epochs * self.steps_per_epoch
 
 
-def make_plan(config: Config, split: Split, guide: Guide | None = None) -> Plan:
-    """The training that the options ask for, in which the ``guide`` gives targets and shares."""
+def make_plan(
+    config: Config, split: Split, targets: np.ndarray | None = None, prior: torch.Tensor | None = None
+) -> Plan:
+    """The training that the options ask for.
+
+    Args:
+        targets: [N, C] what the consistency loss aims at, of every image of the index; None: the teacher's own prediction.
+        prior: [C] the classes' shares that pseudo labels are aligned to; None: they are not.
+    """
     mode, supervised = MODES[mode_of(config)], config.finetune_mode
-    targets, prior = (None, None) if guide is None or supervised else guide
     schedule = Schedule(
         labeled=split.labeled,
         unlabeled=np.array([], dtype=np.int64) if supervised else split.train,
@@ -426,7 +430,11 @@ def count_updates(roles: Roles, *, epochs: int, warmup_epochs: int, steps_per_ep
 
 
 def new_learners(
-    config: Config, updates: Mapping[str, int], architecture: Architecture, inputs: Inputs
+    config: Config,
+    updates: Mapping[str, int],
+    architecture: Architecture,
+    device: torch.device,
+    precision: torch.dtype | None,
 ) -> dict[str, Learner]:
     """New learners by name, each for its number of ``updates``."""
     return {
@@ -437,8 +445,8 @@ def new_learners(
             lr=config.lr,
             weight_decay=config.weight_decay,
             ema=config.ema,
-            device=inputs.device,
-            precision=None if architecture.frozen else inputs.precision,
+            device=device,
+            precision=None if architecture.frozen else precision,
         )
         for name, n_updates in updates.items()
     }
@@ -711,9 +719,11 @@ def infer(
     return [torch.cat(logits) for logits in parts]
 
 
-def validator(inputs: Inputs, rows: np.ndarray) -> Callable[[Sequence[Learner]], list[torch.Tensor]]:
+def validator(
+    source: Source, rows: np.ndarray, device: torch.device
+) -> Callable[[Sequence[Learner]], list[torch.Tensor]]:
     """What gives each model's logits on these images, shared among the processes."""
-    return lambda models: distributed.gathered(lambda part: infer(models, inputs.source, part), rows, inputs.device)
+    return lambda models: distributed.gathered(lambda part: infer(models, source, part), rows, device)
 
 
 def ensemble(logits: Sequence[torch.Tensor]) -> torch.Tensor:
