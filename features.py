@@ -1,5 +1,5 @@
-"""What networks see: views, or their features where the backbone is frozen. These are kept on disk, so that it sees each
-view of an image once, whatever run, trial or mode asks for it.
+"""What networks see: views, or their features where the backbone is frozen. These are kept on disk, so that it sees
+each view of an image once, whatever run, trial or mode asks for it.
 
 The cache has one file a view, memory-mapped: for each different image of the dataset a checksum and the features as
 float16. A row is filled when it is first needed. Everything that determines the numbers (backbone, weights, image size,

@@ -382,7 +382,8 @@ def make_plan(
     """The training that the options ask for.
 
     Args:
-        targets: [N, C] what the consistency loss aims at, of every image of the index; None: the teacher's own prediction.
+        targets: [N, C] what the consistency loss aims at, of every image of the index; None: the teacher's own
+            prediction.
         prior: [C] the classes' shares that pseudo labels are aligned to; None: they are not.
     """
     mode, supervised = MODES[mode_of(config)], config.finetune_mode
