@@ -297,7 +297,7 @@ def own_aim(temperature: float, threshold: float, prior: torch.Tensor | None = N
 def target_aim(prior: torch.Tensor | None = None) -> Aim:
     """Every view is pulled to the ``target`` that its batch brings along, however confident the teacher is."""
 
-    def aim(teacher: Learner, batch: Batch, logits_u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def aim(teacher: Learner, batch: Batch, logits_u: torch.Tensor) -> tuple[torch.Tensor, None]:
         assert batch.target is not None, "this aim goes with batches that have a target"
         p = batch.target.repeat(len(logits_u) // len(batch.target), 1)
         align(teacher, logits_u[-len(batch.x_uw) :], prior)
