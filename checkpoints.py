@@ -66,7 +66,6 @@ OF_NETWORKS = (  # what speaks of the weights in the checkpoints
 )
 IN_RESULTS = (*OF_BEGINNING, *OF_STUDY, *OF_NETWORKS)
 IN_CHECKPOINTS = (BEST, LAST)
-OF_ONE_STUDY = ("data_dir", "seed", "storage")  # what a search does not change in config.json, and tells it by
 OF_TRAINING = (*IN_CHECKPOINTS, "history.csv", "study.db")  # what a test does not leave, and could not make again
 # What a run that goes on writes over; the rest it leaves or adds to.
 WRITTEN_ANEW = (CONFIG, "commandline_args.txt", "best_params.json", *OF_NETWORKS)
@@ -107,17 +106,18 @@ class RunFolder:
         """Check that what is there, if anything is, is of the study that this command goes on with.
 
         Raises:
-            CheckpointError: it is a training, which a study would write over, or cannot be told.
-            ValueError: it is another study; says where it differs.
+            CheckpointError: it is a training, which a study would write over, a study in another database, or cannot be
+                told.
         """
         if not any(self.written().values()):
             return
         there, now = self.options(), config.options()
         if there is None or not there.get("optuna_mode"):
             raise CheckpointError(f"{self.results} is of no study: give the search another --name")
-        if differ := [key for key in OF_ONE_STUDY if there.get(key) != now[key]]:
-            listed = ", ".join(f"--{key} {now[key]} (there {there.get(key)})" for key in differ)
-            raise ValueError(f"--resume: the study was started with other options: {listed}")
+        if there.get("storage") != now["storage"]:
+            raise CheckpointError(
+                f"--resume: --storage {now['storage']}, and the study was started with {there.get('storage')}"
+            )
 
     def begun_options(self) -> dict[str, Any] | None:
         """The options of a run that has no checkpoint to go on from yet, so that it begins anew; None if there is none.
@@ -315,7 +315,10 @@ def _held(folder: Path) -> Iterator[None]:
         try:
             free = filelock.lock_descriptor(lock.fileno(), blocking=False)
         except OSError:
-            print(f"{folder}: no locks there, so start no second run of this --name, nor --workers", flush=True)
+            print(
+                f"{folder}: locks do not work there: start no second run of this --name, and leave --workers out",
+                flush=True,
+            )
             free = True
         if not free:
             with lock:

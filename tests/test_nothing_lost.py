@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import Cli
@@ -26,8 +25,19 @@ import optuna_search
 import utils
 import visualization
 
-RUN = ["--data_dir", "digits", "--num_epochs", "2", "--steps_per_epoch", "2"]
+RUN = ["--data_dir", "digits", "--num_epochs", "2", "--steps_per_epoch", "2", "--batch_size", "8"]
 STUDY = ["--name", "A", *RUN, "--optuna_mode", "--n_trials", "1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_short() -> Iterator[None]:
+    """Runs without most of what they write at their end, which takes nine tenths of so short a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(visualization, "pictures", lambda results: ())
+        patch.setattr(optuna_search, "draw_study", lambda study, results: [])
+        patch.setattr(MPL, "doubtful", lambda work, results, predicted: {})
+        patch.setattr(MPL, "predict_others", lambda work, learners: {})
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +129,8 @@ def saved(cli: Cli) -> Path:
 
 
 def test_what_was_replaced_stays_until_a_run_ends_well_however_often_one_is_interrupted(trained):
-    best, table = (saved(trained) / "best_student.pth").read_bytes(), (results(trained) / "predictions.csv").read_bytes()
+    best = (saved(trained) / "best_student.pth").read_bytes()
+    table = (results(trained) / "predictions.csv").read_bytes()
     stopped(trained, "--name", "A", *RUN, "--overwrite", "--seed", "1")
     half = (saved(trained) / "best_student.pth").read_bytes()
     stopped(trained, "--name", "A", *RUN, "--overwrite", "--seed", "2")
@@ -242,8 +253,7 @@ def test_what_was_edited_by_hand_is_kept_beside_what_takes_its_place(trained):
         assert table.read_bytes() == written
     assert len([*results(trained).glob("*.edited*")]) == 2  # and of what nobody edited, nothing
     options.write_text(options.read_text() + "\n")
-    killed_at_the_end = pytest.MonkeyPatch.context()
-    with killed_at_the_end as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MPL, "conclude", lambda *_: die())
         trained.inside("--name", "A", *RUN, "--resume", check=143)
     assert (results(trained) / "config.edited.json").read_text().endswith("\n\n")
@@ -258,8 +268,7 @@ def test_a_search_never_goes_on_over_what_it_cannot_tell_to_be_its_study(searche
     config = results(searched) / "config.json"
     elsewhere = f"sqlite:///{searched.cwd}/typo.db"
     for prepare, options, message in (
-        (lambda: None, ["--storage", elsewhere], f"--storage {elsewhere} (there None)"),
-        (lambda: None, ["--seed", "1"], "--seed 1 (there 0)"),
+        (lambda: None, ["--storage", elsewhere], f"--storage {elsewhere}, and the study was started with None"),
         ((results(searched) / "study.db").unlink, [], "has no study A, though it has results"),
         (config.unlink, [], "is of no study"),
     ):
@@ -279,9 +288,11 @@ def test_a_study_whose_best_options_stay_is_not_trained_with_them_again(searched
 
 
 def test_a_studys_weights_are_kept_until_better_ones_are_there(searched, monkeypatch):
-    best, table = (saved(searched) / "best_student.pth").read_bytes(), (results(searched) / "predictions.csv").read_bytes()
+    best = (saved(searched) / "best_student.pth").read_bytes()
+    table = (results(searched) / "predictions.csv").read_bytes()
 
-    def search_on(config, data, features, train, results, begin):
+    def search_on(config, data, features, train, results, begin=lambda: None):
+        """More trials have found other options."""
         begin()
         return dataclasses.replace(config, lr=0.5)
 
@@ -319,6 +330,39 @@ def test_a_folder_that_cannot_be_labelled_leaves_the_lists_of_the_last_one(train
     label = ["--test_mode", "--load_path", "A", "--predict_dir", tmp_path / "bad"]
     trained.inside("--name", "labels", *label, "--overwrite", check=3)
     assert everything(trained) == before
+
+
+def opened(colours: Path, folder: Path, tables: int, *, bounded: bool, network: str = "one") -> features.FeatureSource:
+    """Features of the images, in a cache that may hold so many tables of them."""
+    index = images.check_images(images.find_images(str(colours)), None)
+    views = data.Views(images.Images(index, images.Preparation(16, 18)))
+    encoder = models.Encoder(models.build_backbone("wrn_10_1", "none", 16, seed=0), torch.device("cpu"), None)
+    room = tables * len(index) * features.row_type(encoder.n_features).itemsize / features.GIB
+    return features.open_features(
+        views, encoder, network, n_views=1, cache_dir=str(folder), cache_gb=room, bounded=bounded
+    )[0]
+
+
+def test_features_that_a_command_was_told_to_keep_make_room_only_for_one_that_is_told_otherwise(colours, tmp_path):
+    source = opened(colours, tmp_path, 100, bounded=True)
+    for view in range(3):
+        source("weak", [0], [view])
+    kept, source = source.folder, None
+    opened(colours, tmp_path, 4, bounded=False, network="another")
+    assert len([*kept.glob("*.f16")]) == 3
+    opened(colours, tmp_path, 4, bounded=True, network="another")
+    assert not kept.exists()
+
+
+def test_a_long_run_says_again_and_again_that_it_uses_its_features(colours, tmp_path, monkeypatch):
+    source = opened(colours, tmp_path, 100, bounded=True)
+    (user,) = source.folder.glob("used by *")
+    os.utime(user, (0, 0))
+    source("weak", [0], [0])
+    assert user.stat().st_mtime == 0
+    monkeypatch.setattr(features, "TOUCH_SECONDS", -1.0)
+    source("weak", [0], [0])
+    assert time.time() - user.stat().st_mtime < 60
 
 
 def test_a_picture_of_compared_runs_replaces_none_unasked(tmp_path, monkeypatch, capsys):
