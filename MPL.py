@@ -27,7 +27,7 @@ import signal
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -445,9 +445,15 @@ def train_networks(
         keeper = train.Keeper(*watched)
     else:
         about = checkpoints.about_run(config, found, work.architecture, inputs.preparation, saved)
-        keeper = checkpoints.SavingKeeper(*watched, folder=folder, about=about, tensorboard=config.tensorboard)
-        if last:
-            keeper.go_on(last.progress)
+        keeper = checkpoints.SavingKeeper(
+            *watched,
+            folder=folder,
+            about=about,
+            seconds=last.progress.seconds if last else 0.0,
+            tensorboard=config.tensorboard,
+        )
+    if last:  # every process goes on, if only the first one saves
+        checkpoints.go_on(keeper, last.progress)
     begin()
     batches = inputs.batches(plan.schedule, found.labels, keeper.done, plan.total_steps, num_workers=config.num_workers)
     return train.run_plan(plan, keeper, batches, signals, on_score=on_score)
@@ -585,7 +591,7 @@ def conclude(
     predicted, scores = score(work, learners)
     seconds = {"total": time.perf_counter() - began, "train": seconds_train if trained else 0.0}
     seconds["test"] = seconds["total"] - seconds_train
-    figures = figures_of(work, learners, predicted, scores, defaults, seconds)
+    figures = figures_of(work, trained, learners, predicted, scores, defaults, seconds)
     with attempts.attempt("metrics.json"):
         utils.write_json(results / "metrics.json", figures)
         write_config(config, folder)  # a study's is the best; and one gone on with may be exported now
@@ -636,6 +642,7 @@ def conclude(
 
 def figures_of(
     work: Work,
+    trained: Mapping[str, models.Learner] | None,
     learners: Mapping[str, models.Learner],
     predicted: Mapping[str, predict.Predicted],
     scores: Scores,
@@ -646,15 +653,17 @@ def figures_of(
     config, labels, saved = work.start.config, work.data.labels, work.start.saved
     rows = {part: each.rows for part, each in predicted.items()}
     final = {part: train.final(each.probabilities).numpy() for part, each in predicted.items()}
-    trained = saved.trained if saved and config.mode == "test" else checkpoints.learned_from(config, work.data, saved)
+    tested = saved if config.mode == "test" else None
+    trainings = tested.trainings if tested else checkpoints.learned_from(config, work.data, saved)
     changed, usual = args.changed(config.options())
     return {
         "mode": config.mode,
         "dataset": work.data.index.name,
         "model_name": config.model_name,
         "counts": work.data.split.counts() | {part: len(each) for part, each in rows.items()},
-        "trained": dataclasses.asdict(trained),
-        "networks": list(learners),
+        "trainings": [dataclasses.asdict(training) for training in trainings],
+        "learned_from": checkpoints.describe(trainings, work.data.index.name),
+        "networks": {name: "trained" if name in (trained or ()) else "loaded" for name in learners},
         "test": scores["test"],
         "val": scores["val"],
         **({} if defaults is None else {"defaults": defaults}),
@@ -695,69 +704,53 @@ def commands(config: Config, dataset: str) -> dict[str, str]:
     return lines | {"label a folder of images": follow("labels", "test_mode", predict_dir="FOLDER")}
 
 
-def doubtful(
-    work: Work, results: Path, predicted: Mapping[str, predict.Predicted], most: int = 24
-) -> dict[str, Callable[[], Path]]:
-    """What draws mistakes.png, the test images that are wrong most confidently, and disagreements.png, those of any
-    test or unlabelled images on which the networks are of different opinions most confidently; without such images,
+def doubtful(work: Work, results: Path, predicted: Mapping[str, predict.Predicted]) -> dict[str, Callable[[], Path]]:
+    """What draws mistakes.png, test images, and disagreements.png, test and unlabelled ones; without such images,
     nothing."""
     import visualization
 
     index = work.data.index
     names, key = visualization.drawable(index.classes)
-
-    def between(before: str, label: int, after: str = "") -> str:
-        room = visualization.CAPTION - len(before) - len(after)
-        return before + visualization.shortened(names[label], room) + after
-
     rows, test, _ = predicted["test"]
-    confidence, choice = (each.numpy() for each in train.final(test).max(-1))
-    wrong = np.flatnonzero(choice != index.labels[rows])
-    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:most]
-    grids = {
-        "mistakes.png": (
-            "Test images that are wrong most confidently",
-            rows[wrong],
-            [
-                between("is ", index.labels[rows[i]]) + "\n" + between("not ", choice[i], f" ({confidence[i]:.0%})")
-                for i in wrong
-            ],
-        )
+    p, truth = train.final(test).numpy(), index.labels[rows]
+    wrong = visualization.most_confident_mistakes(p, truth)
+    captions = visualization.mistake_captions(p[wrong], truth[wrong], names, [index.paths[i] for i in rows[wrong]])
+    grids = {"mistakes.png": ("Test images that are wrong most confidently", rows[wrong], captions)}
+    looked_at = [predicted[part] for part in ("test", "unlabeled") if part in predicted]
+    rows = np.concatenate([each.rows for each in looked_at])
+    votes = {
+        name: np.concatenate([each.probabilities[name].numpy() for each in looked_at])
+        for name in test
+        if name != "ensemble"
     }
-    voters = [name for name in test if name != "ensemble"]
-    if len(voters) > 1:
-        looked_at = [predicted[part] for part in ("test", "unlabeled") if part in predicted]
-        rows = np.concatenate([each.rows for each in looked_at])
-        p = [np.concatenate([each.probabilities[name].numpy() for each in looked_at]) for name in voters]
-        votes = np.stack([each.argmax(1) for each in p])
-        surety = np.min([each.max(1) for each in p], axis=0)
-        split_votes = np.flatnonzero((votes != votes[0]).any(0))
-        split_votes = split_votes[np.argsort(-surety[split_votes], kind="stable")][:most]
-        grids["disagreements.png"] = (
-            "Images on which the networks disagree most confidently",
-            rows[split_votes],
-            [
-                "\n".join(
-                    between(f"{voter.replace('_', ' ')}: ", v) for voter, v in zip(voters, votes[:, i], strict=True)
-                )
-                for i in split_votes
-            ],
-        )
+    if len(votes) > 1:
+        disputed = visualization.most_confident_disagreements(votes)
+        paths = [index.paths[i] for i in rows[disputed]]
+        of_disputed = {name: own[disputed] for name, own in votes.items()}
+        captions = visualization.disagreement_captions(of_disputed, names, paths)
+        title = "Images on which the networks disagree most confidently"
+        grids["disagreements.png"] = (title, rows[disputed], captions)
+    return {
+        name: functools.partial(draw_grid, work, chosen, captions, title + key, results / name)
+        for name, (title, chosen, captions) in grids.items()
+        if len(chosen)
+    }
 
-    def draw(name: str) -> Path:
-        title, chosen, captions = grids[name]
-        pictures, shown = [], []
-        for i, caption in zip(chosen.tolist(), captions, strict=True):
-            with contextlib.suppress(DataError):  # predicted from kept features, though the file is gone
-                pictures.append(work.inputs.views("plain", [i], [0])[0].permute(1, 2, 0).numpy())
-                shown.append(f"{caption}\n{visualization.file_caption(index.paths[i])}")
-        if not shown:
-            raise ValueError("none of its images can be read any more")
-        if len(shown) < len(chosen):
-            print(f"{name} lacks {utils.counted(len(chosen) - len(shown), 'image')} that can no longer be read")
-        return visualization.draw_images(np.stack(pictures), shown, title + key, results / name)
 
-    return {name: functools.partial(draw, name) for name, (_, chosen, _) in grids.items() if len(chosen)}
+def draw_grid(work: Work, rows: np.ndarray, captions: Sequence[str], title: str, path: Path) -> Path:
+    """Draw those of the images that can still be read: they may have been predicted from kept features."""
+    import visualization
+
+    pictures, shown = [], []
+    for i, caption in zip(rows.tolist(), captions, strict=True):
+        with contextlib.suppress(DataError):
+            pictures.append(work.inputs.views("plain", [i], [0])[0].permute(1, 2, 0).numpy())
+            shown.append(caption)
+    if not shown:
+        raise ValueError("none of its images can be read any more")
+    if len(shown) < len(rows):
+        print(f"{path.name} lacks {utils.counted(len(rows) - len(shown), 'image')} that can no longer be read")
+    return visualization.draw_images(np.stack(pictures), shown, title, path)
 
 
 def draw_samples(work: Work, columns: int = 8, views: int = 2) -> None:

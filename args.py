@@ -570,8 +570,8 @@ HARMLESS_TO_A_STUDY = (*HARMLESS, "name", "n_trials", "timeout", "workers", "sto
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """The options that make a run another experiment, which its name, seed, mode and checkpoint do not."""
-    about_the_run = ("name", "seed", "load_path", "load_best", "n_trials", "timeout", *MODES, *HARMLESS)
+    """The options that make a run another experiment, which its name, seed and mode do not."""
+    about_the_run = ("name", "seed", "load_best", "n_trials", "timeout", *MODES, *HARMLESS)
     return {key: value for key, value in config.options().items() if key not in about_the_run}
 
 

@@ -435,14 +435,14 @@ def read_checked(path: Path) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
-    """What networks have learned from: by which modes one after another, of what data set how many images."""
+class Training:
+    """One training of those that networks went through: in which mode, on how many images of what data set."""
 
-    by: list[str]
+    mode: str
+    dataset: str
     labeled: int
     unlabeled: int
     val: int
-    dataset: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -467,7 +467,7 @@ class Checkpoint:
     split: Manifest
     backbone: Origin
     preparation: Preparation
-    trained: Trained
+    trainings: list[Training]
     data_dir: str  # real paths
     unlabeled_dir: str | None
 
@@ -496,22 +496,32 @@ def about_run(
         split=manifest(data.index, data.split, saved.split if saved else None),
         backbone=architecture.origin,
         preparation=preparation,
-        trained=learned_from(config, data, saved),
+        trainings=learned_from(config, data, saved),
         data_dir=os.path.realpath(data.index.root),
         unlabeled_dir=os.path.realpath(resolve_path(config.unlabeled_dir)) if config.unlabeled_dir else None,
     )
 
 
-def learned_from(config: Config, data: Data, saved: Checkpoint | None) -> Trained:
+def learned_from(config: Config, data: Data, saved: Checkpoint | None) -> list[Training]:
     """What the networks of a training have learned from, and before it those of the checkpoint that it started from."""
     counts = data.split.counts()
-    before, unlabeled = (saved.trained.by, saved.trained.unlabeled) if saved else ([], 0)
-    return Trained(
-        by=[*before, mode_of(config)],
-        labeled=counts["labeled"],
-        unlabeled=unlabeled if config.finetune_mode else counts["unlabeled"],
-        val=counts["val"],
-        dataset=data.index.name,
+    unlabeled = 0 if config.finetune_mode else counts["unlabeled"]
+    now = Training(mode_of(config), data.index.name, counts["labeled"], unlabeled, counts["val"])
+    return [*(saved.trainings if saved else ()), now]
+
+
+def describe(trainings: Sequence[Training], dataset: str) -> str:
+    """What networks have learned from, in words: ``53 labels and 1,600 images without``.
+
+    Args:
+        dataset: the one that goes without saying, if every training was on it.
+    """
+    elsewhere = any(each.dataset != dataset for each in trainings)
+    return ", then ".join(
+        f"{each.labeled:,} label{'s' * (each.labeled != 1)}"
+        + f" of {each.dataset}" * elsewhere
+        + f" and {each.unlabeled:,} image{'s' * (each.unlabeled != 1)} without" * bool(each.unlabeled)
+        for each in trainings
     )
 
 
@@ -524,7 +534,7 @@ def _plain(value: Any) -> Any:
     """A value with dataclasses made dictionaries, for files that hold plain types alone."""
     if dataclasses.is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return value
+    return [_plain(each) for each in value] if isinstance(value, list) else value
 
 
 def load_best(path: Path) -> BestCheckpoint:
@@ -571,7 +581,7 @@ def _typed(state: dict[str, Any]) -> dict[str, Any]:
         "split": _typed_manifest(state["split"]),
         "backbone": Origin(**state["backbone"]),
         "preparation": Preparation(**{key: _hashable(value) for key, value in state["preparation"].items()}),
-        "trained": Trained(**state["trained"]),
+        "trainings": [Training(**each) for each in state["trainings"]],
         "data_dir": state["data_dir"],
         "unlabeled_dir": state["unlabeled_dir"],
     }
@@ -667,19 +677,21 @@ def choose_checkpoint(config: Config) -> tuple[Path, BestCheckpoint]:
 class SavingKeeper(Keeper):
     """Keeps a training in the run folder: ``history.csv``, the best weights, and the state to go on from."""
 
-    def __init__(self, *watched: Any, folder: RunFolder, about: Checkpoint, tensorboard: bool = False) -> None:
+    def __init__(
+        self, *watched: Any, folder: RunFolder, about: Checkpoint, seconds: float = 0.0, tensorboard: bool = False
+    ) -> None:
         """
         Args:
             watched: as for :class:`train.Keeper`.
             about: what every checkpoint says of the run.
+            seconds: of training in earlier processes, which this one goes on from.
             tensorboard: log every epoch for TensorBoard as well.
         """
         super().__init__(*watched)
         self.folder, self.about, self.tensorboard = folder, about, tensorboard
         self.log: Any = None
-        self.began = self.saved_at = time.perf_counter()
-        self.pause = SAVE_SECONDS
-        self.seconds_before = 0.0  # of training, in the processes that this one goes on from
+        self.saved_at, self.pause = time.perf_counter(), SAVE_SECONDS
+        self.began = self.saved_at - seconds
         self.best_written = -1  # the epoch whose weights are in the file
 
     def close_epoch(self, epoch: int, players: tuple[str, ...], means: Mapping[str, float]) -> float:
@@ -704,7 +716,7 @@ class SavingKeeper(Keeper):
         self.meter.require_finite(self.learners)
         progress = Progress(
             steps_done=done,
-            seconds=self.seconds_before + began - self.began,
+            seconds=began - self.began,
             learners={name: learner.state_dict() for name, learner in self.learners.items()},
             sums=dict(self.meter.sums),
             counts=dict(self.meter.counts),
@@ -757,14 +769,14 @@ class SavingKeeper(Keeper):
         self.save(self.done)
         return super().finish()
 
-    def go_on(self, progress: Progress) -> None:
-        """Take up a run where its last checkpoint left it."""
-        for name, learner in self.learners.items():
-            learner.load_state_dict(progress.learners[name])
-        self.history, self.best, self.done = progress.history, progress.best, progress.steps_done
-        self.seconds_before = progress.seconds
-        device = next(iter(self.learners.values())).device
-        self.meter = Meter({key: value.to(device) for key, value in progress.sums.items()}, progress.counts)
+
+def go_on(keeper: Keeper, progress: Progress) -> None:
+    """Take up a training where its last checkpoint left it."""
+    for name, learner in keeper.learners.items():
+        learner.load_state_dict(progress.learners[name])
+    keeper.history, keeper.best, keeper.done = progress.history, progress.best, progress.steps_done
+    device = next(iter(keeper.learners.values())).device
+    keeper.meter = Meter({key: value.to(device) for key, value in progress.sums.items()}, progress.counts)
 
 
 def open_tensorboard(folder: Path) -> Any:

@@ -164,7 +164,8 @@ def validation_folds(config: Config, data: Data, features: mixture.Features) -> 
 def fold_splits(split: Split, labels: np.ndarray, contents: np.ndarray, n: int, seed: int) -> list[Split]:
     """The split with its labelled and validation images dealt anew, ``n`` times, so that each is validated on once.
 
-    Classes are spread evenly and copies of one image (equal ``contents``) stay together.
+    Classes are spread evenly and copies of one image (equal ``contents``) stay together: unlabelled ones of an image
+    that is validated on are not used.
     """
     from sklearn.model_selection import StratifiedGroupKFold  # late: it takes seconds to import
 
@@ -172,7 +173,18 @@ def fold_splits(split: Split, labels: np.ndarray, contents: np.ndarray, n: int, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of classes with fewer images than folds
         dealt = list(StratifiedGroupKFold(n, shuffle=True, random_state=seed).split(pool, labels[pool], contents[pool]))
-    return [dataclasses.replace(split, labeled=pool[rest], val=pool[held_out]) for rest, held_out in dealt]
+    folds = []
+    for rest, held_out in dealt:
+        is_copy = np.isin(contents[split.unlabeled], contents[pool[held_out]])
+        fold = dataclasses.replace(
+            split,
+            labeled=pool[rest],
+            unlabeled=split.unlabeled[~is_copy],
+            val=pool[held_out],
+            unused=np.union1d(split.unused, split.unlabeled[is_copy]),
+        )
+        folds.append(fold)
+    return folds
 
 
 def score_trial(trial: optuna.Trial, folds: Sequence[Fold], train: Train) -> float:
@@ -429,65 +441,22 @@ def search(
     winner = max(finished, key=lambda trial: trial.value or 0.0)
     best = suggest(optuna.trial.FixedTrial(winner.params), config, total_steps)
     utils.write_json(results / BEST_PARAMS, {name: getattr(best, name) for name in SPACE})
+    import visualization  # only now: only who reports draws, and its import takes seconds of start-up
+
     try:
-        draw_study(budget.study, results)
+        visualization.draw_study(budget.study, results)
     except Exception as error:  # whatever a library raises: the best options are what counts
         print(f"pictures of the search could not be drawn: {' '.join(f'{type(error).__name__}: {error}'.split())}")
     n_pruned, took = len(budget.trials(TrialState.PRUNED)), time.monotonic() - began
     print(f"{len(finished)} trials finished and {n_pruned} pruned in {took:.0f} s, best score {winner.value:.1%}")
     print(f"to look around: pip install optuna-dashboard && optuna-dashboard {args.without_password(url)}")
-    print(f"to train with the best options: python MPL.py --params {results / BEST_PARAMS}")
+    print(f"to train with the best options: {command_with(results / BEST_PARAMS, config)}")
     return best
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-
-
-def draw_study(study: optuna.Study, results: Path) -> list[Path]:
-    """Write pictures of the study: its history and timeline and, where they can be told, the parameters' importances,
-    slices and parallel coordinates."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator, NullLocator
-    from optuna.visualization import matplotlib as pictures
-
-    drawings: dict[str, Callable[..., Any]] = {
-        "history": pictures.plot_optimization_history,
-        "timeline": pictures.plot_timeline,
-    }
-    if study.best_params:
-        drawings |= {"slices": pictures.plot_slice}
-    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    if len({trial.value for trial in complete}) > 1 and len(study.best_params) > 1:
-        most_important = list(optuna.importance.get_param_importances(study))[:6]  # more could not be read
-        drawings |= {
-            "importances": pictures.plot_param_importances,
-            "parallel": functools.partial(pictures.plot_parallel_coordinate, params=most_important),
-        }
-    written = []
-    with warnings.catch_warnings(), plt.rc_context({"figure.figsize": (8, 4.5)}):
-        warnings.simplefilter("ignore")
-        for name, draw in drawings.items():
-            axes = np.atleast_1d(draw(study))
-            figure = axes.flat[0].figure
-            if name in ("slices", "parallel"):
-                figure.set_size_inches(max(8, 2.8 * len(axes.flat)) if name == "slices" else 12, 4.5)
-                axes.flat[0].title.set_visible(name == "parallel")
-                for each in figure.axes:
-                    each.tick_params(axis="x", labelrotation=45)
-                    if name == "slices" and each.get_xscale() == "log":
-                        each.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-                        each.xaxis.set_major_formatter("{x:g}")
-                        each.xaxis.set_minor_locator(NullLocator())
-                figure.align_xlabels()
-            if name == "parallel":
-                for each in figure.axes:
-                    each.grid(False)
-                    plt.setp(each.get_yticklabels(which="both"), bbox={"facecolor": "white", "alpha": 0.8, "pad": 1})
-            written.append(results / f"optuna_{name}.png")
-            figure.savefig(written[-1], dpi=120, bbox_inches="tight", pad_inches=0.12)
-            plt.close("all")
-    return written
+def command_with(params: Path, config: Config) -> str:
+    """The command that trains with the options in a file and those that were given to the search."""
+    of_search = [spec.name for spec in dataclasses.fields(Config) if spec.metadata.get("group") == "tuning"]
+    left_out = (*args.OF_ONE_RUN, *of_search, "optuna_mode")
+    given = {key: getattr(config, key) for key in config.given if key not in left_out}
+    return args.written(given | {"params": params})

@@ -39,20 +39,20 @@ def soft_target(logits: torch.Tensor, temperature: float, threshold: float) -> t
     return p, (p.amax(-1) >= threshold).float()
 
 
-def consistency_loss(kind: str, logits_us: torch.Tensor, p: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def consistency_loss(kind: str, logits_us: torch.Tensor, p: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """How far the strong view's prediction is from the weak view's: mean over all U of ``mask`` times
     cross-entropy (``CE``) or negative cosine similarity of the probabilities (``cos``). Gradient flows in both.
 
     Args:
         logits_us: [U, C] float32.
         p: [U, C] target probabilities.
-        mask: [U] 0 or 1.
+        mask: [U] 0 or 1; None: all count.
     """
     if kind == "CE":
         each = -(p * logits_us.log_softmax(-1)).sum(-1)
     else:
         each = -F.cosine_similarity(p, logits_us.softmax(-1), dim=-1)
-    return (mask * each).mean()
+    return each.mean() if mask is None else (mask * each).mean()
 
 
 def consistency_weight(lambda_u: float, step: int, uda_steps: int) -> float:
@@ -162,9 +162,9 @@ class Settings:
     label_smoothing: float = 0.0
 
 
-# Of a teacher, a batch and the teacher's logits [P, C] of the views that get pseudo labels: the distributions [P, C] that
-# these are pulled to and which of them count, [P].
-Aim = Callable[[Learner, Batch, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# Of a teacher, a batch and the teacher's logits [P, C] of the views that get pseudo labels: the distributions [P, C]
+# that these are pulled to and which of them count, [P]; None where no threshold decides, so that all do.
+Aim = Callable[[Learner, Batch, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 def uda_loss(
@@ -188,7 +188,8 @@ def uda_loss(
     loss_u = consistency_loss(settings.unsupervised, logits_u, p, mask)
 
     weight = consistency_weight(settings.lambda_u, step, settings.uda_steps)
-    return loss_l + weight * loss_u, aligned_u, detached({}, loss_l=loss_l, loss_u=loss_u, mask_rate=mask.mean())
+    measured = detached({} if mask is None else {"mask_rate": mask.mean()}, loss_l=loss_l, loss_u=loss_u)
+    return loss_l + weight * loss_u, aligned_u, measured
 
 
 def mpl_step(
@@ -202,7 +203,8 @@ def mpl_step(
     the labels it gave more likely.
 
     Returns:
-        Scalars on the device: loss_l, loss_u, mask_rate, loss_s, loss_mpl and h.
+        Scalars on the device: loss_l, loss_u, loss_s, loss_mpl, h and, where a threshold decides which images count,
+        mask_rate.
     """
     # What the teacher learns by itself, and what it says of the views that it is to label.
     x_u = batch.x_u  # [P, ...]
@@ -293,13 +295,13 @@ def own_aim(temperature: float, threshold: float, prior: torch.Tensor | None = N
 
 
 def target_aim(prior: torch.Tensor | None = None) -> Aim:
-    """Every view is pulled to the ``target`` that its batch brings along."""
+    """Every view is pulled to the ``target`` that its batch brings along, however confident the teacher is."""
 
     def aim(teacher: Learner, batch: Batch, logits_u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         assert batch.target is not None, "this aim goes with batches that have a target"
         p = batch.target.repeat(len(logits_u) // len(batch.target), 1)
         align(teacher, logits_u[-len(batch.x_uw) :], prior)
-        return p, torch.ones_like(p[:, 0])
+        return p, None
 
     return aim
 
@@ -321,7 +323,7 @@ def align(teacher: Learner, logits_uw: torch.Tensor, prior: torch.Tensor | None)
         return
     share = (logits_uw.detach() + teacher.offset).softmax(-1).mean(0)
     distributed.average([share])
-    teacher.offset = teacher.offset + ALIGNMENT_RATE * (prior / share.clamp_min(1e-3)).log()
+    teacher.offset = teacher.offset + ALIGNMENT_RATE * (prior.to(share.device) / share.clamp_min(1e-3)).log()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def in_short() -> Iterator[None]:
     """Runs without most of what they write at their end, which takes nine tenths of so short a run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(visualization, "pictures", lambda results: ())
-        patch.setattr(optuna_search, "draw_study", lambda study, results: [])
+        patch.setattr(visualization, "draw_study", lambda study, results: [])
         patch.setattr(MPL, "doubtful", lambda work, results, predicted: {})
         patch.setattr(MPL, "predict_others", lambda work, learners: {})
         yield
