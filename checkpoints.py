@@ -1,6 +1,6 @@
 """What a run keeps: its folder and the lock on it, checkpoint files, the state that it goes on from.
 
-Only what this very run has made is ever removed.
+What a run replaces is set aside, and removed when a run of that name has ended well; nothing else ever is.
 """
 
 import contextlib
