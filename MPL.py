@@ -111,7 +111,7 @@ class Start(NamedTuple):
     loaded: Path | None = None  # the checkpoint that gives split and weights ...
     saved: BestCheckpoint | None = None  # ... and what it holds
     last: LastCheckpoint | None = None  # the checkpoint that the run goes on from
-    last_version: tuple[int, ...] = ()  # which it was
+    last_version: tuple[int, ...] = ()  # which it was; () if there was none
     keep: bool = False  # whether it goes on with what is in the folder, if only with its beginning
 
 
@@ -141,24 +141,23 @@ def _find_start(config: Config, agents: list[tuple[str, int, float]]) -> Start:
     folder = RunFolder.named(config.output_dir, dataset, name)
     if distributed.restarted() and distributed.tell(folder.begun_by(agents)):
         config = dataclasses.replace(config, resume=True, overwrite=False)
-    start = Start(config, folder, agents, loaded, saved)
-    if loaded and config.mode != "test" and loaded.resolve().parent == folder.checkpoints.resolve():
+    path = folder.checkpoints / checkpoints.LAST
+    start = Start(config, folder, agents, loaded, saved, last_version=checkpoints.version(path))
+    if loaded and config.mode != "test" and folder.checkpoints.resolve() in loaded.resolve().parents:
         raise CheckpointError(f"--name {config.name} is the run that --load_path names: give this one another")
     if not config.resume:
         return start
     if config.mode == "optuna" and (config.storage or any(folder.written().values())):
-        folder.require_study()
+        folder.require_study(config)
         return start._replace(keep=True)
     if config.mode == "test":  # which torchrun has started anew
         return start._replace(keep=True)
-    path = folder.checkpoints / checkpoints.LAST
-    if path.exists():
-        version = checkpoints.version(path)
+    if start.last_version:
         last = checkpoints.load_last(path)
         args.require_same(config, last.config)
         if (there := folder.options()) is not None:
             args.require_same(config, there)
-        return start._replace(last=last, last_version=version, keep=True)
+        return start._replace(last=last, keep=True)
     begun = folder.begun_options()
     if begun is not None:
         args.require_same(config, begun)
@@ -314,6 +313,7 @@ def open_inputs(
         n_kept=n_averaged(config) if config.views or config.targets == "mixture" else 0,
         cache_dir=config.cache_dir,
         cache_gb=config.cache_gb,
+        bounded="cache_gb" in config.given,
     )
 
 
@@ -346,18 +346,17 @@ def lead(work: Work, signals: Signals, began: float) -> None:
     try:
         with contextlib.ExitStack() as stack:
             with distributed.failure_told():
-                spare = [Path(path) for path in (start.loaded, config.params) if path]
+                spare = Path(config.params).expanduser() if config.params else None
                 claim = folder.claim(
                     keep=start.keep, overwrite=config.overwrite, trains=config.mode != "test", spare=spare
                 )
-                set_aside_old = stack.enter_context(claim)
-                last = folder.checkpoints / checkpoints.LAST
-                if start.last and checkpoints.version(last) != start.last_version:
+                begin_in_folder = stack.enter_context(claim)
+                if checkpoints.version(folder.checkpoints / checkpoints.LAST) != start.last_version:
                     raise CheckpointError(f"{folder.results}: another process has just gone on with it: try again")
 
             def begin() -> None:
                 """From here on the folder is this run's."""
-                set_aside_old()
+                begin_in_folder()
                 folder.note_agents(start.agents)
                 write_beginning(work)
 
@@ -386,19 +385,18 @@ def carry_out(work: Work, begin: Callable[[], None], signals: Signals, began: fl
     if config.mode == "optuna":
         import optuna_search
 
-        begin()
-        tuned = optuna_search.search(
-            config, work.data, work.features, functools.partial(train_trial, work, signals), folder.results
-        )
+        train_one = functools.partial(train_trial, work, signals)
+        tuned = optuna_search.search(config, work.data, work.features, train_one, folder.results, begin)
         print("training once with the options as given, and once with the best:")
         _, defaults = score(work, train_networks(work, signals))
-        work = work._replace(start=work.start._replace(config=tuned))
-        write_config(tuned, folder)
+        work = work._replace(start=work.start._replace(config=tuned, last=folder.take_up(tuned)))
         trained = train_networks(work, signals, folder)
     elif config.mode == "test":
         begin()
     else:
         trained = train_networks(work, signals, folder, begin=begin)
+    if work.start.last:
+        began -= work.start.last.progress.seconds  # those of earlier processes count as well
     conclude(work, trained, defaults, began, time.perf_counter() - began)
 
 
@@ -448,7 +446,13 @@ def train_networks(
         keeper = train.Keeper(*watched)
     else:
         about = checkpoints.about_run(config, found, work.architecture, inputs.preparation, saved)
-        keeper = checkpoints.SavingKeeper(*watched, folder=folder, about=about, tensorboard=config.tensorboard)
+        keeper = checkpoints.SavingKeeper(
+            *watched,
+            folder=folder,
+            about=about,
+            seconds=last.progress.seconds if last else 0.0,
+            tensorboard=config.tensorboard,
+        )
     if last:  # every process goes on, if only the first one saves
         checkpoints.go_on(keeper, last.progress)
     begin()
@@ -494,7 +498,7 @@ def label_folder(
     paths, notes = images.find_unlabeled("--predict_dir", predict_dir, checkpoints.own_folders(config.output_dir))
     for line in notes:
         print(line)
-    with folder.claim(keep=start.keep, overwrite=config.overwrite, trains=False) as set_aside_old:
+    with folder.claim(keep=start.keep, overwrite=config.overwrite, trains=False) as begin:
         index = images.Index(
             name=images.dataset_name(config.data_dir),
             root=Path("/"),
@@ -509,7 +513,7 @@ def label_folder(
         learners = loaded_learners(config, saved, architecture, inputs)
         print(f"{utils.counted(len(index), 'image')} in {predict_dir}, {' and '.join(learners)} of {config.load_path}")
         predict.label_folder(stream, learners, inputs, folder.results, what=what)
-        set_aside_old()
+        begin()
         write_config(config, folder)
 
 
@@ -581,7 +585,8 @@ def conclude(
     import report  # only now: what draws takes seconds to import
     import visualization
 
-    config, results = work.start.config, work.start.folder.results
+    config, folder, results = work.start.config, work.start.folder, work.start.folder.results
+    (results / checkpoints.WRITTEN).unlink(missing_ok=True)
     attempts = Attempts(config.batch_size, debug=config.debug)
     work, learners = ready_to_test(work, trained)
     predicted, scores = score(work, learners)
@@ -590,6 +595,7 @@ def conclude(
     figures = figures_of(work, trained, learners, predicted, scores, defaults, seconds)
     with attempts.attempt("metrics.json"):
         utils.write_json(results / "metrics.json", figures)
+        write_config(config, folder)  # a study's is the best; and one gone on with may be exported now
     with attempts.attempt("predictions.csv"):
         predicted |= predict_others(work, learners)
     with attempts.attempt("predictions.csv"):
@@ -629,7 +635,9 @@ def conclude(
     print(report.result_table(figures))
     print(f"pictures and tables: {results}/ ({', '.join(path.name for path in written)})")
     if trained:
-        print(f"checkpoint: {work.start.folder.checkpoints / checkpoints.BEST}")
+        print(f"checkpoint: {folder.checkpoints / checkpoints.BEST}")
+    with attempts.attempt("what was written", needed=False):
+        folder.note_written()
     attempts.close()
 
 

@@ -36,6 +36,8 @@ TAG = "CACHEDIR.TAG"  # marks a folder that this cache has made, for backup prog
 TAGGED = b"""Signature: 8a477f597d28d172789f06886806bc55
 # Features of images, kept by TransferMPL. They may be removed: what is needed is computed again.
 """
+BOUND = "cache_gb"  # the file with the largest bound that a command which used the folder was given
+TOUCH_SECONDS = 3600.0  # how often a run says that it still uses a folder
 DIGESTS = "images"  # the file that says whose features a folder holds: the images' digests in the order of the rows
 
 
@@ -62,9 +64,10 @@ class FeatureCache(FeatureSource):
         """
         super().__init__(views, encoder)
         self.folder, self.others = folder, others
-        user = folder / f"used by {platform.node()} {os.getpid()}"
-        user.touch()
-        weakref.finalize(self, _leave, user, os.getpid())
+        self.user = folder / f"used by {platform.node()} {os.getpid()}"
+        self.user.touch()
+        self.touched = time.monotonic()
+        weakref.finalize(self, _leave, self.user, os.getpid())
         self.row = row_type(encoder.n_features)
         index = views.images.index
         self.digests, self.rows = index.distinct_digests, index.contents
@@ -72,6 +75,10 @@ class FeatureCache(FeatureSource):
         self.verified: dict[str, np.ndarray] = {}
 
     def __call__(self, kind: str, indices: Rows, draws: Rows) -> torch.Tensor:
+        if time.monotonic() - self.touched > TOUCH_SECONDS:
+            with contextlib.suppress(OSError):
+                self.user.touch()
+            self.touched = time.monotonic()
         indices, draws = np.asarray(indices), np.asarray(draws)
         rows = self.rows[indices]
         features = np.empty((len(indices), self.encoder.n_features), dtype=np.float32)
@@ -178,13 +185,21 @@ def _leave(user: Path, pid: int) -> None:
 
 
 def open_features(
-    views: Views, encoder: Encoder, fingerprint: str, *, n_views: int, cache_dir: str | None, cache_gb: float
+    views: Views,
+    encoder: Encoder,
+    fingerprint: str,
+    *,
+    n_views: int,
+    cache_dir: str | None,
+    cache_gb: float,
+    bounded: bool = True,
 ) -> tuple[FeatureSource, str]:
     """The source of features and a line that says what is kept where: of the images, and of ``n_views`` weak and as
     many strong views of each.
 
     With ``cache_gb`` 0 nothing is kept, nor where the cache cannot be written to. Features of other runs that were used
-    least recently are removed to stay within ``cache_gb`` GiB.
+    least recently are removed to stay within ``cache_gb`` GiB; unless that was given (``bounded``), within the largest
+    bound that any of the features there were kept with.
     """
     if not cache_gb:
         return FeatureSource(views, encoder), "features are computed whenever they are needed"
@@ -204,12 +219,15 @@ def open_features(
         for name, content in ((TAG, TAGGED), (DIGESTS, digests.tobytes())):
             if not (folder / name).exists():
                 write_atomically(folder / name, content)
+        if bounded:
+            write_atomically(folder / BOUND, str(max(cache_gb, _bound(folder))).encode())
         os.utime(folder)
         others = [each for each in root.glob(f"{network}-*") if each != folder]
         source = FeatureCache(views, encoder, folder, others)
         kept = _folder_bytes(folder)
         with contextlib.suppress(OSError):  # another process removes the same
-            _make_room(root, folder, cache_gb * GIB - max(needed, kept))
+            allowed = cache_gb if bounded else max([cache_gb, *map(_bound, filter(_is_ours, root.iterdir()))])
+            _make_room(root, folder, allowed * GIB - max(needed, kept))
     except (OSError, ResourceError) as error:
         reason = getattr(error.__cause__ or error, "strerror", error)
         return (
@@ -243,6 +261,14 @@ def _make_room(root: Path, keep: Path, allowed: float) -> None:
             del sizes[folder]
 
 
+def _bound(folder: Path) -> float:
+    """The largest bound that was given for a folder, in GiB; 0 if none was."""
+    try:
+        return float((folder / BOUND).read_text())
+    except (OSError, ValueError):
+        return 0.0
+
+
 def _is_ours(folder: Path) -> bool:
     try:
         return (folder / TAG).read_bytes() == TAGGED
@@ -266,7 +292,7 @@ def _is_used(user: Path) -> bool:
 def _remove(folder: Path) -> None:
     """Remove what the cache has written in one of its folders, the tag last, and the folder if that empties it."""
     with contextlib.suppress(OSError):  # open elsewhere, which Windows minds, or another process was faster
-        for pattern in ("*.f16", "*.tmp", "used by *[0-9]", DIGESTS, TAG):
+        for pattern in ("*.f16", "*.tmp", "used by *[0-9]", BOUND, DIGESTS, TAG):
             for path in folder.glob(pattern):
                 path.unlink()
         folder.rmdir()
@@ -331,6 +357,7 @@ def open_inputs(
     n_kept: int,
     cache_dir: str | None,
     cache_gb: float,
+    bounded: bool,
 ) -> Inputs:
     """The inputs of a run's networks: features of a frozen backbone, else the views themselves.
 
@@ -339,11 +366,20 @@ def open_inputs(
             learns as a whole stay in memory, as far as there is room.
         n_kept: of how many the features are kept.
         cache_dir, cache_gb: where, and how much (GiB).
+        bounded: whether the user gave that bound: else larger ones hold that were given before.
     """
     fingerprint = architecture.origin.fingerprint  # None if the backbone learns
     made = Views(images, keep=fingerprint is None and views > 0)
     if fingerprint is None:
         return Inputs(made, lambda *wanted: made(*wanted).to(device), lambda views: views, device, precision)
     encoder = Encoder(architecture.backbone, device, precision)
-    source, note = open_features(made, encoder, fingerprint, n_views=n_kept, cache_dir=cache_dir, cache_gb=cache_gb)
+    source, note = open_features(
+        made,
+        encoder,
+        fingerprint,
+        n_views=n_kept,
+        cache_dir=cache_dir,
+        cache_gb=cache_gb,
+        bounded=bounded,
+    )
     return Inputs(made, source, encoder, device, precision, note)

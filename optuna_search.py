@@ -34,6 +34,7 @@ from args import Config
 from data import Data, Split, fingerprint
 from train import make_plan
 
+BEST_PARAMS = "best_params.json"
 SMOOTHED_EPOCHS = 5  # a score is a mean over so many epochs: few validation images make a single one a matter of chance
 ENOUGH_TO_VALIDATE = 200  # images; with fewer, the labelled ones are validated on in turn
 HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 20  # after which a silent worker is taken for dead
@@ -227,15 +228,15 @@ def lock_from_the_start(engine: sqlalchemy.Engine) -> None:
 class Budget:
     """The slots of a study in a database, one a trial, and how they are taken and given back."""
 
-    def __init__(self, config: Config, url: str, images: str) -> None:
-        """Open the study called ``--name``, or make it.
+    def __init__(self, config: Config, url: str, images: str, *, known: bool = False) -> None:
+        """Open the study called ``--name``, or make it if it need not be ``known``.
 
         Args:
             images: what tells the data and their split from others (:func:`data.fingerprint`).
 
         Raises:
             UsageError: the database cannot be used.
-            CheckpointError: the study is one of other options or images.
+            CheckpointError: the study is one of other options or images, or not there.
         """
         self.config, self.url = config, url
         self.silent: dict[int, float] = {}  # trials without a first heartbeat, and when they were first seen
@@ -255,6 +256,11 @@ class Budget:
             raise utils.UsageError(f"--storage {args.without_password(url)}: cannot be used ({reason})") from error
         if sqlite:
             lock_from_the_start(self.storage.engine)
+        if known and config.name not in optuna.get_all_study_names(self.storage):
+            raise utils.CheckpointError(
+                f"{args.without_password(url)} has no study {config.name}, though it has results: put it back, or "
+                "start anew with --overwrite"
+            )
         parallel = config.workers > 1 or config.storage is not None
         options = {key: value for key, value in config.options().items() if key not in args.HARMLESS_TO_A_STUDY}
         self.study = optuna.create_study(
@@ -398,18 +404,31 @@ def join(config: Config, url: str, data: Data, features: mixture.Features, train
     budget.work(functools.partial(score_trial, folds=folds, train=train), time.monotonic() + config.timeout)
 
 
-def search(config: Config, data: Data, features: mixture.Features, train: Train, results: Path) -> Config:
+def search(
+    config: Config,
+    data: Data,
+    features: mixture.Features,
+    train: Train,
+    results: Path,
+    begin: Callable[[], None] = lambda: None,
+) -> Config:
     """Run the study, write ``best_params.json`` and its pictures. Returns the best trial's configuration.
 
     Args:
         features: those that the mixture learns from, of images by their places in the index.
+        begin: called before anything is written; once the database is known to work, if it is not in ``results``.
 
     Raises:
         DivergedError: no trial finished.
     """
     began = time.monotonic()
-    url = database(config, results)
-    budget = Budget(config, url, fingerprint(data.index, data.split))
+    url, images = database(config, results), fingerprint(data.index, data.split)
+    known = config.resume and (results / BEST_PARAMS).exists()
+    if config.storage is None:
+        begin()
+    budget = Budget(config, url, images, known=known)
+    if config.storage is not None:
+        begin()
     total_steps = make_plan(config, data.split).total_steps
     budget.fill(as_given(config, total_steps))
     folds, note = validation_folds(config, data, features)
@@ -421,7 +440,7 @@ def search(config: Config, data: Data, features: mixture.Features, train: Train,
         raise utils.DivergedError("no trial of the search finished: give --lr, or more --n_trials and --timeout")
     winner = max(finished, key=lambda trial: trial.value or 0.0)
     best = suggest(optuna.trial.FixedTrial(winner.params), config, total_steps)
-    utils.write_json(results / "best_params.json", {name: getattr(best, name) for name in SPACE})
+    utils.write_json(results / BEST_PARAMS, {name: getattr(best, name) for name in SPACE})
     import visualization  # only now: only who reports draws, and its import takes seconds of start-up
 
     try:
@@ -431,7 +450,7 @@ def search(config: Config, data: Data, features: mixture.Features, train: Train,
     n_pruned, took = len(budget.trials(TrialState.PRUNED)), time.monotonic() - began
     print(f"{len(finished)} trials finished and {n_pruned} pruned in {took:.0f} s, best score {winner.value:.1%}")
     print(f"to look around: pip install optuna-dashboard && optuna-dashboard {args.without_password(url)}")
-    print(f"to train with the best options: {command_with(results / 'best_params.json', config)}")
+    print(f"to train with the best options: {command_with(results / BEST_PARAMS, config)}")
     return best
 
 

@@ -201,7 +201,8 @@ class Stream:
 def label_folder(stream: Stream, learners: Mapping[str, Learner], inputs: Inputs, results: Path, *, what: str) -> None:
     """Write predictions.csv for every image of a folder.
 
-    The table appears when it is whole.
+    The table appears when it is whole, and then the list of files that cannot be read; where there was neither, that
+    list appears though there be no table.
 
     Args:
         stream: the folder's images, of which the ``inputs`` are made.
@@ -230,12 +231,14 @@ def label_folder(stream: Stream, learners: Mapping[str, Learner], inputs: Inputs
         if not counts:
             raise utils.DataError(f"{what}: no file in it can be read as an image")
 
+    table, listed = results / "predictions.csv", results / "bad_files.csv"
+    earlier = table.exists() or listed.exists()
     try:
-        utils.write_atomically(results / "predictions.csv", write)
+        utils.write_atomically(table, write)
+        earlier = False  # from here on it is replaced
     finally:
-        if bad:
-            listed = utils.BOM + utils.csv_bytes([("path", "reason"), *bad])
-            utils.write_atomically(results / "bad_files.csv", listed)
+        if bad and not earlier:
+            utils.write_atomically(listed, utils.BOM + utils.csv_bytes([("path", "reason"), *bad]))
     if bad:
         print(f"{utils.counted(len(bad), 'unreadable file')} left out and listed in bad_files.csv (first: {bad[0][1]})")
     seconds = time.perf_counter() - began

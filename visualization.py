@@ -630,14 +630,17 @@ def _draw_comparison(groups: dict[str, list[Run]], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="results/NAME")
-    parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the picture [compare.png]")
+    parser.add_argument("--out", type=Path, help="the picture [compare.png, if there is none yet]")
     options = parser.parse_args()
+    out = options.out or Path("compare.png")
     try:
-        print(compare(options.runs, options.out))
+        if options.out is None and out.exists():
+            raise utils.UsageError(f"{out} exists: --out {out} replaces it")
+        print(compare(options.runs, out))
     except utils.Failure as error:
         print(f"visualization.py: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"picture: {options.out}")
+    print(f"picture: {out}")
     return 0
 
 
