@@ -316,7 +316,7 @@ def align(teacher: Learner, logits_uw: torch.Tensor, prior: torch.Tensor | None)
         return
     share = (logits_uw.detach() + teacher.offset).softmax(-1).mean(0)
     distributed.average([share])
-    teacher.offset = teacher.offset + ALIGNMENT_RATE * (prior / share.clamp_min(1e-3)).log()
+    teacher.offset = teacher.offset + ALIGNMENT_RATE * (prior.to(share.device) / share.clamp_min(1e-3)).log()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
