@@ -16,7 +16,7 @@ import data
 import images
 from utils import DataError, UsageError, read_csv
 
-RUN = [*TINY, "--num_epochs", "2", "--warmup_epoch_num", "0"]
+RUN = [*TINY, "--num_epochs", "1", "--warmup_epoch_num", "0"]
 
 
 @pytest.fixture(scope="module")
