@@ -24,7 +24,7 @@ from args import Config
 from data import Batch, Data, Manifest, manifest
 from images import Preparation, find_images
 from models import Architecture, Learner, Origin, load_tensors
-from train import HISTORY, Keeper, Meter, mode_of
+from train import HISTORY, Best, Keeper, Meter, mode_of
 from utils import (
     BOM,
     CheckpointError,
@@ -361,24 +361,14 @@ def read_checked(path: Path) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
-    """What networks have learned from: by which modes one after another, of what data set how many images."""
+class Training:
+    """One training of those that networks went through: in which mode, on how many images of what data set."""
 
-    by: list[str]
+    mode: str
+    dataset: str
     labeled: int
     unlabeled: int
     val: int
-    dataset: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Best:
-    """The weights of a run's best epoch, by learner, and its validation score."""
-
-    epoch: int
-    score: float
-    highest: float  # of all epochs
-    learners: dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -402,7 +392,7 @@ class Checkpoint:
     split: Manifest
     backbone: Origin
     preparation: Preparation
-    trained: Trained
+    trainings: list[Training]
     data_dir: str  # real paths
     unlabeled_dir: str | None
 
@@ -431,22 +421,32 @@ def about_run(
         split=manifest(data.index, data.split, saved.split if saved else None),
         backbone=architecture.origin,
         preparation=preparation,
-        trained=learned_from(config, data, saved),
+        trainings=learned_from(config, data, saved),
         data_dir=os.path.realpath(data.index.root),
         unlabeled_dir=os.path.realpath(resolve_path(config.unlabeled_dir)) if config.unlabeled_dir else None,
     )
 
 
-def learned_from(config: Config, data: Data, saved: Checkpoint | None) -> Trained:
+def learned_from(config: Config, data: Data, saved: Checkpoint | None) -> list[Training]:
     """What the networks of a training have learned from, and before it those of the checkpoint that it started from."""
     counts = data.split.counts()
-    before, unlabeled = (saved.trained.by, saved.trained.unlabeled) if saved else ([], 0)
-    return Trained(
-        by=[*before, mode_of(config)],
-        labeled=counts["labeled"],
-        unlabeled=unlabeled if config.finetune_mode else counts["unlabeled"],
-        val=counts["val"],
-        dataset=data.index.name,
+    unlabeled = 0 if config.finetune_mode else counts["unlabeled"]
+    now = Training(mode_of(config), data.index.name, counts["labeled"], unlabeled, counts["val"])
+    return [*(saved.trainings if saved else ()), now]
+
+
+def describe(trainings: Sequence[Training], dataset: str) -> str:
+    """What networks have learned from, in words: ``53 labels and 1,600 images without``.
+
+    Args:
+        dataset: the one that goes without saying, if every training was on it.
+    """
+    elsewhere = any(each.dataset != dataset for each in trainings)
+    return ", then ".join(
+        f"{each.labeled:,} label{'s' * (each.labeled != 1)}"
+        + f" of {each.dataset}" * elsewhere
+        + f" and {each.unlabeled:,} image{'s' * (each.unlabeled != 1)} without" * bool(each.unlabeled)
+        for each in trainings
     )
 
 
@@ -459,7 +459,7 @@ def _plain(value: Any) -> Any:
     """A value with dataclasses made dictionaries, for files that hold plain types alone."""
     if dataclasses.is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return value
+    return [_plain(each) for each in value] if isinstance(value, list) else value
 
 
 def load_best(path: Path) -> BestCheckpoint:
@@ -506,7 +506,7 @@ def _typed(state: dict[str, Any]) -> dict[str, Any]:
         "split": _typed_manifest(state["split"]),
         "backbone": Origin(**state["backbone"]),
         "preparation": Preparation(**{key: _hashable(value) for key, value in state["preparation"].items()}),
-        "trained": Trained(**state["trained"]),
+        "trainings": [Training(**each) for each in state["trainings"]],
         "data_dir": state["data_dir"],
         "unlabeled_dir": state["unlabeled_dir"],
     }
@@ -642,7 +642,7 @@ class SavingKeeper(Keeper):
             sums=dict(self.meter.sums),
             counts=dict(self.meter.counts),
             history=self.history,
-            best=self._best(),
+            best=self.best,
         )
         save_checkpoint(self.folder.checkpoints / LAST, LastCheckpoint(**vars(self.about), progress=progress))
         try:  # what matters most is written
@@ -659,13 +659,9 @@ class SavingKeeper(Keeper):
 
     def save_best(self) -> None:
         """Write the weights of the best epoch so far, if they are not written yet."""
-        best = self._best()
-        if best is not None and best.epoch > self.best_written:
-            save_checkpoint(self.folder.checkpoints / BEST, BestCheckpoint(**vars(self.about), best=best))
-            self.best_written = best.epoch
-
-    def _best(self) -> Best | None:
-        return Best(**self.best) if "learners" in self.best else None
+        if self.best is not None and self.best.epoch > self.best_written:
+            save_checkpoint(self.folder.checkpoints / BEST, BestCheckpoint(**vars(self.about), best=self.best))
+            self.best_written = self.best.epoch
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
@@ -692,15 +688,14 @@ class SavingKeeper(Keeper):
         self.save(self.done)
         return super().finish()
 
-    def go_on(self, progress: Progress) -> None:
-        """Take up a run where its last checkpoint left it."""
-        for name, learner in self.learners.items():
-            learner.load_state_dict(progress.learners[name])
-        self.history, self.done = progress.history, progress.steps_done
-        if progress.best is not None:
-            self.best = vars(progress.best)
-        device = next(iter(self.learners.values())).device
-        self.meter = Meter({key: value.to(device) for key, value in progress.sums.items()}, progress.counts)
+
+def go_on(keeper: Keeper, progress: Progress) -> None:
+    """Take up a training where its last checkpoint left it."""
+    for name, learner in keeper.learners.items():
+        learner.load_state_dict(progress.learners[name])
+    keeper.history, keeper.best, keeper.done = progress.history, progress.best, progress.steps_done
+    device = next(iter(keeper.learners.values())).device
+    keeper.meter = Meter({key: value.to(device) for key, value in progress.sums.items()}, progress.counts)
 
 
 def open_tensorboard(folder: Path) -> Any:

@@ -136,7 +136,8 @@ def any_rank(flag: bool) -> bool:
 
 def _where_heard() -> torch.device:
     """Where a tensor must be for the others to hear it."""
-    return torch.device("cpu") if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator()
+    return torch.device("cpu") if accelerator is None or dist.get_backend() == "gloo" else accelerator
 
 
 class Left(Exception):
@@ -220,6 +221,14 @@ class _Sum(torch.autograd.Function):
 class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the batches of all ranks, on any device (PyTorch's own works on accelerators alone), and what
     timm's holds beside it: dropout and activation."""
+
+    # Of one that tracks statistics
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
+    # Of one of timm's
+    drop: nn.Module
+    act: nn.Module
 
     def _check_input_dim(self, x: torch.Tensor) -> None:
         """Any: [B, C] or [B, C, ...]."""

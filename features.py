@@ -1,12 +1,12 @@
-"""What networks see: views, or their features where the backbone is frozen, kept on disk so that it sees each view of an
-image once, whatever run, trial or mode asks for it.
+"""What networks see: views, or their features where the backbone is frozen. These are kept on disk, so that it sees
+each view of an image once, whatever run, trial or mode asks for it.
 
-The cache has one file a view, memory-mapped: for each different image of the dataset a checksum and the features as float16. A row is
-filled when it is first needed. Everything that determines the numbers (backbone, weights, image size, precision, the
-bytes of the images, the augmentation) is in the file's path, so a file never holds anything stale, and images that are
-renamed or relabelled keep their features. A dataset that shares images with others, as one that has grown, takes over
-their rows. A row torn by a crash fails its checksum and is computed again. Several processes may fill one file: they
-write the same numbers.
+The cache has one file a view, memory-mapped: for each different image of the dataset a checksum and the features as
+float16. A row is filled when it is first needed. Everything that determines the numbers (backbone, weights, image size,
+precision, the bytes of the images, the augmentation) is in the file's path, so a file never holds anything stale, and
+images that are renamed or relabelled keep their features. A dataset that shares images with others, as one that has
+grown, takes over their rows. A row torn by a crash fails its checksum and is computed again. Several processes may fill
+one file: they write the same numbers.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ import torch
 
 from data import Batch, Rows, Schedule, Source, Views, fresh_batches
 from distributed import gathered
-from images import Images, Preparation
+from images import DecodedImages, Preparation
 from models import Architecture, Encoder
 from utils import ResourceError, cache_folder, progress, write_atomically
 
@@ -84,7 +84,7 @@ class FeatureCache(FeatureSource):
             exact = fresh.cpu().numpy()
             with np.errstate(over="ignore"):
                 rounded = exact.astype(np.float16)
-            keep = np.isfinite(rounded).all(1)  # beyond 65,504 there is no float16: such features are not kept
+            keep = np.all(np.isfinite(rounded), axis=1)  # beyond 65,504 there is no float16: such features are not kept
             features[missing] = np.where(keep[:, None], rounded, exact)
             for i, row, finite in zip(np.flatnonzero(missing), rounded, keep, strict=True):
                 table = self.tables[self._table(kind, draws[i])]
@@ -115,26 +115,28 @@ class FeatureCache(FeatureSource):
                 new = not path.exists() or path.stat().st_size != n * self.row.itemsize
                 if new:
                     _make_file(path, n * self.row.itemsize)
-                self.tables[name] = np.memmap(path, dtype=self.row, mode="r+", shape=(n,))
+                table = np.memmap(path, dtype=self.row, mode="r+", shape=(n,))
             except OSError as error:
                 if all(table is not None for table in self.tables.values()):
                     print(f"{path}: {error.strerror}; the run goes on, with features that are not kept", flush=True)
-                self.tables[name], new = None, False
+                self.tables[name] = None
+                return name
+            self.tables[name] = table
             for other in self.others if new else ():
                 with contextlib.suppress(OSError, ValueError):  # it never had this view, or was just removed
-                    self._take_over(name, other)
+                    self._take_over(table, other / path.name)
         return name
 
-    def _take_over(self, name: str, other: Path, at_once: int = 4096) -> None:
-        """Copy the rows of a table that another folder holds of the same images."""
-        digests = np.fromfile(other / DIGESTS, "S16")
-        theirs = np.memmap(other / f"{name}.f16", dtype=self.row, mode="r", shape=digests.shape)
+    def _take_over(self, table: np.ndarray, other: Path, at_once: int = 4096) -> None:
+        """Copy the rows that another folder's table of the same view holds of the same images."""
+        digests = np.fromfile(other.with_name(DIGESTS), "S16")
+        theirs = np.memmap(other, dtype=self.row, mode="r", shape=digests.shape)
         _, here, there = np.intersect1d(self.digests, digests, assume_unique=True, return_indices=True)
         for start in range(0, len(here), at_once):
             part = slice(start, start + at_once)
             rows, given = here[part], theirs[there[part]]
             filled = given["check"] != 0
-            self.tables[name][rows[filled]] = given[filled]
+            table[rows[filled]] = given[filled]
 
 
 def row_type(n_features: int) -> np.dtype:
@@ -209,10 +211,10 @@ def open_features(
         with contextlib.suppress(OSError):  # another process removes the same
             _make_room(root, folder, cache_gb * GIB - max(needed, kept))
     except (OSError, ResourceError) as error:
-        cause = error.__cause__ or error
+        reason = getattr(error.__cause__ or error, "strerror", error)
         return (
             FeatureSource(views, encoder),
-            f"features are computed whenever they are needed: {root} cannot be used ({cause.strerror}); "
+            f"features are computed whenever they are needed: {root} cannot be used ({reason}); "
             "give another --cache_dir to keep them",
         )
     what = f"features of {n_views} weak and strong views an image" if n_views else "the images' features"
@@ -293,7 +295,7 @@ class Inputs:
     def batches(
         self, schedule: Schedule, labels: np.ndarray, start: int, stop: int, *, num_workers: int
     ) -> Iterator[Batch]:
-        """The batches of steps ``start`` to ``stop``: kept features, or fresh views prepared by the loader's workers."""
+        """The batches of steps ``start`` to ``stop``: kept features, or fresh views from the loader's workers."""
         if schedule.views and isinstance(self.source, FeatureCache):
             for step in range(start, stop):
                 yield schedule.batch(step, labels, self.source).labels_to(self.device)
@@ -313,14 +315,14 @@ class Inputs:
             means = []
             for part in progress(chunks, "features", len(chunks)):
                 weighted = [weight * self.source(kind, part, np.full(len(part), v)) for kind, v, weight in wanted]
-                means.append((sum(weighted) / sum(weight for *_, weight in wanted)).cpu())
+                means.append((sum(weighted, start=torch.zeros(())) / sum(weight for *_, weight in wanted)).cpu())
             return [torch.cat(means)]
 
         return gathered(mean, rows, self.device)[0]
 
 
 def open_inputs(
-    images: Images,
+    images: DecodedImages,
     architecture: Architecture,
     device: torch.device,
     precision: torch.dtype | None,
@@ -338,11 +340,10 @@ def open_inputs(
         n_kept: of how many the features are kept.
         cache_dir, cache_gb: where, and how much (GiB).
     """
-    made = Views(images, keep=not architecture.frozen and views > 0)
-    if not architecture.frozen:
+    fingerprint = architecture.origin.fingerprint  # None if the backbone learns
+    made = Views(images, keep=fingerprint is None and views > 0)
+    if fingerprint is None:
         return Inputs(made, lambda *wanted: made(*wanted).to(device), lambda views: views, device, precision)
     encoder = Encoder(architecture.backbone, device, precision)
-    source, note = open_features(
-        made, encoder, architecture.origin.fingerprint, n_views=n_kept, cache_dir=cache_dir, cache_gb=cache_gb
-    )
+    source, note = open_features(made, encoder, fingerprint, n_views=n_kept, cache_dir=cache_dir, cache_gb=cache_gb)
     return Inputs(made, source, encoder, device, precision, note)

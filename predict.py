@@ -19,7 +19,6 @@ import distributed
 import images
 import train
 import utils
-from data import Source
 from features import Inputs
 from models import Learner
 
@@ -65,14 +64,14 @@ def predict(learners: Mapping[str, Learner], inputs: Inputs, index: images.Index
     logits = [own[kept] for own in logits]
     each = {name: own.softmax(-1) for name, own in zip(learners, logits, strict=True)}
     each |= {"ensemble": train.ensemble(logits)} if len(learners) > 1 else {}
-    missing = [(index.paths[i], _reason(inputs.source, i)) for i in rows[~kept.numpy()].tolist()]
+    missing = [(index.paths[i], _reason(inputs, i)) for i in rows[~kept.numpy()].tolist()]
     return Predicted(rows[kept.numpy()], each, missing)
 
 
-def _reason(source: Source, i: int) -> str:
+def _reason(inputs: Inputs, i: int) -> str:
     """Why an image could not be read, by another attempt."""
     try:
-        source("plain", [i], [0])
+        inputs.source("plain", [i], [0])
     except utils.DataError as error:
         return str(error)
     return "could not be read for a while"

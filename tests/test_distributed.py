@@ -124,7 +124,7 @@ def test_the_command_takes_the_steps_of_one_process(alone, mode):
     options = ["--num_epochs", "12", "--warmup_epoch_num", "2", "--lr", "1e-4"] + ["--switch_mode"] * (mode != "train")
     alone.inside("--name", f"one-{mode}", "--data_dir", alone.colours, *STEPWISE, *options)
     said = shared(alone, 2, "--name", f"all-{mode}", *STEPWISE, *options).stdout
-    assert said.count("labels used, tested on") == 1  # one speaks for all
+    assert said.count("; tested on") == 1  # one speaks for all
     assert_same_steps(history(alone, f"one-{mode}"), history(alone, f"all-{mode}"))
     for name in (f"one-{mode}", f"all-{mode}"):
         assert (alone.cwd / "results" / name / "report.html").exists()

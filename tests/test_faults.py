@@ -633,7 +633,7 @@ def test_an_image_that_becomes_unreadable_in_training_stops_it_where_it_can_go_o
 def test_a_picture_or_a_report_that_fails_costs_a_line(cli, colours, monkeypatch):
     monkeypatch.setattr(visualization, "draw_curves", fails(ValueError("\n no\ncurve")))
     monkeypatch.setattr(visualization, "draw_samples", fails(ValueError("no view")))
-    monkeypatch.setattr(report, "_headline", fails(KeyError("test")))
+    monkeypatch.setattr(report, "class_rows", fails(KeyError("test")))
     done = cli.inside("--name", "a", "--data_dir", colours, "--show_images", *RUN)
     assert "samples.png could not be drawn: ValueError: no view\n" in done.stdout
     assert "graphs.png could not be drawn: ValueError: no curve\n" in done.stdout

@@ -363,7 +363,7 @@ def test_a_test_folder_of_its_own_is_tested_whatever_its_files_are_called(cli, t
     shutil.copytree(test / "class 1", only_one / "class 1")
     out = cli.inside("--name", "u", "--test_mode", "--load_path", "e", "--data_dir", only_one).stdout
     assert "6 test images" in out
-    assert "no image of the training is among them: all that have a label are tested on" in out
+    assert "no image of the training is among them: 6 labelled images are tested on" in out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -483,7 +483,7 @@ def test_new_images_in_the_users_own_test_folder_are_tested_and_never_learned_fr
     index = checked(tmp_path / "d")
     split = split_of(index)
     for part in ("train", "test"):
-        picture(tmp_path / "d" / part / "cat" / "new.png", seed=77)
+        picture(tmp_path / "d" / part / "cat" / "new.png", seed=77 + len(part))
     now = checked(tmp_path / "d")
     parts = again(now, index, split, all_labels=True)
     assert (parts["train/cat/new.png"], parts["test/cat/new.png"]) == ("labeled", "test")
@@ -534,12 +534,13 @@ def test_a_test_says_what_was_learned_from_and_not_what_it_found(cli, tmp_path):
     cli.inside("--name", "e", "--data_dir", root, *RUN, "--num_labels_percent", "20")
     cli.inside("--name", "t", "--test_mode", "--load_path", "e", "--data_dir", other)
     cli.inside("--name", "base", "--finetune_mode", "--data_dir", root, *RUN[:-2])
-    trained = {name: cli.metrics(name)["trained"] for name in ("e", "t", "base")}
-    assert trained["t"] == trained["e"]
-    assert trained["e"]["by"] == ["train"]
-    assert trained["base"]["unlabeled"] == 0
+    trainings = {name: cli.metrics(name)["trainings"] for name in ("e", "t", "base")}
+    assert trainings["t"] == trainings["e"]
+    (trained,), (alone,) = trainings["e"], trainings["base"]
+    assert (trained["mode"], trained["dataset"]) == ("train", "d")
+    assert alone["unlabeled"] == 0
     report = (cli.cwd / "results/t/report.html").read_text(encoding="utf-8")
-    assert f"after training with {trained['e']['labeled']} labels and {trained['e']['unlabeled']} images" in report
+    assert f"after training with {trained['labeled']} labels of d and {trained['unlabeled']} images" in report
 
 
 def everything(folder: Path) -> dict[str, bytes]:

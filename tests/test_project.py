@@ -1,6 +1,7 @@
 """The files around the code keep their promises."""
 
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -56,9 +57,31 @@ def test_imports_go_one_way():
 def test_the_readme_lists_every_option():
     import args
 
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     names = [name for name in args.Config.__dataclass_fields__ if name != "given"]
     assert [name for name in names if f"`--{name}`" not in readme] == []
+
+
+def test_the_readme_lists_every_module():
+    listed = re.findall(r"^\| `(\w+\.py)`", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(listed) == sorted(path.name for path in ROOT.glob("*.py"))
+
+
+def test_every_picture_and_file_that_the_readme_shows_is_there():
+    for name in ("README.md", "RESULTS.md"):
+        places = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / name).read_text(encoding="utf-8"))
+        assert places
+        assert [place for place in places if not (ROOT / place).exists()] == []
+
+
+def test_the_tables_say_what_docs_results_says():
+    tables = runpy.run_path(str(ROOT / "benchmarks" / "results.py"))
+    shown = []
+    for name in ("README.md", "RESULTS.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        shown += re.findall(r"^<!-- table: (\w+) -->$", text, re.M)
+        assert tables["with_tables"](text) == text, name
+    assert sorted(shown) == sorted(tables["TABLES"])
 
 
 def test_modules_do_nothing_at_import_time():

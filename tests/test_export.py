@@ -1,0 +1,139 @@
+"""What a run hands on: exported networks and their card, the commands that go on from it, TensorBoard's logs."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, Cli, make_folder
+
+import args
+import data
+import export
+import images
+import utils
+
+
+@pytest.fixture(scope="module")
+def nasty(tmp_path_factory):
+    root = tmp_path_factory.mktemp("export")
+    folder = make_folder(root / "data")
+    # "/" cannot be in a file's name, so the class is called <b>x and the closing tag comes from the name of the run
+    (folder / "class 0").rename(folder / '<b>x & "y"')
+    cli = Cli(root)
+    cli.inside(
+        *("--name", "<i>run", "--data_dir", folder, "--num_epochs", "4", "--num_labels_percent", "20"),
+        *("--export", "torch", "--tensorboard", "--show_images", *TINY),
+    )
+    return cli
+
+
+def test_the_commands_in_the_report_are_ones_that_run(nasty):
+    lines = json.loads((nasty.cwd / "results/<i>run/metrics.json").read_text())["commands"]
+    assert set(lines) == {"repeat this run", "finetune on the labelled images", "test", "label a folder of images"}
+    import shlex
+
+    for what, line in lines.items():
+        options = shlex.split(line)[2:]
+        if what == "repeat this run":
+            options[options.index("--name") + 1] = "again"
+        if what == "label a folder of images":
+            options[options.index("FOLDER")] = str(nasty.cwd / "data")
+        if what.startswith("finetune"):
+            options += ["--num_epochs", "2"]
+        nasty.inside(*options)
+    again, first = (nasty.cwd / "results" / name / "predictions.csv" for name in ("again", "<i>run"))
+    assert again.read_bytes() == first.read_bytes()
+
+
+def test_the_exported_network_gives_the_same_probabilities(nasty):
+    folder = nasty.cwd / "results/<i>run"
+    card = (folder / "model_card.md").read_text()
+    assert "torch.export.load" in card
+    assert "$" not in card
+    model = torch.export.load(folder / "model.pt2").module()
+    out = nasty.inside(
+        *(
+            "--name",
+            "onnx",
+            "--test_mode",
+            "--load_path",
+            "<i>run",
+            "--export",
+            "onnx",
+            "--data_dir",
+            nasty.cwd / "data",
+        )
+    ).stdout
+    n, same, worst = re.search(
+        r"on (\d+) images of all classes it gives (\d+) labels as here, .* within (\S+)", out
+    ).groups()
+    assert n == same
+    assert float(worst) < 1e-4
+    import onnx
+    import onnxruntime
+
+    path = nasty.cwd / "results/onnx/model.onnx"
+    images = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 16), dtype=np.uint8)
+    (there,) = onnxruntime.InferenceSession(path).run(None, {"images": images})
+    assert there == pytest.approx(model(torch.from_numpy(images)).numpy(), abs=1e-4)
+    about = {each.key: json.loads(each.value) for each in onnx.load(path).metadata_props}
+    assert about["classes"] == ['<b>x & "y"', "class 1", "class 2"]
+    assert (about["preparation"]["size"], about["preparation"]["short_side"]) == (16, 18)
+
+
+@pytest.mark.parametrize("trainable", ["head", "all"])
+def test_a_run_that_exports_is_tested_as_the_file_computes(tmp_path, trainable):
+    cli = Cli(tmp_path)
+    mixed = [*TINY, "--amp", "bf16", "--trainable", trainable, "--num_epochs", "4", "--num_labels_percent", "20"]
+    out = cli.inside(
+        "--name", "a", "--data_dir", make_folder(tmp_path / "data"), *mixed, "--export", "torch", "--test_percent", "40"
+    ).stdout
+    assert float(re.search(r"labels as here, probabilities within (\S+)", out)[1]) < 1e-4
+
+
+def test_what_is_exported_is_compared_on_images_of_every_class(nasty):
+    session = type("Some", (), {})()
+    labels = np.repeat([0, 1, 2], [500, 300, 4])
+    session.index = images.Index("", nasty.cwd, ("",) * 804, labels, ("a", "b", "c"))
+    session.split = data.Split.of(["test"] * 804)
+    rows = export._some_of_each_class(session)
+    assert len(rows) == export.COMPARED
+    assert np.bincount(labels[rows]).tolist() == [98, 98, 4]
+
+
+def test_one_network_is_exported_by_name(nasty):
+    common = ["--test_mode", "--load_path", "<i>run", "--export", "torch", "--data_dir", nasty.cwd / "data"]
+    assert "model.pt2 (teacher)" in nasty.inside("--name", "one", *common, "--export_network", "teacher").stdout
+    said = nasty.inside("--name", "two", *common, "--export_network", "model_1", check=2).stderr
+    assert "this run has student, teacher" in said
+
+
+def test_what_an_export_lacks_is_said_before_the_training(nasty, monkeypatch):
+    import export
+
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else object())
+    said = nasty.inside("--name", "three", "--data_dir", nasty.cwd / "data", "--export", "onnx", *TINY, check=2).stderr
+    assert "pip install onnxscript" in said
+
+
+def test_tensorboard_holds_the_history(nasty):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = nasty.cwd / "results/<i>run"
+    log = EventAccumulator(str(folder / "tensorboard"))
+    log.Reload()
+    history = [row for row in utils.read_csv(folder / "history.csv") if row["network"] == "student"]
+    logged = [event.value for event in log.Scalars("val_accuracy/student")]
+    assert logged == pytest.approx([float(row["val_accuracy"]) for row in history])
+
+
+def test_the_command_line_of_a_configuration_gives_it_back():
+    config = args.parse(["--name", "a b", "--lr", "0.01", "--switch_mode", "--data_dir", "x y", "--overwrite"])
+    import shlex
+
+    words = shlex.split(args.command_line(config))
+    assert words[:2] == ["python", "MPL.py"]
+    again = args.parse(words[2:])
+    assert again.options() == config.options() | {"overwrite": False}
