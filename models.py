@@ -518,7 +518,8 @@ class Learner:
 
     def _forward(self, model: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         with autocast(self.device, self.precision):
-            return model(x).float()
+            logits = model(x)
+        return logits if self.precision is None else logits.float()
 
     def forward_at(self, parameters: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """As calling, with these parameters in place of its own: gradients through them survive the next update."""

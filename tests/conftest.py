@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
 os.environ["OMP_NUM_THREADS"] = "1"  # networks this small gain nothing from more; inherited by every process started
 
 import args
 import MPL
+import visualization
 
 ROOT = Path(__file__).resolve().parent.parent
 if os.name == "nt":
@@ -43,6 +43,13 @@ def make_folder(root: Path, *, classes: int = 3, images: int = 20, size: int = 2
 @pytest.fixture(scope="session")
 def colours(tmp_path_factory) -> Path:
     return make_folder(tmp_path_factory.mktemp("data") / "colours")
+
+
+def blank_picture(*given: object) -> Path:
+    """In place of a function that draws into a file."""
+    path = next(each for each in given if isinstance(each, Path))
+    Image.new("RGB", (40, 30)).save(path)
+    return path
 
 
 class Cli:
@@ -71,7 +78,8 @@ class Cli:
             contextlib.redirect_stderr(err),
             pytest.MonkeyPatch.context() as patch,
         ):
-            patch.setattr(Figure, "savefig", lambda _, file, **__: Image.new("RGB", (40, 30)).save(file, "PNG"))
+            for name in ("draw_curves", "draw_confusion", "draw_calibration", "draw_images", "draw_samples"):
+                patch.setattr(visualization, name, blank_picture)
             try:
                 code = MPL.main(args.parse(self.command(*options)[2:]))
             except SystemExit as stop:
