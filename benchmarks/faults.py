@@ -18,6 +18,7 @@ Every case runs in a process of its own, forked from this one so that PyTorch is
 import argparse
 import contextlib
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -32,7 +33,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small gain nothing from more
 
@@ -46,9 +47,8 @@ from conftest import TINY, make_folder
 from PIL import Image
 
 import args
+import checkpoints
 import MPL
-import record
-import utils
 import visualization
 
 RUN = [*TINY, "--num_epochs", "6", "--warmup_epoch_num", "1"]
@@ -68,7 +68,7 @@ def start(cwd: Path, options: list[object], prepare: Callable[[], None] = lambda
     try:
         os.chdir(cwd)
         sys.stdout = sys.stderr = Path("output.txt").open("w", errors="backslashreplace")  # noqa: SIM115 (open until the process ends)
-        record.SAVE_SECONDS, record.SAVE_SHARE = 0.0, math.inf  # save at every step
+        checkpoints.SAVE_SECONDS, checkpoints.SAVE_SHARE = 0.0, math.inf  # save at every step
         visualization.pictures = lambda *_: ()  # the longest part of so short a run, and nothing depends on pictures
         visualization.draw_images = lambda images, captions, title, path: path
         prepare()
@@ -119,42 +119,48 @@ class Deaths:
 
     def install(self) -> None:
         """Put the points into this process, from its fifth save on."""
-        write, saves, writes = utils._Hashing.write, itertools.count(), itertools.count()
-        save = record.Keeper.save
+        saves, writes = itertools.count(), itertools.count()
+        save, write = checkpoints.SavingKeeper.save, torch.save
 
-        def in_halves(hashing: utils._Hashing, content: bytes) -> int:
-            """Every fiftieth of the many writes that PyTorch makes has a point in its middle."""
-            if next(writes) % 50:
-                return write(hashing, content)
-            content = bytes(content)
-            write(hashing, content[: len(content) // 2])
-            hashing.file.flush()
-            self.point()
-            write(hashing, content[len(content) // 2 :])
-            return len(content)
+        class InHalves:
+            """A file for PyTorch to write to. Every fiftieth of its many writes has a point in its middle."""
 
-        def from_the_fifth(keeper: record.Keeper, done: int) -> None:
+            def __init__(halves, file: BinaryIO) -> None:  # noqa: N805 (self is who dies)
+                halves.file, halves.flush = file, file.flush
+
+            def write(halves, content: bytes) -> int:  # noqa: N805
+                if next(writes) % 50:
+                    return halves.file.write(content)
+                content = bytes(content)
+                halves.file.write(content[: len(content) // 2])
+                halves.file.flush()
+                self.point()
+                halves.file.write(content[len(content) // 2 :])
+                return len(content)
+
+        def from_the_fifth(keeper: checkpoints.SavingKeeper, done: int) -> None:
             if next(saves) == 4:
-                utils._Hashing.write = in_halves
+                torch.save = lambda state, file: write(state, InHalves(file))
                 os.fsync, Path.replace = self.around(os.fsync), self.around(Path.replace)
                 self.point()
             save(keeper, done)
 
-        record.Keeper.save = from_the_fifth
+        checkpoints.SavingKeeper.save = from_the_fifth
 
 
 def outcome(cwd: Path, name: str) -> dict[str, Any]:
     """All that a run left that must not depend on how often it was killed."""
     results = cwd / "results" / name
-    (checkpoints,) = (cwd / "checkpoints").glob(f"*/{name}")
+    (weights,) = (cwd / "checkpoints").glob(f"*/{name}")
     metrics = json.loads((results / "metrics.json").read_text())
-    del metrics["seconds"], metrics["commands"], metrics["notes"]
+    for key in ("seconds", "commands", "options", "notes"):  # which name the run, and say that it was resumed
+        del metrics[key]
     left: dict[str, Any] = {
         file: (results / file).read_bytes() for file in ("history.csv", "predictions.csv", "split.csv")
     }
-    left |= {"metrics": metrics, "files": sorted(path.name for path in (*results.iterdir(), *checkpoints.iterdir()))}
-    for file in (utils.BEST, utils.LAST):
-        state = utils.load_checkpoint(checkpoints / file)
+    left |= {"metrics": metrics, "files": sorted(path.name for path in (*results.iterdir(), *weights.iterdir()))}
+    for file in (checkpoints.BEST, checkpoints.LAST):
+        state = checkpoints.read_checked(weights / file)
         left[file] = {key: value for key, value in state.items() if key != "config"}
     return left
 
@@ -200,7 +206,7 @@ class Killing:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         finish(pid)
-        saved = list((cwd / "checkpoints").glob(f"*/exp/{utils.LAST}"))
+        saved = list((cwd / "checkpoints").glob(f"*/exp/{checkpoints.LAST}"))
         if run(cwd, *options, "--resume" if saved else "--overwrite"):
             print((cwd / "output.txt").read_text())
             return False
@@ -212,14 +218,14 @@ class Killing:
 
         def prepare() -> None:
             deaths.install()
-            save = record.Keeper.save
+            save = checkpoints.SavingKeeper.save
 
-            def counting(keeper: record.Keeper, done: int) -> None:
+            def counting(keeper: checkpoints.SavingKeeper, done: int) -> None:
                 save(keeper, done)
                 if deaths.count and not counted.exists():
                     counted.write_text(str(deaths.count))
 
-            record.Keeper.save = counting
+            checkpoints.SavingKeeper.save = counting
 
         assert finish(start(self._folder(), self._options(self.modes[0]), prepare)) == 0
         return int(counted.read_text())
@@ -250,12 +256,10 @@ class Hostile:
 
 
 def signed(content: bytes) -> bytes:
-    """A zip with a right checksum, as an attacker who has read our code would make it."""
-    buffer = io.BytesIO()
-    hashing = utils._Hashing(buffer)
-    hashing.write(content)
-    hashing.hash.update(bytes(2))
-    return buffer.getvalue() + utils._COMMENT + hashing.hash.hexdigest().encode()
+    """A file with a right checksum, as an attacker who has read our code would make it: the SHA-256 of what is before
+    is a zip's comment, whose length of 64 takes the place of the two zeros that end a zip without one."""
+    digest = hashlib.sha256(content + bytes(2)).hexdigest()
+    return content + (64).to_bytes(2, "little") + digest.encode()
 
 
 def mangled(whole: bytes, mark: Path, rng: random.Random) -> Iterator[tuple[str, bytes]]:
@@ -282,10 +286,10 @@ def mangled(whole: bytes, mark: Path, rng: random.Random) -> Iterator[tuple[str,
         yield "flipped", bytes(flipped)
         yield "other", others[i % len(others)]
         yield "hostile zip", zipped.getvalue()
-        yield "hostile zip, signed", signed(zipped.getvalue())
+        yield "hostile zip, signed", signed(zipped.getvalue()[:-2])
         yield "hostile pickle", raw
         yield "hostile old format", legacy.getvalue()
-        yield "hostile pickle, signed", raw + utils._COMMENT + signed(raw)[-64:]
+        yield "hostile pickle, signed", signed(raw)
 
 
 def corrupt(scratch: Path, cases: int, rng: random.Random) -> Iterator[bool]:
@@ -296,13 +300,14 @@ def corrupt(scratch: Path, cases: int, rng: random.Random) -> Iterator[bool]:
     base = ["--data_dir", colours, *RUN]
     assert run(cwd, "--name", "exp", *base) == 0
     home = cwd / "checkpoints" / "colours" / "exp"
-    body = utils.load_checkpoint(home / utils.BEST)["learners"]["student"]
+    best = home / checkpoints.BEST
+    body = checkpoints.load_best(best).best.learners["student"]
     torch.save(body, cwd / "weights.pth")
     ways = [
-        (home / utils.LAST, ["--name", "exp", *base, "--resume"]),
-        (home / utils.BEST, ["--name", "t", "--test_mode", "--load_path", "exp"]),
-        (home / utils.BEST, ["--name", "t", "--test_mode", "--load_best", "--data_dir", colours]),
-        (home / utils.BEST, ["--name", "t", "--finetune_mode", "--load_path", home / utils.BEST, *RUN[-4:]]),
+        (home / checkpoints.LAST, ["--name", "exp", *base, "--resume"]),
+        (best, ["--name", "t", "--test_mode", "--load_path", "exp"]),
+        (best, ["--name", "t", "--test_mode", "--load_best", "--data_dir", colours]),
+        (best, ["--name", "t", "--finetune_mode", "--load_path", best, *RUN[-4:]]),
         (cwd / "weights.pth", ["--name", "t", *base, "--weights", "weights.pth"]),
     ]
     mark = cwd / "executed"

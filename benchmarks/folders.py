@@ -274,14 +274,14 @@ def _normal(name: str) -> str:
 
 def stop_at_step(step: int) -> None:
     """Have this process get a signal while it takes a step of training."""
-    import record
+    import checkpoints
 
-    save = record.Keeper.close_step
+    save = checkpoints.SavingKeeper.close_step
 
-    def close_step(keeper: record.Keeper, done: int, stop: bool) -> None:
+    def close_step(keeper: checkpoints.SavingKeeper, done: int, stop: bool) -> None:
         if done == step:
             os.kill(os.getpid(), signal.SIGTERM)
             stop = True
         save(keeper, done, stop)
 
-    record.Keeper.close_step = close_step
+    checkpoints.SavingKeeper.close_step = close_step

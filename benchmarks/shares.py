@@ -103,13 +103,13 @@ def compare_estimates(options: argparse.Namespace) -> None:
     import args
     import images
     import mixture
-    from session import Session, find_data
+    import MPL
 
-    config = args.parse(["--data_dir", str(options.data_dir), *options.rest])
-    index, split, notes = find_data(config)
-    cpu = torch.device("cpu")
-    session = Session(config, index, split, notes, cpu, utils.pick_precision(config.amp, cpu))
-    x, n_classes = session.average_view(np.arange(len(index))), len(index.classes)
+    start = MPL.find_start(args.parse(["--data_dir", str(options.data_dir), *options.rest]), [])
+    found, cpu = MPL.find_data(start), torch.device("cpu")
+    work = MPL.make_ready(start, found, cpu, utils.pick_precision(start.config.amp, cpu))
+    index, n_classes = found.index, len(found.classes)
+    x = work.features(np.arange(len(index)))
     place = {index.file(i).resolve(): i for i in range(len(index))}
     print(f"{N_LABELS} labels, n = {options.seeds}\n\n| labels | shares | furthest off | right | - the mixture's |")
     print("|---|---|---|---|---|")

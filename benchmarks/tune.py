@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import optuna
 from conftest import TINY, make_folder
 
-TRIALS = ["--num_epochs", "40", "--num_labels_percent", "20", "--trial_seeds", "2"]
+TRIALS = ["--num_epochs", "40", "--num_labels_percent", "20"]
 DONE = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
 
 

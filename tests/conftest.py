@@ -3,14 +3,19 @@
 import contextlib
 import io
 import json
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 os.environ["OMP_NUM_THREADS"] = "1"  # networks this small gain nothing from more; inherited by every process started
@@ -45,11 +50,26 @@ def colours(tmp_path_factory) -> Path:
     return make_folder(tmp_path_factory.mktemp("data") / "colours")
 
 
-def blank_picture(*given: object) -> Path:
-    """In place of a function that draws into a file."""
-    path = next(each for each in given if isinstance(each, Path))
-    Image.new("RGB", (40, 30)).save(path)
-    return path
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Leave every picture that a run draws blank: drawing them takes a third of a run as short as these."""
+    pictures = visualization.pictures
+
+    def blank(path: Path) -> Path:
+        Image.new("RGB", (40, 30)).save(path)
+        return path
+
+    def blanks(results: Path):
+        return [(name, lambda name=name: blank(results / name)) for name, _ in pictures(results)]
+
+    patch.setattr(visualization, "pictures", blanks)
+    patch.setattr(visualization, "draw_images", lambda images, captions, title, path: blank(path))
+    patch.setattr(visualization, "draw_samples", lambda plain, weak, strong, names, path, key: blank(path))
+    save_nothing(patch)
+
+
+def save_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Draw everything, and save it as blank pictures: rendering takes nine tenths of a run as short as these."""
+    patch.setattr(Figure, "savefig", lambda _, file, **__: Image.new("RGB", (40, 30)).save(file, "PNG"))
 
 
 class Cli:
@@ -57,6 +77,7 @@ class Cli:
 
     def __init__(self, cwd: Path) -> None:
         self.cwd = cwd
+        self.started: list[multiprocessing.Process] = []
 
     def command(self, *options: object) -> list[str]:
         return [*map(str, (sys.executable, ROOT / "MPL.py", "--cache_dir", self.cwd / "cache", *options))]
@@ -67,9 +88,62 @@ class Cli:
         assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
-    def inside(self, *options: object, check: int = 0) -> subprocess.CompletedProcess:
-        """Run it in this process: the same program without the seconds that importing torch takes, and with blank
-        pictures, which otherwise take nine tenths of so short a run."""
+    def start(
+        self, *options: object, prepare: Callable[[], object] = lambda: None, terminal: int | None = None
+    ) -> multiprocessing.Process:
+        """Start it in a process forked from this one, which spares the seconds that importing torch takes, with blank
+        pictures. What it prints comes from the process's ``stdout`` and ``stderr``.
+
+        Args:
+            prepare: called in that process before anything else.
+            terminal: what it prints to in their place.
+        """
+        ours, theirs = os.pipe()
+        errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
+
+        def run() -> None:
+            os.dup2(theirs if terminal is None else terminal, 1)
+            os.dup2(errors.fileno() if terminal is None else terminal, 2)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+            os.chdir(self.cwd)
+            sys.argv = self.command(*options)[1:]
+            draw_nothing(pytest.MonkeyPatch())
+            prepare()
+            runpy.run_path(sys.argv[0], run_name="__main__")
+
+        process = multiprocessing.get_context("fork").Process(target=run)
+        process.start()
+        os.close(theirs)
+        process.stdout, process.stderr = os.fdopen(ours), errors
+        self.started.append(process)
+        return process
+
+    def finish(self, process: multiprocessing.Process, check: int = 0) -> subprocess.CompletedProcess:
+        """Wait for a process that was started."""
+        out = process.stdout.read()
+        process.join(timeout=300)
+        process.stderr.seek(0)
+        errors = process.stderr.read()
+        assert process.exitcode == check, f"exit {process.exitcode}\n{out}\n{errors}"
+        return subprocess.CompletedProcess([], process.exitcode, out, errors)
+
+    def forked(
+        self, *options: object, check: int = 0, prepare: Callable[[], object] = lambda: None
+    ) -> subprocess.CompletedProcess:
+        """Run it in a process of its own as :meth:`start` does."""
+        return self.finish(self.start(*options, prepare=prepare), check)
+
+    def stop_all(self) -> None:
+        """Kill what still runs of what was started."""
+        for process in self.started:
+            process.kill()
+            process.join()
+            process.stdout.close()
+            process.stderr.close()
+
+    def inside(self, *options: object, check: int = 0, pictures: bool = False) -> subprocess.CompletedProcess:
+        """Run it in this process: the same program without the seconds that importing torch takes. Pictures are blank;
+        with ``pictures`` all is done that makes them but the rendering."""
         out, err = io.StringIO(), io.StringIO()
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         with (
@@ -78,8 +152,7 @@ class Cli:
             contextlib.redirect_stderr(err),
             pytest.MonkeyPatch.context() as patch,
         ):
-            for name in ("draw_curves", "draw_confusion", "draw_calibration", "draw_images", "draw_samples"):
-                patch.setattr(visualization, name, blank_picture)
+            (save_nothing if pictures else draw_nothing)(patch)
             try:
                 code = MPL.main(args.parse(self.command(*options)[2:]))
             except SystemExit as stop:
@@ -92,7 +165,8 @@ class Cli:
 
     def metrics(self, name: str) -> dict:
         metrics = json.loads((self.cwd / "results" / name / "metrics.json").read_text())
-        del metrics["seconds"], metrics["commands"], metrics["notes"]
+        for key in ("seconds", "commands", "options", "notes"):
+            del metrics[key]
         return metrics
 
     def one_line_error(self, code: int, *options: object) -> str:
@@ -110,5 +184,7 @@ class Cli:
 
 
 @pytest.fixture
-def cli(tmp_path) -> Cli:
-    return Cli(tmp_path)
+def cli(tmp_path):
+    cli = Cli(tmp_path)
+    yield cli
+    cli.stop_all()

@@ -1,6 +1,7 @@
 """Several processes make the steps that one makes with the whole batch. Every one here is real, started by torchrun."""
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -61,11 +62,13 @@ def assert_same_steps(ours, theirs, tolerance=1e-4):
 STEPS = """
 import json, sys
 sys.path[:0] = [sys.argv[1]]
-import torch
+import numpy as np, torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 import distributed, models, train
 from data import Batch
+
+torch.Tensor.float = torch.Tensor.double  # what would be in float32 is not
 
 def learner(name, seed, ema):
     torch.manual_seed(seed)
@@ -73,28 +76,34 @@ def learner(name, seed, ema):
     body = nn.Sequential(first, nn.Conv2d(6, 5, 3), BatchNormAct2d(5, act_layer=nn.Softplus, inplace=False))
     pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(5))
     network = nn.Sequential(body, pooled, nn.Linear(5, 3)).double()
-    made = models.Learner(name, network, updates=12, lr=0.02, weight_decay=0.05, ema=ema)
-    made._forward = lambda model, x: model(x)  # keep float64
-    return made
+    return models.Learner(name, network, updates=12, lr=0.02, weight_decay=0.05, ema=ema)
+
+def step_of(feedback):
+    prior = torch.tensor([0.2, 0.3, 0.5]).double()
+    own, given = train.own_aim(temperature=1.05, threshold=0.4, prior=prior), train.target_aim(prior)
+    aim = lambda teacher, batch, logits: (own if batch.target is None else given)(teacher, batch, logits)
+    label = "soft" if feedback == "exact" else "hard"
+    settings = train.Settings(feedback=feedback, lambda_u=1.0, uda_steps=5, pseudo_label=label)
+    return train.after_warmup(3, aim=aim, settings=settings)
 
 measured = {}
 with distributed.joined(torch.device("cpu")):
     for feedback in train_feedbacks:
-        teacher, student = learner("teacher", 1, 0.0), learner("student", 2, 0.9)
+        teacher, student, step = learner("teacher", 1, 0.0), learner("student", 2, 0.9), step_of(feedback)
         generator = torch.Generator().manual_seed(3)
-        for step in range(12):
-            x = torch.randn(24, 3, 9, 9, generator=generator, dtype=torch.float64)
-            y = torch.randint(3, (8,), generator=generator)
-            batch = Batch(*map(distributed.share, (x[:8], y, x[8:16], x[16:])))
-            views = "both" if step % 2 else "strong"
-            given = train.mpl_step(teacher, student, batch, step, warmup_steps=3, feedback=feedback, lambda_u=1.0,
-                threshold=0.4, uda_steps=5, pseudo_label="soft" if feedback == "exact" else "hard", student_views=views)
+        for number in range(12):
+            x = torch.randn(27, 3, 9, 9, generator=generator, dtype=torch.float64)
+            y = torch.randint(3, (9,), generator=generator)
+            target = torch.rand(9, 3, generator=generator, dtype=torch.float64).softmax(-1)
+            batch = Batch(*map(distributed.share, (x[:9], y, x[9:18], x[18:], target)))
+            batch = batch if number % 2 else batch._replace(target=None)
+            given = step(teacher, student, batch, number)
             distributed.average([*given.values()])
             measured.setdefault(feedback, []).append({key: value.item() for key, value in given.items()})
         test = torch.randn(7, 3, 9, 9, generator=generator, dtype=torch.float64)
-        logits = distributed.gathered(lambda rows: [student.infer(test[torch.from_numpy(rows)])],
-            __import__("numpy").arange(7), torch.device("cpu"))[0]
-        measured[feedback].append({"logits": logits.sum(1).tolist()})
+        infer = lambda rows: [student.infer(test[torch.from_numpy(rows)])]
+        (logits,) = distributed.gathered(infer, np.arange(7), torch.device("cpu"))
+        measured[feedback].append({"logits": logits.sum(1).tolist(), "offset": teacher.offset.tolist()})
 if distributed.rank() == 0:
     json.dump(measured, open(sys.argv[2], "w"))
 """
@@ -105,28 +114,37 @@ def test_every_step_is_that_of_one_process_to_the_last_digits(tmp_path):
     script = tmp_path / "steps.py"
     script.write_text(STEPS.replace("train_feedbacks", repr(args.FEEDBACKS)))
     results = []
-    for n in (1, 2, 4):
+    for n in (1, 3):
         out = tmp_path / f"{n}.json"
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={n}"] if n > 1 else []
         subprocess.run([sys.executable, *launcher, script, ROOT, out], check=True, capture_output=True, timeout=200)
         results.append(json.loads(out.read_text()))
-    for several in results[1:]:
-        for feedback, steps in results[0].items():
-            assert len(steps) == 13
-            for step, (one, other) in enumerate(zip(steps, several[feedback], strict=True)):
-                for key, value in one.items():
-                    assert other[key] == pytest.approx(value, abs=1e-7), (feedback, step, key)
+    alone, shared = results
+    assert alone.keys() == shared.keys() == {*args.FEEDBACKS}
+    for feedback, steps in alone.items():
+        assert len(steps) == 13
+        for number, (one, other) in enumerate(zip(steps, shared[feedback], strict=True)):
+            for key, value in one.items():
+                assert other[key] == pytest.approx(value, abs=1e-7), (feedback, number, key)
 
 
-@pytest.mark.parametrize("mode", ["train", "switch_mode"])
-def test_the_command_takes_the_steps_of_one_process(alone, mode):
+LONG = ["--num_epochs", "60", "--warmup_epoch_num", "2", "--lr", "1e-4", "--switch_mode", *STEPWISE]
+
+
+@pytest.fixture(scope="module")
+def whole(alone):
+    """What two processes print that share a run called whole, in which each network plays both roles."""
+    return shared(alone, 2, "--name", "whole", *LONG).stdout
+
+
+def test_the_command_takes_the_steps_of_one_process(alone, whole):
     """The first ones to 1e-4 in float32, the history and files of all."""
-    options = ["--num_epochs", "12", "--warmup_epoch_num", "2", "--lr", "1e-4"] + ["--switch_mode"] * (mode != "train")
-    alone.inside("--name", f"one-{mode}", "--data_dir", alone.colours, *STEPWISE, *options)
-    said = shared(alone, 2, "--name", f"all-{mode}", *STEPWISE, *options).stdout
-    assert said.count("; tested on") == 1  # one speaks for all
-    assert_same_steps(history(alone, f"one-{mode}"), history(alone, f"all-{mode}"))
-    for name in (f"one-{mode}", f"all-{mode}"):
+    alone.inside("--name", "one", "--data_dir", alone.colours, *LONG)
+    assert whole.count("; tested on") == 1  # one speaks for all
+    ours, theirs = history(alone, "one"), history(alone, "whole")
+    assert len(ours) == len(theirs) == 120
+    assert_same_steps(ours[:24], theirs[:24])
+    for name in ("one", "whole"):
         assert (alone.cwd / "results" / name / "report.html").exists()
 
 
@@ -159,11 +177,9 @@ def ranks_of(process):
     return [int(pid) for pid in found.stdout.split()]
 
 
-def test_a_killed_process_is_restarted_and_the_run_ends_as_if_it_had_not_been(alone):
-    options = ["--num_epochs", "60", "--warmup_epoch_num", "4", *STEPWISE]
-    shared(alone, 2, "--name", "whole", *options)
+def test_a_killed_process_is_restarted_and_the_run_ends_as_if_it_had_not_been(alone, whole):
     process = subprocess.Popen(
-        torchrun(alone, 2, "--name", "killed", *options, launcher=["--max-restarts=1"]),
+        torchrun(alone, 2, "--name", "killed", *LONG, launcher=["--max-restarts=1"]),
         cwd=alone.cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -196,14 +212,10 @@ def test_a_killed_process_ends_the_job_with_a_message(alone):
         stderr=subprocess.PIPE,
         text=True,
     )
-    time.sleep(1)
-    while len(pids := ranks_of(process)) < 2:
-        time.sleep(0.1)
     while not (alone.cwd / "results/lost/config.json").exists():
         time.sleep(0.1)
-    time.sleep(3)
     began = time.monotonic()
-    os.kill(pids[1], signal.SIGKILL)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert time.monotonic() - began < 60
     assert process.returncode != 0
@@ -218,29 +230,28 @@ def test_all_leave_with_the_same_exit_code(alone):
     assert "4" in codes
     assert {*codes} <= {"4", "-15"}  # torchrun may end the other with SIGTERM before it has left by itself
     assert said.count("MPL.py: results/taken exists") == 1
-    said = shared(alone, 2, "--name", "odd", *STEPWISE, "--batch_size", "7", check=2).stderr
-    assert said.count("MPL.py: --batch_size 7: must be a multiple of the 2 processes") == 1
 
 
 LOSING = """
 import os, sys
 sys.path[:0] = [sys.argv.pop(1)]
-import terminal
-terminal.prepare(silent=os.environ["RANK"] != "0")
+import utils
+utils.open_output(silent=os.environ["RANK"] != "0")
 import torch.distributed as dist
-import args, images, modes, MPL
+import args, images, MPL
 images.STORE_BYTES = 0  # no image is kept in memory
-fit = modes.fit
+train_networks = MPL.train_networks
 
-def fit_then_lose(session, *rest, **more):
-    trained = fit(session, *rest, **more)
+def train_then_lose(work, *rest, **more):
+    trained = train_networks(work, *rest, **more)
+    index = work.data.index
     dist.barrier()
-    for i in range(0, len(session.index), 3) if dist.get_rank() == 0 else ():
-        session.index.file(i).write_bytes(b"no image")
+    for i in range(0, len(index), 3) if dist.get_rank() == 0 else ():
+        index.file(i).write_bytes(b"no image")
     dist.barrier()
     return trained
 
-modes.fit = fit_then_lose
+MPL.train_networks = train_then_lose
 sys.exit(MPL.main(args.parse()))
 """
 
@@ -272,12 +283,17 @@ def test_processes_agree_on_which_images_are_gone_at_the_end(tmp_path):
 def test_what_processes_cannot_share_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for options in (["--optuna_mode", "--name", "a"], []):
-        with pytest.raises(SystemExit):
+    for rank, options in itertools.product(
+        "01", (["--optuna_mode", "--name", "a"], [], ["--name", "a", "--batch_size", "7"])
+    ):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as left:
             args.parse(options)
-    said = capsys.readouterr().err
-    assert "--optuna_mode is not shared by torchrun: use --workers" in said
-    assert "--name is needed under torchrun" in said
+        assert left.value.code == 2
+    search, name, batch = capsys.readouterr().err.splitlines()  # one speaks for all
+    assert "--optuna_mode is not shared by torchrun: use --workers" in search
+    assert "--name is needed under torchrun" in name
+    assert "--batch_size 7: must be a multiple of the 2 processes" in batch
 
 
 def test_alone_nothing_is_changed():

@@ -1,7 +1,9 @@
 """What goes wrong in the world: kills, signals, bad files, full disks, closed terminals (docs/faults.md)."""
 
 import csv
+import functools
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -27,13 +29,13 @@ import torch
 from conftest import ROOT, TINY, Cli, make_folder
 from PIL import Image
 
+import checkpoints
 import data
 import export
 import images
 import models
-import modes
+import MPL
 import predict
-import record
 import report
 import utils
 import visualization
@@ -63,7 +65,7 @@ def test_every_fault_of_the_table_names_tests_that_exist():
 
 def interrupt_at(monkeypatch, step: int, number: int) -> None:
     """Have this process get a signal while it takes a step of training."""
-    save = record.Keeper.close_step
+    save = checkpoints.SavingKeeper.close_step
 
     def close_step(keeper, done, stop):
         if done == step:
@@ -71,18 +73,25 @@ def interrupt_at(monkeypatch, step: int, number: int) -> None:
             stop = True
         save(keeper, done, stop)
 
-    monkeypatch.setattr(record.Keeper, "close_step", close_step)
+    monkeypatch.setattr(checkpoints.SavingKeeper, "close_step", close_step)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("mode", [[], ["--switch_mode"], ["--finetune_mode"], ["--ema", "0.9", "--feedback", "exact"]])
-def test_a_run_stopped_in_mid_epoch_goes_on_to_the_same_end(cli, colours, monkeypatch, mode, workers):
-    run = ["--data_dir", colours, *RUN, "--steps_per_epoch", "3", "--num_workers", workers, *mode]
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--switch_mode", "--num_workers", "2"],
+        ["--finetune_mode"],
+        ["--ema", "0.9", "--feedback", "exact"],
+    ],
+)
+def test_a_run_stopped_in_mid_epoch_goes_on_to_the_same_end(cli, colours, monkeypatch, options):
+    run = ["--data_dir", colours, *RUN, "--steps_per_epoch", "3", *options]
     cli.inside("--name", "whole", *run)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 7, signal.SIGTERM)
         assert "--resume" in cli.inside("--name", "cut", *run, check=143).stderr
-    assert utils.load_checkpoint(cli.cwd / "checkpoints/colours/cut/last.pth")["steps_done"] == 7
+    assert checkpoints.load_last(cli.cwd / "checkpoints/colours/cut/last.pth").progress.steps_done == 7
     cli.inside("--name", "cut", *run, "--resume")
     whole, cut = (faults.outcome(cli.cwd, name) for name in ("whole", "cut"))
     assert faults.equal(whole, cut)
@@ -128,12 +137,12 @@ def running(pid: int) -> bool:
         return False
 
 
-def start_with_workers(cli: Cli, data_dir: Path) -> tuple[subprocess.Popen, list[int]]:
+def start_with_workers(
+    cli: Cli, data_dir: Path, *options: object, prepare=lambda: None
+) -> tuple[multiprocessing.Process, list[int]]:
     """A long run and the processes of its two loader workers."""
-    run = ["--name", "a", "--data_dir", data_dir, *TINY, "--num_epochs", "5000", "--num_workers", "2"]
-    process = subprocess.Popen(
-        cli.command(*run), cwd=cli.cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    run = ["--name", "a", "--data_dir", data_dir, *TINY, "--num_epochs", "5000", "--num_workers", "2", *options]
+    process = cli.start(*run, prepare=prepare)
     until = time.monotonic() + 60
     while len(children(process.pid)) < 2 and time.monotonic() < until:
         time.sleep(0.05)
@@ -142,81 +151,71 @@ def start_with_workers(cli: Cli, data_dir: Path) -> tuple[subprocess.Popen, list
     return process, workers
 
 
-SMALL_SHARED_MEMORY = """
-import runpy, sys, torch
-def full(tensor):
-    raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
-torch.Tensor.share_memory_ = full
-sys.path[:0] = [sys.argv[1]]
-sys.argv[:2] = ["MPL.py"]
-runpy.run_path(sys.path[0] + "/MPL.py", run_name="__main__")
-"""
+def all_end(workers: list[int]) -> bool:
+    """Whether processes end soon."""
+    until = time.monotonic() + 30
+    while any(map(running, workers)) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not any(map(running, workers))
 
 
 def test_workers_end_with_the_main_process_though_what_they_send_is_never_read(cli, colours):
     """Batches that go through a pipe, for want of shared memory, wait in it: a worker would wait for ever."""
-    run = ["--name", "a", "--data_dir", colours, *RUN, "--img_size", "96", "--num_epochs", "5000", "--num_workers", "2"]
-    command = [sys.executable, "-c", SMALL_SHARED_MEMORY, ROOT, *cli.command(*run)[2:]]
-    process = subprocess.Popen(command, cwd=cli.cwd, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline()  # what was given: the data are found
-    until = time.monotonic() + 60
-    while len(workers := children(process.pid)) < 2 and time.monotonic() < until:
-        time.sleep(0.05)
-    time.sleep(1)
-    process.send_signal(signal.SIGSTOP)
-    time.sleep(2)  # in which the pipe fills up
+    full = raises(RuntimeError("unable to allocate shared memory(shm): No space left on device (28)"))
+    process, workers = start_with_workers(
+        cli, colours, "--img_size", "96", prepare=lambda: setattr(torch.Tensor, "share_memory_", full)
+    )
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(1.5)  # in which the pipe fills up
     process.kill()
-    process.wait()
-    until = time.monotonic() + 30
-    while any(map(running, workers)) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert len(workers) >= 2
-    assert not any(map(running, workers))
+    assert all_end(workers)
 
 
 def test_a_dead_loader_worker_ends_the_run_with_a_message(cli, colours):
     process, workers = start_with_workers(cli, colours)
     os.kill(workers[0], signal.SIGKILL)
-    message = process.communicate(timeout=60)[1]
-    assert process.returncode == 6
+    message = cli.finish(process, check=6).stderr
     assert "worker process died" in message
     assert len(message.strip().splitlines()) == 1
 
 
-def share_a_file(address) -> None:
-    """In a loader's worker: hand over an open file, as tensors are handed over."""
-    data._follow_the_main_process(0)
-    with tempfile.TemporaryFile() as file:
-        address.send(resource_sharer.DupFd(file.fileno()))
-        address.recv()
+class SharingAFile:
+    """In place of a schedule: the second step hands over an open file, as tensors are handed over."""
+
+    def __init__(self, address) -> None:
+        self.address = address
+
+    def batch(self, step, labels, views) -> data.Batch:
+        if step == 1:
+            with tempfile.TemporaryFile() as file:
+                self.address.send(resource_sharer.DupFd(file.fileno()))
+                self.address.recv()
+        return data.Batch(*torch.zeros(4, 1))
 
 
 def test_a_worker_says_nothing_when_the_main_process_goes_away_while_it_asks_for_a_tensor(capfd):
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe()
-    worker = context.Process(target=share_a_file, args=(there,))
-    worker.start()
+    here, there = multiprocessing.get_context("fork").Pipe()
+    batches = data.fresh_batches(SharingAFile(there), np.zeros(0), None, 0, 2, num_workers=1, pin=False)
+    next(batches)  # while the worker makes the second one
     shared = here.recv()
     with socket.socket(socket.AF_UNIX) as asking:
         asking.connect(shared._id[0])
     os.close(shared.detach())  # one after the other: the worker is done with the first by now
     here.send(True)
-    worker.join()
+    assert len(list(batches)) == 1
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_no_worker_outlives_its_run_and_the_lock_dies_with_its_holder(cli, colours, number):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_no_worker_outlives_its_run_and_the_lock_dies_with_its_holder(cli, colours, number, code):
     process, workers = start_with_workers(cli, colours)
     message = cli.inside("--name", "a", "--data_dir", colours, *TINY, "--overwrite", check=4).stderr
     assert f"in use by process {process.pid}" in message
-    process.send_signal(number)
-    process.communicate(timeout=60)
+    os.kill(process.pid, number)
+    cli.finish(process, check=code)
     cli.inside("--name", "a", "--data_dir", colours, *RUN, "--overwrite")
-    until = time.monotonic() + 30
-    while any(map(running, workers)) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert not any(map(running, workers))
+    assert all_end(workers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,7 +262,7 @@ def test_a_start_that_fails_removes_nothing_that_was_there(trained, colours, tmp
     assert contents(trained) == before
 
 
-def raises(error: Exception):
+def raises(error: BaseException):
     def function(*_, **__):
         raise error
 
@@ -295,7 +294,7 @@ def test_a_run_without_a_checkpoint_yet_begins_anew_when_it_is_resumed(cli, colo
     assert "begins anew" in cli.inside("--name", "cut", *run, "--resume").stdout  # nothing is there at all
     assert faults.equal(*(faults.outcome(cli.cwd, name) for name in ("whole", "cut")))
     with monkeypatch.context() as patch:
-        patch.setattr(record.Keeper, "close_step", raises(utils.Interrupted(signal.SIGTERM)))
+        patch.setattr(checkpoints.SavingKeeper, "close_step", raises(utils.Interrupted(signal.SIGTERM)))
         cli.inside("--name", "early", *run, check=143)
     assert not list((cli.cwd / "checkpoints").rglob("early/last.pth"))
     assert "--lr 0.5 (there" in cli.inside("--name", "early", *run, "--resume", "--lr", "0.5", check=4).stderr
@@ -319,13 +318,23 @@ def test_mangled_checkpoints_and_weights_are_refused_by_every_way_of_loading(tmp
     assert all(faults.corrupt(tmp_path, 40, random.Random(1)))
 
 
+class Forgetful(io.FileIO):
+    """A file on a disk that returns other bytes than it was given."""
+
+    def readinto(self, buffer) -> int:
+        n = super().readinto(buffer)
+        buffer[: min(n, 1)] = b"?"
+        return n
+
+
 def test_the_old_checkpoint_stays_until_the_new_one_is_read_back(tmp_path, monkeypatch):
     path = tmp_path / "c.pth"
-    utils.save_checkpoint(path, {"a": torch.ones(3)})
+    checkpoints.write_checked(path, {"a": torch.ones(3)})
     before = path.read_bytes()
-    monkeypatch.setattr(utils, "_is_whole", lambda file: False)  # a disk that returns other bytes than it was given
-    with pytest.raises(utils.ResourceError, match="read back"):
-        utils.save_checkpoint(path, {"a": torch.zeros(3)})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, mode: io.BufferedRandom(Forgetful(path, mode.replace("b", ""))))
+        with pytest.raises(utils.ResourceError, match="read back"):
+            checkpoints.write_checked(path, {"a": torch.zeros(3)})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["c.pth"]
 
@@ -378,8 +387,8 @@ def test_only_what_has_changed_is_checked_again(tmp_path, monkeypatch):
     root = make_folder(tmp_path / "d", images=5)
     index = images.find_images(str(root))
     seen = []
-    inspect = images._inspect
-    monkeypatch.setattr(images, "_inspect", lambda path: (seen.append(path.name), inspect(path))[1])
+    read = images.read_image
+    monkeypatch.setattr(images, "read_image", lambda content, use: (seen.append(content), read(content, use))[1])
     first = images.check_images(index, str(tmp_path / "cache"))
     assert len(seen) == 15
     seen.clear()
@@ -390,7 +399,7 @@ def test_only_what_has_changed_is_checked_again(tmp_path, monkeypatch):
     Image.new("RGB", (20, 20)).save(changed)
     os.utime(changed, ns=(1, 1))
     assert not np.array_equal(images.check_images(index, str(tmp_path / "cache")).digests, first.digests)
-    assert seen == ["002.png"]
+    assert seen == [changed.read_bytes()]
     (kept,) = (tmp_path / "cache").iterdir()
     kept.write_bytes(kept.read_bytes()[:-30])  # damaged: all is read again
     seen.clear()
@@ -418,7 +427,7 @@ def test_any_name_survives_into_the_tables_and_none_becomes_a_formula(cli, tmp_p
         (root / f"class {c}").rename(root / f"=class {c}")
         for i, name in enumerate(NAMES):
             (root / f"=class {c}" / f"{i:03d}.png").rename(root / f"=class {c}" / name)
-    cli("--name", "a", "--data_dir", root, *RUN, "--test_percent", "40")
+    cli.forked("--name", "a", "--data_dir", root, *RUN, "--test_percent", "40")
     for file in ("split.csv", "predictions.csv"):
         rows = table(cli.cwd / "results/a" / file)
         assert all(row["path"].startswith("'=class") for row in rows)
@@ -471,12 +480,34 @@ def test_a_checkpoint_of_another_kind_is_refused_before_any_image_is_read(cli, t
 # Trouble in training
 
 
-def test_divergence_stops_at_the_last_finite_state(cli, colours):
-    message = cli.inside("--name", "a", "--data_dir", colours, *RUN, "--lr", "1e30", check=5).stderr
-    assert re.search(r"(loss of step \d+|weights of the \w+) .*not? .*finite .*learning rate: student .*--lr", message)
-    for file in (cli.cwd / "checkpoints/colours").rglob("*.pth"):
-        for learner in utils.load_checkpoint(file)["learners"].values():
-            assert all(tensor.isfinite().all() for tensor in learner.values() if tensor.is_floating_point())
+def tensors(value) -> list[torch.Tensor]:
+    """All that are in a checkpoint."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for each in value for tensor in tensors(each)]
+    return [value] if isinstance(value, torch.Tensor) else []
+
+
+def test_divergence_stops_at_the_last_finite_state(cli, colours, monkeypatch):
+    run = ["--data_dir", colours, *RUN]
+    said = r"(loss of step \d+|weights of the \w+) .*not? .*finite .*learning rate: student .*--lr"
+    assert re.search(said, cli.inside("--name", "a", *run, "--lr", "1e30", check=5).stderr)
+
+    def close_step(keeper, done, stop, close=checkpoints.SavingKeeper.close_step):
+        close(keeper, done, stop=True)  # it saves
+        if done == 5:
+            with torch.no_grad():
+                keeper.learners["student"].parameters[0].fill_(torch.inf)
+
+    monkeypatch.setattr(checkpoints.SavingKeeper, "close_step", close_step)
+    assert re.search(said, cli.inside("--name", "b", *run, check=5).stderr)
+    folder = cli.cwd / "checkpoints/colours/b"
+    assert checkpoints.load_last(folder / "last.pth").progress.steps_done == 5
+    for file in ("last.pth", "best_student.pth"):
+        found = tensors(checkpoints.read_checked(folder / file))
+        assert len(found) > 100
+        assert all(tensor.isfinite().all() for tensor in found if tensor.is_floating_point())
 
 
 def test_want_of_memory_is_explained():
@@ -487,17 +518,6 @@ def test_want_of_memory_is_explained():
         torch.empty(2**55)
 
 
-def limited(cli: Cli, kind: int, bound: int, *options: object) -> subprocess.CompletedProcess:
-    """Run under a limit of the operating system."""
-    return subprocess.run(
-        cli.command(*options),
-        cwd=cli.cwd,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(kind, (bound, bound)),
-    )
-
-
 def test_a_full_disk_leaves_the_old_checkpoint_and_no_temporary_file(cli, colours):
     """Files may not grow beyond 100 kB, which the checkpoints do."""
     run = ["--name", "a", "--data_dir", colours, *RUN]
@@ -506,8 +526,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_temporary_file(cli, colour
         cli.inside(*run, check=130)
     folder = cli.cwd / "checkpoints/colours/a"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    done = limited(cli, resource.RLIMIT_FSIZE, 100_000, *run, "--resume")
-    assert done.returncode == 6
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    done = cli.forked(*run, "--resume", prepare=limit, check=6)
     assert "cannot write" in done.stderr
     assert "--resume" in done.stderr
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -528,22 +548,15 @@ def test_a_folder_that_cannot_be_written_to_is_named(cli, colours):
 
 def after_training(monkeypatch, happens) -> None:
     """Have something happen between the last step and the test."""
-    fit = modes.fit
+    train_networks = MPL.train_networks
 
-    def fit_then(*given, **named):
-        trained = fit(*given, **named)
+    def train_then(*given, **named):
+        trained = train_networks(*given, **named)
         happens()
         return trained
 
     monkeypatch.setattr(images, "STORE_BYTES", 0)  # no image is kept in memory
-    monkeypatch.setattr(modes, "fit", fit_then)
-
-
-def fails(error: BaseException):
-    def fail(*_, **__):
-        raise error
-
-    return fail
+    monkeypatch.setattr(MPL, "train_networks", train_then)
 
 
 ALL = {
@@ -567,7 +580,7 @@ def test_a_run_whose_images_are_gone_at_the_end_keeps_what_it_learned(cli, tmp_p
 
     with monkeypatch.context() as patch:
         after_training(patch, spoil)
-        done = cli.inside("--name", "a", "--data_dir", root, *RUN, check=3)
+        done = cli.inside("--name", "a", "--data_dir", root, *RUN, check=3, pictures=True)
     assert len(done.stderr.strip().splitlines()) == 1
     assert re.search(r"60 images can no longer be read \(first: .*\.png: .*changed since it was checked", done.stderr)
     assert {path.name for path in (cli.cwd / "checkpoints/d/a").iterdir()} == {"best_student.pth", "last.pth"}
@@ -594,7 +607,7 @@ def test_a_run_of_which_some_images_are_gone_is_tested_on_the_others(cli, tmp_pa
     (root / "class 1").rename(root / "玫瑰")
     spoilt = [f"$\\frac$/{i:03d}.png" for i in range(20)]
     after_training(monkeypatch, lambda: [(root / path).write_bytes(b"no image") for path in spoilt])
-    done = cli.inside("--name", "a", "--data_dir", root, *RUN, "--test_percent", "40", check=3)
+    done = cli.inside("--name", "a", "--data_dir", root, *RUN, "--test_percent", "40", check=3, pictures=True)
     results = cli.cwd / "results/a"
     parts = {row["path"]: row["split"] for row in table(results / "split.csv")}
     predicted = {row["path"]: row["split"] for row in table(results / "predictions.csv")}
@@ -614,16 +627,16 @@ def test_an_image_that_becomes_unreadable_in_training_stops_it_where_it_can_go_o
     cli.inside("--name", "whole", *run)
     shutil.copytree(root, tmp_path / "copy")
 
-    def close_step(keeper, done, stop, close=record.Keeper.close_step):
+    def close_step(keeper, done, stop, close=checkpoints.SavingKeeper.close_step):
         close(keeper, done, stop)
         for path in root.rglob("*.png") if done == 5 else ():
             path.write_bytes(b"no image")
 
     with monkeypatch.context() as patch:
-        patch.setattr(record.Keeper, "close_step", close_step)
+        patch.setattr(checkpoints.SavingKeeper, "close_step", close_step)
         message = cli.inside("--name", "cut", *run, check=3).stderr
     assert "--resume goes on" in message
-    assert utils.load_checkpoint(cli.cwd / "checkpoints/d/cut/last.pth")["steps_done"] == 5
+    assert checkpoints.load_last(cli.cwd / "checkpoints/d/cut/last.pth").progress.steps_done == 5
     assert len(table(cli.cwd / "results/cut/history.csv")) == 4  # two epochs of two steps, two networks
     shutil.copytree(tmp_path / "copy", root, dirs_exist_ok=True)
     cli.inside("--name", "cut", *run, "--resume")
@@ -631,10 +644,10 @@ def test_an_image_that_becomes_unreadable_in_training_stops_it_where_it_can_go_o
 
 
 def test_a_picture_or_a_report_that_fails_costs_a_line(cli, colours, monkeypatch):
-    monkeypatch.setattr(visualization, "draw_curves", fails(ValueError("\n no\ncurve")))
-    monkeypatch.setattr(visualization, "draw_samples", fails(ValueError("no view")))
-    monkeypatch.setattr(report, "class_rows", fails(KeyError("test")))
-    done = cli.inside("--name", "a", "--data_dir", colours, "--show_images", *RUN)
+    monkeypatch.setattr(visualization, "draw_curves", raises(ValueError("\n no\ncurve")))
+    monkeypatch.setattr(visualization, "draw_samples", raises(ValueError("no view")))
+    monkeypatch.setattr(report, "write", raises(KeyError("test")))
+    done = cli.inside("--name", "a", "--data_dir", colours, "--show_images", *RUN, pictures=True)
     assert "samples.png could not be drawn: ValueError: no view\n" in done.stdout
     assert "graphs.png could not be drawn: ValueError: no curve\n" in done.stdout
     assert "report.html could not be written: KeyError: 'test'\n" in done.stdout
@@ -643,7 +656,7 @@ def test_a_picture_or_a_report_that_fails_costs_a_line(cli, colours, monkeypatch
 
 
 def test_an_export_that_fails_is_an_error_when_all_else_is_done(cli, colours, monkeypatch):
-    monkeypatch.setattr(export, "write", fails(RuntimeError("no such operator")))
+    monkeypatch.setattr(export, "write", raises(RuntimeError("no such operator")))
     done = cli.inside("--name", "a", "--data_dir", colours, *RUN, "--export", "torch", check=1)
     assert done.stderr == "MPL.py: --export torch could not be written: RuntimeError: no such operator\n"
     assert "95 % interval" in done.stdout
@@ -667,8 +680,8 @@ def test_a_disk_that_is_full_at_the_end_costs_what_it_has_no_room_for(cli, colou
 
 
 def test_a_signal_at_the_end_stops_at_once(cli, colours, monkeypatch):
-    monkeypatch.setattr(visualization, "draw_curves", fails(utils.Interrupted(signal.SIGTERM)))
-    cli.inside("--name", "a", "--data_dir", colours, *RUN, check=143)
+    monkeypatch.setattr(visualization, "draw_curves", raises(utils.Interrupted(signal.SIGTERM)))
+    cli.inside("--name", "a", "--data_dir", colours, *RUN, check=143, pictures=True)
     left = {path.name for path in (cli.cwd / "results/a").iterdir()}
     assert left >= {"metrics.json", "predictions.csv", "history.csv"}
     assert "report.html" not in left
@@ -679,7 +692,8 @@ def test_a_signal_at_the_end_stops_at_once(cli, colours, monkeypatch):
 
 
 def test_closed_output_and_a_reader_that_leaves_stop_nothing(cli, colours):
-    run = cli.command("--data_dir", colours, *RUN)
+    """Python itself says what it cannot write when it ends, so these are started by a shell."""
+    run = cli.command("--data_dir", colours, *TINY, "--finetune_mode", "--num_epochs", "2")
     for i, redirection in enumerate((">&- 2>&-", "| head -c 1 >/dev/null", ">/dev/full")):
         script = f'set -o pipefail; "$@" --name r{i} {redirection}'
         done = subprocess.run(["bash", "-c", script, "bash", *run], cwd=cli.cwd, capture_output=True, text=True)
@@ -688,11 +702,11 @@ def test_closed_output_and_a_reader_that_leaves_stop_nothing(cli, colours):
 
 
 @pytest.mark.parametrize(("term", "bar"), [("dumb", False), ("xterm", True)])
-def test_only_a_terminal_that_can_redraws(cli, colours, term, bar):
+def test_only_a_terminal_that_can_redraws(cli, colours, monkeypatch, term, bar):
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
-    run = cli.command("--name", "a", "--data_dir", colours, *RUN)
-    process = subprocess.Popen(run, cwd=cli.cwd, stdout=theirs, stderr=theirs, env=os.environ | {"TERM": term})
+    monkeypatch.setenv("TERM", term)
+    process = cli.start("--name", "a", "--data_dir", colours, *RUN, terminal=theirs)
     os.close(theirs)
     out = b""
     while True:
@@ -704,7 +718,7 @@ def test_only_a_terminal_that_can_redraws(cli, colours, term, bar):
             break
         out += part
     os.close(ours)
-    assert process.wait() == 0
+    cli.finish(process)
     text = out.replace(b"\r\n", b"\n")
     assert (b"\r" in text) == bar
     assert bar or b"\x1b" not in text

@@ -3,19 +3,19 @@
 import csv
 import dataclasses
 import json
+import os
 import re
 import signal
-import subprocess
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_folder
+from conftest import TINY, Cli, make_folder
 
 import data
 import mixture
-import modes
 import MPL
+import train
 
 EPOCHS = ["--num_epochs", "3"]
 
@@ -28,14 +28,12 @@ def rows(path):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, colours):
     """One training run in each mode, shared by the tests that only look."""
-    from conftest import Cli
-
     cli = Cli(tmp_path_factory.mktemp("runs"))
     common = ["--data_dir", colours, "--num_labels_percent", "20", *TINY, *EPOCHS]
     cli.output = {
         "train": cli("--name", "exp", *common, "--show_images", "--print_model").stdout,
-        "switch": cli("--name", "roles", "--switch_mode", *common).stdout,
-        "finetune": cli("--name", "labels", "--finetune_mode", *common).stdout,
+        "switch": cli.inside("--name", "roles", "--switch_mode", *common, pictures=True).stdout,
+        "finetune": cli.inside("--name", "labels", "--finetune_mode", *common, pictures=True).stdout,
     }
     return cli
 
@@ -126,12 +124,13 @@ def test_testing_reprints_the_training_runs_figures(trained, load_path):
 def test_a_test_without_validation_images_says_so_and_chooses_no_temperature(trained, monkeypatch):
     find = MPL.find_data
 
-    def without_val(*given):
-        index, split, notes = find(*given)
-        return index, dataclasses.replace(split, val=split.val[:0]), notes
+    def without_val(start):
+        found = find(start)
+        return dataclasses.replace(found, split=dataclasses.replace(found.split, val=found.split.val[:0]))
 
     monkeypatch.setattr(MPL, "find_data", without_val)
-    out = trained.inside("--name", "own", "--test_mode", "--load_path", "exp", "--export", "torch").stdout
+    test = ["--name", "own", "--test_mode", "--load_path", "exp", "--export", "torch"]
+    out = trained.inside(*test, pictures=True).stdout
     figures = trained.metrics("own")
     assert (figures["val"], figures["temperature"], figures["counts"]["val"]) == ({}, None, 0)
     assert figures["test"] == trained.metrics("exp")["test"]
@@ -192,9 +191,14 @@ def test_a_run_is_never_trampled(trained, colours):
     assert (trained.cwd / "results" / "exp" / "metrics.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("mode", [[], ["--switch_mode"], ["--finetune_mode"]])
-def test_the_same_command_gives_the_same_figures_with_any_number_of_workers(cli, colours, mode):
-    for name, workers, start in (("a", 0, cli), ("b", 0, cli.inside), ("c", 2, cli.inside)):
+@pytest.mark.parametrize(("mode", "of_its_own"), [([], True), (["--switch_mode"], False), (["--finetune_mode"], False)])
+def test_the_same_command_gives_the_same_figures_with_any_number_of_workers(cli, colours, mode, of_its_own):
+    """Also in a process of its own, where hashes are other ones."""
+    for name, workers, start in (
+        ("a", 0, cli if of_its_own else cli.inside),
+        ("b", 0, cli.inside),
+        ("c", 2, cli.inside),
+    ):
         start("--name", name, "--data_dir", colours, *mode, *TINY, *EPOCHS, "--num_workers", workers)
     assert cli.metrics("a") == cli.metrics("b") == cli.metrics("c")
     histories = [(cli.cwd / "results" / name / "history.csv").read_bytes() for name in "abc"]
@@ -221,7 +225,7 @@ def test_a_frozen_backbone_trains_on_kept_features(cli, colours):
         ["--feedback", "cosine", "--pseudo_label", "sampled"],
         ["--feedback", "exact"],
         ["--feedback", "none", "--pseudo_label", "soft"],
-        ["--student_views", "both", "--alignment", "none"],
+        ["--alignment", "none"],
         ["--targets", "mixture", "--trainable", "head", "--views", "2"],
         ["--targets", "mixture", "--trainable", "head", "--switch_mode", "--views", "0"],
         ["--unsupervised", "cos", "--ema", "0.9", "--label_smoothing", "0.1", "--augmentation", "randaugment"],
@@ -254,7 +258,7 @@ def test_the_mixture_is_of_the_training_images_and_knows_their_given_labels_only
 def test_new_views_at_each_step_leave_the_mixture_as_it_is(cli, colours, tmp_path, monkeypatch):
     """What it averages over is the same, and kept; what the steps see is new, and is not."""
     seen, aims = [], []
-    to, plan = data.Batch.to, modes.plan_training
+    to, plan = data.Batch.to, train.make_plan
 
     def move(batch, *rest):
         moved = to(batch, *rest)
@@ -262,7 +266,9 @@ def test_new_views_at_each_step_leave_the_mixture_as_it_is(cli, colours, tmp_pat
         return moved
 
     monkeypatch.setattr(data.Batch, "to", move)
-    monkeypatch.setattr(modes, "plan_training", lambda *given: aims.append(given[2]) or plan(*given))
+    monkeypatch.setattr(
+        train, "make_plan", lambda config, split, guide: aims.append(guide.targets) or plan(config, split, guide)
+    )
     frozen = [*TINY, "--num_epochs", "4", "--trainable", "head", "--targets", "mixture", "--cache_dir", tmp_path]
     for name, views in (("kept", "4"), ("fresh", "0")):
         cli.inside("--name", name, "--data_dir", colours, *frozen, "--views", views)
@@ -289,11 +295,11 @@ def test_a_resumed_run_equals_one_never_interrupted(cli, colours):
     """Stopped by a signal in the middle of an epoch, then gone on with."""
     run = ["--data_dir", str(colours), *TINY, "--num_epochs", "40"]
     cli.inside("--name", "whole", *run)
-    process = subprocess.Popen(cli.command("--name", "cut", *run), cwd=cli.cwd, stdout=subprocess.PIPE, text=True)
+    process = cli.start("--name", "cut", *run)
     for line in process.stdout:
         if line.startswith("epoch 12/40"):
-            process.send_signal(signal.SIGINT)
-    assert process.wait() == 130
+            os.kill(process.pid, signal.SIGINT)
+    cli.finish(process, check=130)
     cli.inside("--name", "cut", *run, "--resume")
     histories = [(cli.cwd / "results" / name / "history.csv").read_bytes() for name in ("whole", "cut")]
     assert histories[0] == histories[1]

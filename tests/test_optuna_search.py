@@ -1,27 +1,28 @@
 """The search: its space, its score, and that its budget is exact whoever works on it and whoever dies."""
 
+import contextlib
 import dataclasses
+import io
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import optuna
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import TINY
 
 import args
 import data
 import optuna_search
-import record
+import train
 import utils
 import visualization
 
-TUNE = [*TINY, "--num_epochs", "3", "--optuna_mode", "--trial_seeds", "2", "--num_labels_percent", "20"]
+TUNE = [*TINY, "--num_epochs", "2", "--optuna_mode", "--num_labels_percent", "20"]
 
 
 def config(**given):
@@ -73,7 +74,7 @@ def test_folds_validate_every_image_once_and_keep_copies_together():
         unlabeled=np.flatnonzero((np.arange(60) % 20 > 9) & (np.arange(60) % 20 < 19)),
         unused=np.array([], dtype=np.int64),
     )
-    parts = optuna_search.folds(split, labels, contents, 3, seed=0)
+    parts = optuna_search.fold_splits(split, labels, contents, 3, seed=0)
     assert sorted(np.concatenate([part.val for part in parts])) == sorted({*split.labeled, *split.val})
     for part in parts:
         assert not set(part.val) & set(part.labeled)
@@ -84,36 +85,60 @@ def test_folds_validate_every_image_once_and_keep_copies_together():
 
 
 STATES = ("COMPLETE", "FAIL", "RUNNING", "WAITING")
-WORKER = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
-import args, optuna_search
-optuna_search.HEARTBEAT_SECONDS, optuna_search.GRACE_SECONDS = 1, 3
-config = args.configure(data_dir="d", name="s", optuna_mode=True, n_trials=int(sys.argv[4]), storage=sys.argv[2])
-budget = optuna_search.Budget(config, config.storage, "")
-budget.fill({})
-def objective(trial):
-    x = trial.suggest_float("x", 0, 1)
-    print("holds a trial", flush=True)
-    time.sleep({"doomed": 1000, "living": 0.1, "hurried": 0}[sys.argv[3]])
-    return x
-budget.work(objective, time.monotonic() + 100)
-"""
 
 
-def test_the_budget_is_exact_over_four_workers_of_which_two_are_killed(tmp_path):
+def start_worker(url: str, n_trials: int, *, seconds: float):
+    """A worker of a study that holds each trial for so long, in a process forked from this one, and a connection that
+    hears when it holds one and at last what it has printed."""
+
+    def work() -> None:
+        def objective(trial):
+            x = trial.suggest_float("x", 0, 1)
+            theirs.send("holds a trial")
+            time.sleep(seconds)
+            return x
+
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            budget = optuna_search.Budget(config(n_trials=n_trials, storage=url), url, "")
+            budget.fill({})
+            budget.work(objective, time.monotonic() + 100)
+        theirs.send(out.getvalue())
+
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    worker = context.Process(target=work, daemon=True)
+    worker.start()
+    theirs.close()
+    return worker, ours
+
+
+def printed(worker, connection) -> str:
+    """What a worker has printed when it has ended."""
+    while (said := connection.recv()) == "holds a trial":
+        pass
+    worker.join()
+    assert worker.exitcode == 0
+    return said
+
+
+forks = pytest.mark.skipif(os.name == "nt", reason="Windows forks no process")
+
+
+@forks
+def test_the_budget_is_exact_over_four_workers_of_which_two_are_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(optuna_search, "HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr(optuna_search, "GRACE_SECONDS", 3)
     url = f"sqlite:///{tmp_path / 'study.db'}"
-    workers = []
-    for place in ("doomed", "doomed", "living", "living"):
-        command = [sys.executable, "-c", WORKER, ROOT, url, place, "12"]
-        workers.append(subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-        if place == "doomed":
-            assert workers[-1].stdout.readline() == "holds a trial\n", workers[-1].stderr.read()
-    for worker in workers[:2]:
+    doomed = []
+    for _ in range(2):
+        worker, connection = start_worker(url, 12, seconds=1000)
+        assert connection.recv() == "holds a trial"
+        doomed.append(worker)
+    living = [start_worker(url, 12, seconds=0.1) for _ in range(2)]
+    for worker in doomed:
         worker.kill()
-    for worker in workers[2:]:
-        _, errors = worker.communicate(timeout=90)
-        assert worker.returncode == 0, errors
+    for worker in living:
+        printed(*worker)
     study = optuna.load_study(study_name="s", storage=optuna.storages.RDBStorage(url))
     taken = [trial for trial in study.trials if "slot" in trial.user_attrs]
     ended = {state: [trial.user_attrs["slot"] for trial in taken if trial.state.name == state] for state in STATES}
@@ -122,17 +147,17 @@ def test_the_budget_is_exact_over_four_workers_of_which_two_are_killed(tmp_path)
     assert not ended["RUNNING"] + ended["WAITING"]
 
 
+@forks
 def test_workers_that_reach_for_the_same_slot_at_once_do_not_share_it(tmp_path):
     url = f"sqlite:///{tmp_path / 'study.db'}"
-    command = [sys.executable, "-c", WORKER, ROOT, url, "hurried", "40"]
-    same = args.configure(data_dir="d", name="s", optuna_mode=True, n_trials=40, storage=url)
-    optuna_search.Budget(same, url, "").fill({})
-    workers = [subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
+    budget = optuna_search.Budget(config(n_trials=40, storage=url), url, "")
+    budget.fill({})
+    budget.storage.engine.dispose()  # SQLite's connections are not to be used on both sides of a fork
+    workers = [start_worker(url, 40, seconds=0) for _ in range(3)]
     taken = []
     for worker in workers:
-        out, errors = worker.communicate(timeout=90)
-        assert worker.returncode == 0, errors
-        taken += [line.split("/")[0] for line in out.splitlines() if line.startswith("trial ")]
+        lines = printed(*worker).splitlines()
+        taken += [line.split("/")[0] for line in lines if line.startswith("trial ")]
     assert len(taken) == len(set(taken)) == 40
 
 
@@ -168,44 +193,57 @@ def test_a_trial_that_fails_fails_alone(tmp_path, capsys):
 
 
 def test_an_interrupted_study_is_gone_on_with(cli, colours, monkeypatch):
-    run = ["--name", "a", "--data_dir", colours, *TUNE, "--n_trials", "4"]
+    monkeypatch.setattr(optuna_search, "draw_study", lambda *_: None)
+    run = ["--name", "a", "--data_dir", colours, *TUNE, "--n_trials", "3"]
     closed = []
-    close_epoch = record.Keeper.close_epoch
+    close_epoch = train.Keeper.close_epoch
 
     def interrupt(keeper, *given):
         closed.append(1)
-        if len(closed) == 10:  # within the second trial
+        if len(closed) == 8:  # within the second trial, the first of three times two epochs
             os.kill(os.getpid(), signal.SIGINT)
         return close_epoch(keeper, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(record.Keeper, "close_epoch", interrupt)
+        patch.setattr(train.Keeper, "close_epoch", interrupt)
         first = cli.inside(*run, check=130).stdout
-    assert first.count("trial 1/4") == 1
-    assert "trial 2/4" not in first
+    assert first.count("trial 1/3") == 1
+    assert "trial 2/3" not in first
     assert "options: --lr 0.5" in cli.inside(*run, "--resume", "--lr", "0.5", check=4).stderr
     second = cli.inside(*run, "--resume").stdout
-    assert [second.count(f"trial {n}/4") for n in (1, 2, 3, 4)] == [0, 1, 1, 1]
+    assert [second.count(f"trial {n}/3") for n in (1, 2, 3)] == [0, 1, 1]
     study = optuna.load_study(study_name="a", storage=f"sqlite:///{cli.cwd / 'results/a/study.db'}")
     done = [trial for trial in study.trials if trial.state.is_finished() and trial.state.name != "FAIL"]
-    assert sorted(trial.user_attrs["slot"] for trial in done) == [0, 1, 2, 3]
+    assert sorted(trial.user_attrs["slot"] for trial in done) == [0, 1, 2]
 
 
+def wait_for_another_worker() -> None:
+    """Let the first trial of this process begin when another process has begun one."""
+    score_trial, begun = (
+        optuna_search.score_trial,
+        [state for state in optuna.trial.TrialState if state.name != "WAITING"],
+    )
+
+    def when_two_are_begun(trial, folds, train):
+        while len(trial.study.get_trials(deepcopy=False, states=begun)) < 2:
+            time.sleep(0.05)
+        return score_trial(trial, folds=folds, train=train)
+
+    optuna_search.score_trial, optuna_search.draw_study = when_two_are_begun, lambda *_: None
+
+
+@forks
 def test_workers_share_the_trials_and_the_result_is_used(cli, colours):
-    out = cli("--name", "a", "--data_dir", colours, *TUNE, "--n_trials", "6", "--workers", "2").stdout
-    assert sorted(int(line.split("/")[0][6:]) for line in out.splitlines() if line.startswith("trial ")) == [
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
+    search = ["--name", "a", "--data_dir", colours, *TUNE, "--n_trials", "4", "--workers", "2"]
+    out = cli.forked(*search, prepare=wait_for_another_worker).stdout
+    assert sorted(line.split("/")[0] for line in out.splitlines() if line.startswith("trial ")) == [
+        f"trial {n}" for n in (1, 2, 3, 4)
     ]
     metrics = cli.metrics("a")
     assert set(metrics["defaults"]["test"]) == set(metrics["test"]) == {"student", "teacher", "ensemble"}
     assert "without tuning:" in out
     best = cli.cwd / "results/a/best_params.json"
-    cli.inside("--name", "b", "--data_dir", colours, *TINY, "--num_epochs", "3", "--params", best, "--threshold", "0.7")
+    cli.inside("--name", "b", "--data_dir", colours, *TINY, "--num_epochs", "2", "--params", best, "--threshold", "0.7")
     used = json.loads((cli.cwd / "results/b/config.json").read_text())
     wanted = json.loads(best.read_text())
     assert {key: used[key] for key in wanted} == wanted | {"threshold": 0.7}

@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +57,14 @@ def test_images_are_decoded_when_asked_for_or_one_batch_ahead(colours, ahead):
     paths, _ = images.find_unlabeled("--predict_dir", str(colours))
     index = images.Index("", Path("/"), tuple(paths), np.full(60, images.UNKNOWN), ("a", "b"))
     stream = Stream(index, images.Preparation(8, 9), ahead=ahead)
-    asked, ask = [], stream._ask
-    stream._ask = lambda rows: asked.extend(rows.tolist()) or ask(rows)
+    asked = []
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, decode, rows):
+            asked.extend(rows.tolist())
+            return super().submit(decode, rows)
+
+    stream.pool = Pool()
     seen = []
     for rows, unreadable in stream.batches(16):
         seen += [stream[i] for i in rows]
@@ -167,12 +174,12 @@ def test_images_that_became_unreadable_are_left_out_and_named(trained, colours, 
     monkeypatch.setattr(images, "STORE_BYTES", 0)
     score, seen = module.predict, []
 
-    def spoil(session, learners, rows):
-        whole = score(session, learners, rows)
+    def spoil(learners, inputs, index, rows):
+        whole = score(learners, inputs, index, rows)
         spoilt = rows[1:-1:2].tolist()
         for i in spoilt:
-            session.index.file(i).write_bytes(b"no image")
-        torn = score(session, learners, rows)
+            index.file(i).write_bytes(b"no image")
+        torn = score(learners, inputs, index, rows)
         seen.append((whole, torn, rows, spoilt))
         return torn
 
