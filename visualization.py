@@ -630,12 +630,13 @@ def _draw_comparison(groups: dict[str, list[Run]], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="results/NAME")
-    parser.add_argument("--out", type=Path, help="the picture [compare.png, if there is none yet]")
+    parser.add_argument(
+        "--out", type=Path, help="the picture, even if there is one [compare.png or, if it is taken, compare-2.png ...]"
+    )
     options = parser.parse_args()
-    out = options.out or Path("compare.png")
+    free = (Path(f"compare-{n}.png" if n > 1 else "compare.png") for n in itertools.count(1))
+    out = options.out or next(path for path in free if not path.exists())
     try:
-        if options.out is None and out.exists():
-            raise utils.UsageError(f"{out} exists: --out {out} replaces it")
         print(compare(options.runs, out))
     except utils.Failure as error:
         print(f"visualization.py: {error}", file=sys.stderr)

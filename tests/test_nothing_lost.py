@@ -370,8 +370,8 @@ def test_a_picture_of_compared_runs_replaces_none_unasked(tmp_path, monkeypatch,
     (tmp_path / "compare.png").write_bytes(b"mine")
     monkeypatch.setattr(sys, "argv", ["visualization.py", "results/a"])
     monkeypatch.setattr(visualization, "compare", lambda folders, path: path.write_bytes(b"new"))
-    assert visualization.main() == 2
-    assert "compare.png exists: --out compare.png replaces it" in capsys.readouterr().err
+    assert visualization.main() == 0
+    assert "picture: compare-2.png" in capsys.readouterr().out
     assert (tmp_path / "compare.png").read_bytes() == b"mine"
     monkeypatch.setattr(sys, "argv", ["visualization.py", "results/a", "--out", "compare.png"])
     assert visualization.main() == 0

@@ -173,7 +173,7 @@ def test_a_class_without_test_images_has_dashes(write):
     ("temperature", "n_val", "expected"),
     [
         (1.5, 60, "The temperature was chosen on the validation images"),
-        (None, 60, "the validation images bound none."),
+        (None, 60, "the validation images do not determine one."),
         (None, 1, "1 validation image is too few to choose one by."),
         (None, 0, "0 validation images are too few to choose one by."),
     ],
