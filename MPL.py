@@ -27,7 +27,7 @@ import signal
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,8 +85,8 @@ def run(config: Config, signals: Signals) -> None:
         export.require_packages(config.export)
     with distributed.joined(device):
         start = find_start(config, distributed.agents())
-        if start.config.predict_dir is not None:
-            label_folder(start, device, precision)
+        if start.saved is not None and start.config.predict_dir is not None:
+            label_folder(start, start.saved, start.config.predict_dir, device, precision)
             return
         with distributed.one_first():
             found = find_data(start)
@@ -111,7 +111,7 @@ class Start(NamedTuple):
     loaded: Path | None = None  # the checkpoint that gives split and weights ...
     saved: BestCheckpoint | None = None  # ... and what it holds
     last: LastCheckpoint | None = None  # the checkpoint that the run goes on from
-    last_version: tuple[int, ...] = ()  # which it was
+    last_version: tuple[int, ...] = ()  # which it was; () if there was none
     keep: bool = False  # whether it goes on with what is in the folder, if only with its beginning
 
 
@@ -136,29 +136,28 @@ def _find_start(config: Config, agents: list[tuple[str, int, float]]) -> Start:
     elif config.unlabeled_dir is None and (beside := images.unlabeled_beside(config.data_dir, own)):
         config = args.derive(config, unlabeled_dir=beside)
     dataset = images.dataset_name(config.data_dir)
-    if config.name is None:
-        config = dataclasses.replace(config, name=f"{dataset}_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
-    folder = RunFolder.named(config.output_dir, dataset, config.name)
+    name = config.name or f"{dataset}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    config = dataclasses.replace(config, name=name)
+    folder = RunFolder.named(config.output_dir, dataset, name)
     if distributed.restarted() and distributed.tell(folder.begun_by(agents)):
         config = dataclasses.replace(config, resume=True, overwrite=False)
-    start = Start(config, folder, agents, loaded, saved)
-    if loaded and config.mode != "test" and loaded.resolve().parent == folder.checkpoints.resolve():
+    path = folder.checkpoints / checkpoints.LAST
+    start = Start(config, folder, agents, loaded, saved, last_version=checkpoints.version(path))
+    if loaded and config.mode != "test" and folder.checkpoints.resolve() in loaded.resolve().parents:
         raise CheckpointError(f"--name {config.name} is the run that --load_path names: give this one another")
     if not config.resume:
         return start
     if config.mode == "optuna" and (config.storage or any(folder.written().values())):
-        folder.require_study()
+        folder.require_study(config)
         return start._replace(keep=True)
     if config.mode == "test":  # which torchrun has started anew
         return start._replace(keep=True)
-    path = folder.checkpoints / checkpoints.LAST
-    if path.exists():
-        version = checkpoints.version(path)
+    if start.last_version:
         last = checkpoints.load_last(path)
         args.require_same(config, last.config)
         if (there := folder.options()) is not None:
             args.require_same(config, there)
-        return start._replace(last=last, last_version=version, keep=True)
+        return start._replace(last=last, keep=True)
     begun = folder.begun_options()
     if begun is not None:
         args.require_same(config, begun)
@@ -180,6 +179,7 @@ def take_over(config: Config, saved: BestCheckpoint) -> Config:
     elsewhere = os.path.realpath(images.innermost(config.data_dir, own)) != saved.data_dir
     if "data_dir" in config.given and elsewhere and "unlabeled_dir" not in config.given:
         return dataclasses.replace(config, unlabeled_dir=images.unlabeled_beside(config.data_dir, own))
+    moved: dict[str, Any] = {}
     for key, there in (("data_dir", saved.data_dir), ("unlabeled_dir", saved.unlabeled_dir)):
         value = getattr(config, key)
         if key in config.given or value in (None, "digits") or utils.resolve_path(value).is_dir():
@@ -189,8 +189,8 @@ def take_over(config: Config, saved: BestCheckpoint) -> Config:
                 f"--{key} {value} (taken over from the checkpoint, which was trained on {there}): no such folder; "
                 f"give --{key}"
             )
-        config = dataclasses.replace(config, **{key: there})
-    return config
+        moved[key] = there
+    return dataclasses.replace(config, **moved)
 
 
 def find_data(start: Start) -> data.Data:
@@ -299,7 +299,7 @@ def make_ready(start: Start, found: data.Data, device: torch.device, precision: 
 
 def open_inputs(
     config: Config,
-    decoded: images.Images,
+    decoded: images.DecodedImages,
     architecture: models.Architecture,
     device: torch.device,
     precision: torch.dtype | None,
@@ -313,6 +313,7 @@ def open_inputs(
         n_kept=n_averaged(config) if config.views or config.targets == "mixture" else 0,
         cache_dir=config.cache_dir,
         cache_gb=config.cache_gb,
+        bounded="cache_gb" in config.given,
     )
 
 
@@ -320,7 +321,8 @@ def loaded_learners(
     config: Config, saved: BestCheckpoint, architecture: models.Architecture, inputs: features.Inputs
 ) -> dict[str, models.Learner]:
     """The checkpoint's learners, ready to be tested: the one it was scored by first."""
-    learners = train.new_learners(config, dict.fromkeys(saved.best.learners, 0), architecture, inputs)
+    untrained = dict.fromkeys(saved.best.learners, 0)
+    learners = train.new_learners(config, untrained, architecture, inputs.device, inputs.precision)
     for name, weights in saved.best.learners.items():
         learners[name].load_weights(weights)
     return learners
@@ -332,7 +334,7 @@ def loaded_learners(
 
 def assist(work: Work, signals: Signals) -> None:
     """What every process but the first does: its share of the training and of the predictions."""
-    trained = None if work.start.config.mode == "test" else train_networks(work, signals)
+    trained = {} if work.start.config.mode == "test" else train_networks(work, signals)
     work, learners = ready_to_test(work, trained)
     score(work, learners)
     predict_others(work, learners)
@@ -344,29 +346,29 @@ def lead(work: Work, signals: Signals, began: float) -> None:
     try:
         with contextlib.ExitStack() as stack:
             with distributed.failure_told():
-                spare = [Path(path) for path in (start.loaded, config.params) if path]
+                spare = Path(config.params).expanduser() if config.params else None
                 claim = folder.claim(
                     keep=start.keep, overwrite=config.overwrite, trains=config.mode != "test", spare=spare
                 )
-                set_aside_old = stack.enter_context(claim)
-                last = folder.checkpoints / checkpoints.LAST
-                if start.last and checkpoints.version(last) != start.last_version:
+                begin_in_folder = stack.enter_context(claim)
+                if checkpoints.version(folder.checkpoints / checkpoints.LAST) != start.last_version:
                     raise CheckpointError(f"{folder.results}: another process has just gone on with it: try again")
 
             def begin() -> None:
                 """From here on the folder is this run's."""
-                set_aside_old()
+                begin_in_folder()
                 folder.note_agents(start.agents)
                 write_beginning(work)
 
             carry_out(work, begin, signals, began)
     except utils.InUseError:
-        if not config.optuna_mode or config.storage is None:
+        storage = config.storage
+        if not config.optuna_mode or storage is None:
             raise
         import optuna_search
 
         # the one who holds the folder reports
-        optuna_search.join(config, work.data, work.features, functools.partial(train_trial, work, signals))
+        optuna_search.join(config, storage, work.data, work.features, functools.partial(train_trial, work, signals))
 
 
 def carry_out(work: Work, begin: Callable[[], None], signals: Signals, began: float) -> None:
@@ -378,23 +380,23 @@ def carry_out(work: Work, begin: Callable[[], None], signals: Signals, began: fl
         print(line)
     if config.print_model:
         print(models.describe(work.architecture, config.seed))
-    trained = defaults = None
+    trained: dict[str, models.Learner] = {}
+    defaults = None
     if config.mode == "optuna":
         import optuna_search
 
-        begin()
-        tuned = optuna_search.search(
-            config, work.data, work.features, functools.partial(train_trial, work, signals), folder.results
-        )
+        train_one = functools.partial(train_trial, work, signals)
+        tuned = optuna_search.search(config, work.data, work.features, train_one, folder.results, begin)
         print("training once with the options as given, and once with the best:")
         _, defaults = score(work, train_networks(work, signals))
-        work = work._replace(start=work.start._replace(config=tuned))
-        write_config(tuned, folder)
+        work = work._replace(start=work.start._replace(config=tuned, last=folder.take_up(tuned)))
         trained = train_networks(work, signals, folder)
     elif config.mode == "test":
         begin()
     else:
         trained = train_networks(work, signals, folder, begin=begin)
+    if work.start.last:
+        began -= work.start.last.progress.seconds  # those of earlier processes count as well
     conclude(work, trained, defaults, began, time.perf_counter() - began)
 
 
@@ -430,23 +432,29 @@ def train_networks(
     config, found, inputs, saved, last = work.start.config, work.data, work.inputs, work.start.saved, work.start.last
     if guide is None and not config.finetune_mode:
         guide = make_guide(work)
-        if folder and config.alignment == "estimated":
+        if folder and config.alignment == "estimated" and guide.prior is not None:
             given = mixture.label_shares(found.known, len(found.classes))
             print(mixture.describe_shares(guide.prior, given, found.classes))
-    plan = train.make_plan(config, found.split, guide)
-    learners = train.new_learners(config, plan.updates, work.architecture, inputs)
+    plan = train.make_plan(config, found.split, *(guide or ()))
+    learners = train.new_learners(config, plan.updates, work.architecture, inputs.device, inputs.precision)
     if saved:
         for name, learner in learners.items():
             learner.load_weights(saved.best.learners.get(name) or next(iter(saved.best.learners.values())))
     val = found.split.val
-    watched = learners, plan.mode.scored, train.validator(inputs, val), found.labels[val]
+    watched = learners, plan.mode.scored, train.validator(inputs.source, val, inputs.device), found.labels[val]
     if folder is None:
         keeper = train.Keeper(*watched)
     else:
         about = checkpoints.about_run(config, found, work.architecture, inputs.preparation, saved)
-        keeper = checkpoints.SavingKeeper(*watched, folder=folder, about=about, tensorboard=config.tensorboard)
-        if last:
-            keeper.go_on(last.progress)
+        keeper = checkpoints.SavingKeeper(
+            *watched,
+            folder=folder,
+            about=about,
+            seconds=last.progress.seconds if last else 0.0,
+            tensorboard=config.tensorboard,
+        )
+    if last:  # every process goes on, if only the first one saves
+        checkpoints.go_on(keeper, last.progress)
     begin()
     batches = inputs.batches(plan.schedule, found.labels, keeper.done, plan.total_steps, num_workers=config.num_workers)
     return train.run_plan(plan, keeper, batches, signals, on_score=on_score)
@@ -482,16 +490,15 @@ def write_config(config: Config, folder: RunFolder) -> None:
         utils.write_json(folder.results / name, config.options())
 
 
-def label_folder(start: Start, device: torch.device, precision: torch.dtype | None) -> None:
+def label_folder(
+    start: Start, saved: BestCheckpoint, predict_dir: str, device: torch.device, precision: torch.dtype | None
+) -> None:
     """Label ``--predict_dir``. What another run of the name has left stays until that is done."""
-    config, folder, saved = start.config, start.folder, start.saved
-    what = f"--predict_dir {config.predict_dir}"
-    paths, notes = images.find_unlabeled(
-        "--predict_dir", config.predict_dir, checkpoints.own_folders(config.output_dir)
-    )
+    config, folder, what = start.config, start.folder, f"--predict_dir {predict_dir}"
+    paths, notes = images.find_unlabeled("--predict_dir", predict_dir, checkpoints.own_folders(config.output_dir))
     for line in notes:
         print(line)
-    with folder.claim(keep=start.keep, overwrite=config.overwrite, trains=False) as set_aside_old:
+    with folder.claim(keep=start.keep, overwrite=config.overwrite, trains=False) as begin:
         index = images.Index(
             name=images.dataset_name(config.data_dir),
             root=Path("/"),
@@ -504,12 +511,9 @@ def label_folder(start: Start, device: torch.device, precision: torch.dtype | No
         once = dataclasses.replace(config, cache_gb=0.0)  # what is looked at once is not kept
         inputs = open_inputs(once, stream, architecture, device, precision)
         learners = loaded_learners(config, saved, architecture, inputs)
-        print(
-            f"{utils.counted(len(index), 'image')} in {config.predict_dir}, {' and '.join(learners)} of "
-            f"{config.load_path}"
-        )
+        print(f"{utils.counted(len(index), 'image')} in {predict_dir}, {' and '.join(learners)} of {config.load_path}")
         predict.label_folder(stream, learners, inputs, folder.results, what=what)
-        set_aside_old()
+        begin()
         write_config(config, folder)
 
 
@@ -521,7 +525,8 @@ Scores = dict[str, dict[str, dict[str, float]]]  # by part, network and metric
 
 def score(work: Work, learners: Mapping[str, models.Learner]) -> tuple[dict[str, predict.Predicted], Scores]:
     """What is predicted of the validation and test images, and how good that is."""
-    predicted = {part: predict_part(work, learners, part) for part in ("val", "test")}
+    parts: tuple[str, ...] = ("val", "test")
+    predicted = {part: predict_part(work, learners, part) for part in parts}
     scores = {
         part: {
             name: metrics.classification_metrics(p.numpy(), work.data.labels[each.rows])
@@ -539,19 +544,20 @@ def predict_part(work: Work, learners: Mapping[str, models.Learner], part: str) 
 
 def predict_others(work: Work, learners: Mapping[str, models.Learner]) -> dict[str, predict.Predicted]:
     """What is predicted of the images that were trained on, and of those that served for nothing."""
-    return {part: predict_part(work, learners, part) for part in ("unlabeled", "labeled", "unused")}
+    parts: tuple[str, ...] = ("unlabeled", "labeled", "unused")
+    return {part: predict_part(work, learners, part) for part in parts}
 
 
-def ready_to_test(work: Work, trained: dict[str, models.Learner] | None) -> tuple[Work, dict[str, models.Learner]]:
-    """The networks to be tested: those just trained, or the checkpoint's; without mixed precision if they are exported,
-    so that what is reported is what the exported file gives."""
+def ready_to_test(work: Work, trained: Mapping[str, models.Learner]) -> tuple[Work, dict[str, models.Learner]]:
+    """The networks to be tested: those just trained, or the checkpoint's if there are none; without mixed precision if
+    they are exported, so that what is reported is what the exported file gives."""
     config, saved = work.start.config, work.start.saved
-    learners = loaded_learners(config, saved, work.architecture, work.inputs) if trained is None else trained
-    if config.mode == "finetune" and saved:
-        partner = list(loaded_learners(config, saved, work.architecture, work.inputs).values())[
-            1:
-        ]  # unchanged, beside the finetuned student
-        learners = learners | dict(zip(["teacher"], partner, strict=False))
+    learners = dict(trained)
+    if saved and config.mode == "test":
+        learners = loaded_learners(config, saved, work.architecture, work.inputs)
+    elif saved and config.mode == "finetune":
+        loaded = loaded_learners(config, saved, work.architecture, work.inputs)
+        learners |= dict(zip(["teacher"], [*loaded.values()][1:], strict=False))  # unchanged, beside the new student
     if config.export is not None and work.inputs.precision is not None:
         print("tested in float32, as what is exported computes")
         inputs = open_inputs(config, work.inputs.views.images, work.architecture, work.inputs.device, None)
@@ -563,7 +569,7 @@ def ready_to_test(work: Work, trained: dict[str, models.Learner] | None) -> tupl
 
 def conclude(
     work: Work,
-    trained: dict[str, models.Learner] | None,
+    trained: Mapping[str, models.Learner],
     defaults: Scores | None,
     began: float,
     seconds_train: float,
@@ -579,20 +585,22 @@ def conclude(
     import report  # only now: what draws takes seconds to import
     import visualization
 
-    config, results = work.start.config, work.start.folder.results
+    config, folder, results = work.start.config, work.start.folder, work.start.folder.results
+    (results / checkpoints.WRITTEN).unlink(missing_ok=True)
     attempts = Attempts(config.batch_size, debug=config.debug)
     work, learners = ready_to_test(work, trained)
     predicted, scores = score(work, learners)
-    seconds = {"total": time.perf_counter() - began, "train": seconds_train if trained is not None else 0.0}
+    seconds = {"total": time.perf_counter() - began, "train": seconds_train if trained else 0.0}
     seconds["test"] = seconds["total"] - seconds_train
-    figures = figures_of(work, learners, predicted, scores, defaults, seconds)
+    figures = figures_of(work, trained, learners, predicted, scores, defaults, seconds)
     with attempts.attempt("metrics.json"):
         utils.write_json(results / "metrics.json", figures)
+        write_config(config, folder)  # a study's is the best; and one gone on with may be exported now
     with attempts.attempt("predictions.csv"):
         predicted |= predict_others(work, learners)
     with attempts.attempt("predictions.csv"):
         order = [part for part in ("test", "unlabeled", "labeled", "val", "unused") if part in predicted]
-        of_parts = {part: predicted[part][:2] for part in order}
+        of_parts = {str(part): predicted[part][:2] for part in order}
         predict.write_predictions(results / "predictions.csv", work.data.index, of_parts)
     missing = [each for part in predicted.values() for each in part.missing]
     if missing:
@@ -621,18 +629,21 @@ def conclude(
             written.append(export.write(config.export, learners, work.inputs, work.data, results))
             frozen = work.architecture.frozen
             card = export.write_card(
-                config.export, figures, work.inputs.preparation, results, weights=config.weights, frozen=frozen
+                config.export, figures, work.inputs, results, weights=config.weights, frozen=frozen
             )
             written.append(card)
     print(report.result_table(figures))
     print(f"pictures and tables: {results}/ ({', '.join(path.name for path in written)})")
-    if trained is not None:
-        print(f"checkpoint: {work.start.folder.checkpoints / checkpoints.BEST}")
+    if trained:
+        print(f"checkpoint: {folder.checkpoints / checkpoints.BEST}")
+    with attempts.attempt("what was written", needed=False):
+        folder.note_written()
     attempts.close()
 
 
 def figures_of(
     work: Work,
+    trained: Mapping[str, models.Learner] | None,
     learners: Mapping[str, models.Learner],
     predicted: Mapping[str, predict.Predicted],
     scores: Scores,
@@ -643,18 +654,17 @@ def figures_of(
     config, labels, saved = work.start.config, work.data.labels, work.start.saved
     rows = {part: each.rows for part, each in predicted.items()}
     final = {part: train.final(each.probabilities).numpy() for part, each in predicted.items()}
-    if config.mode == "test":
-        trained = saved.trained
-    else:
-        trained = checkpoints.learned_from(config, work.data, saved)
+    tested = saved if config.mode == "test" else None
+    trainings = tested.trainings if tested else checkpoints.learned_from(config, work.data, saved)
     changed, usual = args.changed(config.options())
     return {
         "mode": config.mode,
         "dataset": work.data.index.name,
         "model_name": config.model_name,
         "counts": work.data.split.counts() | {part: len(each) for part, each in rows.items()},
-        "trained": dataclasses.asdict(trained),
-        "networks": list(learners),
+        "trainings": [dataclasses.asdict(training) for training in trainings],
+        "learned_from": checkpoints.describe(trainings, work.data.index.name),
+        "networks": {name: "trained" if name in (trained or ()) else "loaded" for name in learners},
         "test": scores["test"],
         "val": scores["val"],
         **({} if defaults is None else {"defaults": defaults}),
@@ -695,69 +705,53 @@ def commands(config: Config, dataset: str) -> dict[str, str]:
     return lines | {"label a folder of images": follow("labels", "test_mode", predict_dir="FOLDER")}
 
 
-def doubtful(
-    work: Work, results: Path, predicted: Mapping[str, predict.Predicted], most: int = 24
-) -> dict[str, Callable[[], Path]]:
-    """What draws mistakes.png, the test images that are wrong most confidently, and disagreements.png, those of any
-    test or unlabelled images on which the networks are of different opinions most confidently; without such images,
+def doubtful(work: Work, results: Path, predicted: Mapping[str, predict.Predicted]) -> dict[str, Callable[[], Path]]:
+    """What draws mistakes.png, test images, and disagreements.png, test and unlabelled ones; without such images,
     nothing."""
     import visualization
 
     index = work.data.index
     names, key = visualization.drawable(index.classes)
-
-    def between(before: str, label: int, after: str = "") -> str:
-        room = visualization.CAPTION - len(before) - len(after)
-        return before + visualization.shortened(names[label], room) + after
-
     rows, test, _ = predicted["test"]
-    confidence, choice = (each.numpy() for each in train.final(test).max(-1))
-    wrong = np.flatnonzero(choice != index.labels[rows])
-    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:most]
-    grids = {
-        "mistakes.png": (
-            "Test images that are wrong most confidently",
-            rows[wrong],
-            [
-                between("is ", index.labels[rows[i]]) + "\n" + between("not ", choice[i], f" ({confidence[i]:.0%})")
-                for i in wrong
-            ],
-        )
+    p, truth = train.final(test).numpy(), index.labels[rows]
+    wrong = visualization.most_confident_mistakes(p, truth)
+    captions = visualization.mistake_captions(p[wrong], truth[wrong], names, [index.paths[i] for i in rows[wrong]])
+    grids = {"mistakes.png": ("Test images that are wrong most confidently", rows[wrong], captions)}
+    looked_at = [predicted[part] for part in ("test", "unlabeled") if part in predicted]
+    rows = np.concatenate([each.rows for each in looked_at])
+    votes = {
+        name: np.concatenate([each.probabilities[name].numpy() for each in looked_at])
+        for name in test
+        if name != "ensemble"
     }
-    voters = [name for name in test if name != "ensemble"]
-    if len(voters) > 1:
-        looked_at = [predicted[part] for part in ("test", "unlabeled") if part in predicted]
-        rows = np.concatenate([each.rows for each in looked_at])
-        p = [np.concatenate([each.probabilities[name].numpy() for each in looked_at]) for name in voters]
-        votes = np.stack([each.argmax(1) for each in p])
-        surety = np.min([each.max(1) for each in p], axis=0)
-        split_votes = np.flatnonzero((votes != votes[0]).any(0))
-        split_votes = split_votes[np.argsort(-surety[split_votes], kind="stable")][:most]
-        grids["disagreements.png"] = (
-            "Images on which the networks disagree most confidently",
-            rows[split_votes],
-            [
-                "\n".join(
-                    between(f"{voter.replace('_', ' ')}: ", v) for voter, v in zip(voters, votes[:, i], strict=True)
-                )
-                for i in split_votes
-            ],
-        )
+    if len(votes) > 1:
+        disputed = visualization.most_confident_disagreements(votes)
+        paths = [index.paths[i] for i in rows[disputed]]
+        of_disputed = {name: own[disputed] for name, own in votes.items()}
+        captions = visualization.disagreement_captions(of_disputed, names, paths)
+        title = "Images on which the networks disagree most confidently"
+        grids["disagreements.png"] = (title, rows[disputed], captions)
+    return {
+        name: functools.partial(draw_grid, work, chosen, captions, title + key, results / name)
+        for name, (title, chosen, captions) in grids.items()
+        if len(chosen)
+    }
 
-    def draw(name: str) -> Path:
-        title, chosen, captions = grids[name]
-        pictures, shown = [], []
-        for i, caption in zip(chosen.tolist(), captions, strict=True):
-            with contextlib.suppress(DataError):  # predicted from kept features, though the file is gone
-                pictures.append(work.inputs.views("plain", [i], [0])[0].permute(1, 2, 0).numpy())
-                shown.append(f"{caption}\n{visualization.file_caption(index.paths[i])}")
-        if not shown:
-            raise ValueError("none of its images can be read any more")
-        if len(shown) < len(chosen):
-            print(f"{name} lacks {utils.counted(len(chosen) - len(shown), 'image')} that can no longer be read")
-        return visualization.draw_images(np.stack(pictures), shown, title + key, results / name)
 
-    return {name: functools.partial(draw, name) for name, (_, chosen, _) in grids.items() if len(chosen)}
+def draw_grid(work: Work, rows: np.ndarray, captions: Sequence[str], title: str, path: Path) -> Path:
+    """Draw those of the images that can still be read: they may have been predicted from kept features."""
+    import visualization
+
+    pictures, shown = [], []
+    for i, caption in zip(rows.tolist(), captions, strict=True):
+        with contextlib.suppress(DataError):
+            pictures.append(work.inputs.views("plain", [i], [0])[0].permute(1, 2, 0).numpy())
+            shown.append(caption)
+    if not shown:
+        raise ValueError("none of its images can be read any more")
+    if len(shown) < len(rows):
+        print(f"{path.name} lacks {utils.counted(len(rows) - len(shown), 'image')} that can no longer be read")
+    return visualization.draw_images(np.stack(pictures), shown, title, path)
 
 
 def draw_samples(work: Work, columns: int = 8, views: int = 2) -> None:

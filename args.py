@@ -13,12 +13,11 @@ import os
 import re
 import shlex
 import textwrap
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, NoReturn
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any, NoReturn, get_args
 
 FEEDBACKS = ("loss_difference", "dot", "cosine", "exact", "none")
 PSEUDO_LABELS = ("hard", "sampled", "soft")
-NETWORKS = ("ensemble", "student", "teacher", "model_1", "model_2")
 GROUPS = {
     "run": "Run",
     "mode": "Mode (without one: train)",
@@ -26,33 +25,39 @@ GROUPS = {
     "model": "Model",
     "training": "Training",
     "mpl": "Meta Pseudo Labels",
-    "tuning": "Tuning",
+    "tuning": "Hyper-parameter search",
 }
 MODES = ("switch_mode", "finetune_mode", "test_mode", "optuna_mode")
 
-# What a default is when it depends on the data: the embedded digits train a small network from scratch at their own
-# size; a folder of photographs gets a pretrained, frozen backbone at the size it was trained at.
-DIGITS_DEFAULTS = {
-    "model_name": "wrn_10_1",
-    "img_size": 16,
-    "augmentation": "randaugment",
-    "num_labels_percent": 3.0,
-    "amp": "off",
+# What an option is when it is not given. The first that says something about it counts: the recipe, the data set, and
+# last what follows from the other options (`_resolve`).
+RECIPES: dict[str, dict[str, Any]] = {
+    "best": {},
+    "mpl": {"targets": "teacher", "alignment": "none"},
+    "original": {
+        "targets": "teacher",
+        "alignment": "none",
+        "model_name": "vgg16",
+        "img_size": 224,
+        "augmentation": "transfer",
+        "views": 0,
+        "lambda_u": 0.27,
+        "warmup_epoch_num": 20,
+    },
 }
-FOLDER_DEFAULTS = {
-    "model_name": "efficientnet_lite0",
-    "img_size": 224,
-    "augmentation": "transfer",
-    "num_labels_percent": 3.0,
-    "amp": "auto",
-}
+# The embedded digits train a small network from scratch at their own size; a folder of photographs gets a pretrained,
+# frozen backbone at the size it was trained at.
+DIGITS_DEFAULTS = {"model_name": "wrn_10_1", "img_size": 16, "augmentation": "randaugment", "amp": "off"}
+FOLDER_DEFAULTS = {"model_name": "efficientnet_lite0", "img_size": 224, "augmentation": "transfer", "amp": "auto"}
 
 
 def option(default: Any, group: str, text: str, **spec: Any) -> Any:
     """A dataclass field that is also a command-line option.
 
-    ``spec``: ``kind`` (type of the value; that of the default otherwise), ``low``/``high`` (inclusive bounds),
-    ``choices``, ``unit``, ``shown`` (how the help words a default that depends on something).
+    A default of None that is not part of the field's type is one that depends on other options.
+
+    ``spec``: ``low``/``high`` (inclusive bounds), ``choices``, ``unit``, ``metavar`` (what the help calls the value),
+    ``shown`` (how the help words a default that depends on something).
     """
     return field(default=default, metadata={"group": group, "text": text, **spec})
 
@@ -61,238 +66,306 @@ def option(default: Any, group: str, text: str, **spec: Any) -> Any:
 class Config:
     """The effective value of every option, and which of them the user gave (``given``)."""
 
-    name: str | None = option(None, "run", "name of the experiment", kind=str, shown="dataset and time")
-    seed: int = option(0, "run", "seed of the split, the initial weights and every random draw", low=0, high=2**32 - 1)
-    output_dir: str = option(".", "run", "where results/ and checkpoints/ are kept")
-    resume: bool = option(False, "run", "go on with the run of this name from its last checkpoint")
-    overwrite: bool = option(False, "run", "replace an earlier run of this name")
-    show_images: bool = option(False, "run", "write samples.png: images with their weak and strong views")
-    tensorboard: bool = option(False, "run", "log every epoch to results/<name>/tensorboard too")
+    name: str | None = option(
+        None,
+        "run",
+        "name of the run; its results are written to results/NAME",
+        metavar="NAME",
+        shown="the data set's name and the time",
+    )
+    seed: int = option(
+        0,
+        "run",
+        "random seed of the split, the initial weights and everything else that is drawn",
+        low=0,
+        high=2**32 - 1,
+    )
+    output_dir: str = option(
+        ".", "run", "folder in which results/ and checkpoints/ are made", metavar="FOLDER", shown="the current one"
+    )
+    resume: bool = option(False, "run", "continue the run called --name from its last checkpoint")
+    overwrite: bool = option(False, "run", "replace the earlier run of the same name")
+    show_images: bool = option(
+        False, "run", "also write samples.png: some images with their weakly and strongly augmented views"
+    )
+    tensorboard: bool = option(False, "run", "also log every epoch for TensorBoard, in results/NAME/tensorboard")
     export: str | None = option(
         None,
         "run",
-        "write the networks with their preprocessing for use without this program, and model_card.md",
-        kind=str,
+        "also write the trained networks as one ONNX or PyTorch file that takes images and needs none of this code",
         choices=("onnx", "torch"),
     )
-    export_network: str = option(
-        "ensemble", "run", "which of them: the ensemble of all, or one by name", choices=NETWORKS
-    )
-    print_model: bool = option(False, "run", "print the network and its parameter counts")
-    debug: bool = option(False, "run", "show the traceback of an error")
+    print_model: bool = option(False, "run", "print the layers of the network and how many parameters it has")
+    debug: bool = option(False, "run", "if the run fails, show the traceback")
 
-    switch_mode: bool = option(False, "mode", "role playing: two models swap teacher and student every epoch")
-    finetune_mode: bool = option(False, "mode", "train on the labelled images alone; fresh, or from --load_path")
-    test_mode: bool = option(False, "mode", "only test what --load_path names")
-    predict_dir: str | None = option(
-        None, "mode", "with --test_mode: a folder of images at any depth to label, in place of testing", kind=str
+    switch_mode: bool = option(
+        False, "mode", "role playing: two models swap the roles of teacher and student every epoch"
     )
-    optuna_mode: bool = option(False, "mode", "search hyper-parameters (may be joined with --switch_mode)")
+    finetune_mode: bool = option(
+        False, "mode", "train on the labelled images alone: the student of --load_path, or a new network as a baseline"
+    )
+    test_mode: bool = option(False, "mode", "test the networks of --load_path or --load_best without training them")
+    predict_dir: str | None = option(
+        None,
+        "mode",
+        "with --test_mode: instead of testing, predict the class of each image in this folder and its subfolders",
+        metavar="FOLDER",
+    )
+    optuna_mode: bool = option(
+        False,
+        "mode",
+        "search for better values of training options that are not given, then train with the best; may be combined "
+        "with --switch_mode",
+    )
     load_path: str | None = option(
-        None, "mode", "a run's checkpoint: /checkpoints/flowers/exp, flowers/exp, exp or a file", kind=str
+        None,
+        "mode",
+        "start from the networks of an earlier run: its NAME, DATASET/NAME, its folder in checkpoints/, or a "
+        "checkpoint file",
+        metavar="RUN",
     )
     load_best: bool = option(
-        False, "mode", "load the best weights of --load_path; without it, of the best run on this dataset"
+        False,
+        "mode",
+        "start from the networks of the run with the highest validation accuracy on this data set, if --load_path "
+        "does not name another",
     )
 
-    data_dir: str = option("digits", "data", "folder with a subfolder of images for each class, or digits")
-    unlabeled_dir: str | None = option(
-        None, "data", "folder of images nobody labelled, at any depth, which join the training", kind=str
+    data_dir: str = option(
+        "digits",
+        "data",
+        "folder with one subfolder of images per class; or digits, small images of handwritten digits that need no "
+        "files",
+        metavar="FOLDER",
     )
-    num_labels_percent: float | None = option(
+    unlabeled_dir: str | None = option(
         None,
         "data",
-        "share of the training images that keep their labels",
-        kind=float,
+        "folder of images without labels to train on too; its subfolders are searched",
+        metavar="FOLDER",
+    )
+    num_labels_percent: float = option(
+        None,
+        "data",
+        "share of the training images that keep their labels, at least one per class; the rest are used without",
         low=0,
         high=100,
         unit="percent",
         shown="3 percent; 100 with --unlabeled_dir",
     )
     val_percent: float = option(
-        0.8, "data", "share of all images for validation, at least one a class", low=0, high=90, unit="percent"
+        0.8, "data", "share of all images used for validation, at least one per class", low=0, high=90, unit="percent"
     )
     test_percent: float = option(
-        6.0, "data", "share of all images for testing, at least one a class", low=0, high=90, unit="percent"
+        6.0, "data", "share of all images used for testing, at least one per class", low=0, high=90, unit="percent"
     )
     max_bad_percent: float = option(
         5.0,
         "data",
-        "share of files that may be unreadable: they are left out and listed",
+        "share of image files that may be unreadable; they are left out and listed in bad_files.csv",
         low=0,
         high=100,
         unit="percent",
     )
-    img_size: int | None = option(
+    img_size: int = option(
         None,
         "data",
-        "side of the square images",
-        kind=int,
+        "width and height of the images that the network is given",
         low=8,
         high=2048,
         unit="pixels",
         shown="224 pixels; digits: 16",
     )
-    augmentation: str | None = option(
+    augmentation: str = option(
         None,
         "data",
-        "the strong view: the original's or the paper's",
-        kind=str,
+        "strong augmentation: transfer (the original project's) or randaugment (the paper's)",
         choices=("transfer", "randaugment"),
         shown="transfer; digits: randaugment",
     )
-    views: int | None = option(
+    views: int = option(
         None,
         "data",
-        "weak and as many strong views an image, which are kept, or their features (0: a fresh view at every step)",
-        kind=int,
+        "number of weakly and of strongly augmented views of each image that are made once and used again; 0: new ones "
+        "at every step",
         low=0,
         high=1024,
         shown="4 with a frozen backbone, else 0; digits: 8",
     )
-    test_views: int = option(
-        0, "data", "weak and as many strong views an image, averaged with it when it is predicted", low=0, high=64
-    )
     cache_dir: str | None = option(
         None,
         "data",
-        "where features of frozen backbones are kept between runs",
-        kind=str,
-        shown="~/.cache/transfermpl, or what your system has for it",
+        "folder in which the features that a frozen backbone computes are kept for later runs",
+        metavar="FOLDER",
+        shown="transfermpl in the system's folder for caches, such as ~/.cache",
     )
-    cache_gb: float = option(10.0, "data", "bound of --cache_dir (0: keep nothing)", low=0, unit="GiB")
-    num_workers: int = option(0, "data", "processes that prepare fresh views", low=0, high=256)
+    cache_gb: float = option(10.0, "data", "largest size of --cache_dir; 0: features are not kept", low=0, unit="GiB")
+    num_workers: int = option(
+        0,
+        "data",
+        "processes that read and augment images in the background with --views 0; 0: the training process does it",
+        low=0,
+        high=256,
+    )
 
-    model_name: str | None = option(
+    model_name: str = option(
         None,
         "model",
-        "efficientnet_lite0, wrn_DEPTH_WIDTH, any torchvision classifier (vgg, resnet, ...) or timm model",
-        kind=str,
+        "efficientnet_lite0, any classifier of torchvision (vgg16, resnet18, ...) or timm, or wrn_DEPTH_WIDTH, a "
+        "WideResNet for small images",
+        metavar="MODEL",
         shown="efficientnet_lite0; digits: wrn_10_1",
     )
-    weights: str | None = option(
+    weights: str = option(
         None,
         "model",
-        "default (pretrained), none (random) or a file",
-        kind=str,
-        shown="default; wrn_DEPTH_WIDTH: none",
+        "initial weights: default (pretrained), none (random) or a file",
+        metavar="WEIGHTS",
+        shown="pretrained; random for wrn_DEPTH_WIDTH",
     )
-    trainable: str | None = option(
+    trainable: str = option(
         None,
         "model",
-        "what learns",
-        kind=str,
+        "what is trained: head (the last layer, on a frozen backbone) or all (every layer)",
         choices=("head", "all"),
-        shown="head with pretrained weights, all from scratch",
+        shown="head with pretrained weights, all with random ones",
     )
 
-    compile: bool = option(
-        False, "model", "compile the networks first: up to minutes, for long runs (on a CPU with a C++ compiler)"
+    num_epochs: int = option(
+        100, "training", "length of the training; an epoch is one pass over the labelled images", low=1, unit="epochs"
     )
-
-    num_epochs: int = option(100, "training", "passes over the labelled images", low=1)
-    batch_size: int = option(64, "training", "labelled images a step", low=1)
-    unlabeled_batch_size: int | None = option(
-        None, "training", "unlabelled images a step", kind=int, low=1, shown="as --batch_size; digits: twice that"
+    batch_size: int = option(64, "training", "labelled images per step", low=1)
+    unlabeled_batch_size: int = option(
+        None,
+        "training",
+        "unlabelled images per step",
+        low=1,
+        shown="the same as --batch_size; digits: twice as many",
     )
     steps_per_epoch: int | None = option(
-        None, "training", "steps an epoch", kind=int, low=1, shown="one pass, at least 8"
+        None,
+        "training",
+        "length of an epoch",
+        low=1,
+        unit="steps",
+        shown="as many as one pass over the labelled images takes, at least 8",
     )
-    lr: float = option(0.00263, "training", "peak learning rate of the one-cycle schedule", low=0)
-    weight_decay: float = option(0.097, "training", "AdamW's weight decay", low=0)
+    lr: float = option(0.00263, "training", "highest learning rate of the one-cycle schedule", low=0)
+    weight_decay: float = option(0.097, "training", "weight decay of the optimiser, AdamW", low=0)
     ema: float = option(
-        0.0, "training", "decay a step of the averaged weights that are tested (0: none)", low=0, high=0.999999
+        0.0,
+        "training",
+        "decay per step of an exponential moving average of the weights, which is tested in their place; 0: no average",
+        low=0,
+        high=0.999999,
     )
-    label_smoothing: float = option(0.0, "training", "smoothing of the labelled images' loss", low=0, high=0.99)
-    device: str = option("auto", "training", "auto, cpu, cuda, mps, xpu ...")
-    amp: str | None = option(
+    label_smoothing: float = option(0.0, "training", "label smoothing in the loss on labelled images", low=0, high=0.99)
+    device: str = option(
+        "auto", "training", "where to compute: cpu, cuda, mps, xpu, ...; auto: a GPU if there is one", metavar="DEVICE"
+    )
+    amp: str = option(
         None,
         "training",
         "mixed precision; auto: bf16 where the hardware is faster in it",
-        kind=str,
         choices=("auto", "off", "bf16", "fp16"),
         shown="auto; digits: off",
     )
 
-    warmup_epoch_num: int | None = option(
+    recipe: str = option(
+        "best",
+        "mpl",
+        "set of defaults: best (the most accurate), mpl (Meta Pseudo Labels as published) or original (the original "
+        "project's experiment, with vgg16 and new views at every step); any option given with it takes precedence",
+        choices=tuple(RECIPES),
+    )
+    warmup_epoch_num: int = option(
         None,
         "mpl",
-        "epochs in which only the teacher learns",
-        kind=int,
+        "epochs at the beginning in which the teacher is trained and the student is not",
         low=0,
         unit="epochs",
-        shown="20, at most a fifth of --num_epochs",
+        shown="20 epochs, or a fifth of --num_epochs if that is less; twice as many with --switch_mode",
     )
-    targets: str | None = option(
+    targets: str = option(
         None,
         "mpl",
-        "what the consistency loss aims at: the teacher's weak view (as published) or a mixture model of all features",
-        kind=str,
+        "what the consistency loss trains the teacher to predict for unlabelled images: what it predicts for their "
+        "weakly augmented view (teacher, as published), or what a mixture model of the features of all training images "
+        "predicts (mixture)",
         choices=("teacher", "mixture"),
-        shown="mixture with a frozen pretrained network, else teacher",
+        shown="mixture with a frozen pretrained backbone, else teacher",
     )
-    student_views: str | None = option(
+    alignment: str = option(
         None,
         "mpl",
-        "views of unlabelled images that are pseudo-labelled: strong ones (as published), or weak ones as well",
-        kind=str,
-        choices=("strong", "both"),
-        shown="both with --targets mixture, else strong",
-    )
-    alignment: str | None = option(
-        None,
-        "mpl",
-        "the classes' shares that are kept in what is said of unlabelled images: those among the labels, or estimated "
-        "from the images; none: as published",
-        kind=str,
+        "class shares to which predictions for unlabelled images are adjusted: those among the labels, those estimated "
+        "from the images, or none: no adjustment (as published)",
         choices=("labels", "estimated", "none"),
-        shown="labels; with --unlabeled_dir estimated, or none without the mixture",
+        shown="labels; with --unlabeled_dir estimated, or none with --targets teacher",
     )
-    unsupervised: str = option("CE", "mpl", "consistency loss", choices=("CE", "cos"))
+    unsupervised: str = option(
+        "CE", "mpl", "consistency loss: cross-entropy (CE) or negative cosine similarity (cos)", choices=("CE", "cos")
+    )
     threshold: float = option(
-        0.75, "mpl", "least confidence at which an image counts in the consistency loss", low=0, high=1
+        0.75,
+        "mpl",
+        "with --targets teacher: images that the teacher is less confident about do not count in the consistency loss",
+        low=0,
+        high=1,
     )
-    temperature: float = option(1.05, "mpl", "temperature of the consistency loss's soft target", low=0.01, high=100)
-    lambda_u: float | None = option(
-        None, "mpl", "weight of the consistency loss", kind=float, low=0, shown="3; --targets teacher: 0.27, digits 1"
+    temperature: float = option(
+        1.05,
+        "mpl",
+        "with --targets teacher: softmax temperature of the consistency loss's targets; below 1 sharpens them",
+        low=0.01,
+        high=100,
     )
-    uda_steps: int = option(80, "mpl", "steps over which that weight grows to its full value", low=1, unit="steps")
-    feedback_scale: float = option(1.0, "mpl", "factor of the student's feedback to the teacher", low=0)
-    feedback: str | None = option(
+    lambda_u: float = option(
         None,
         "mpl",
-        "how the student's progress is measured (exact: with soft labels)",
-        kind=str,
-        choices=FEEDBACKS,
-        shown="loss_difference",
+        "weight of the consistency loss",
+        low=0,
+        shown="3 with --targets mixture; 0.27 with --targets teacher, digits: 1",
     )
-    pseudo_label: str | None = option(
-        None, "mpl", "what the teacher gives the student", kind=str, choices=PSEUDO_LABELS, shown="hard"
+    uda_steps: int = option(
+        80, "mpl", "number of steps in which that weight grows from 0 to --lambda_u", low=1, unit="steps"
+    )
+    feedback: str = option(
+        None,
+        "mpl",
+        "how the teacher is told whether its pseudo labels helped the student: by how much the student's labelled loss "
+        "dropped (loss_difference), by the dot product or cosine of that loss's gradient and the student's step, by "
+        "differentiating through that step (exact), or not at all (none)",
+        choices=FEEDBACKS,
+        shown="loss_difference; with --pseudo_label soft: exact",
+    )
+    pseudo_label: str = option(
+        None,
+        "mpl",
+        "what the student learns of an unlabelled image: the teacher's most likely class (hard), one drawn from its "
+        "probabilities (sampled), or these probabilities (soft)",
+        choices=PSEUDO_LABELS,
+        shown="hard; with --feedback exact: soft",
     )
 
-    n_trials: int = option(100, "tuning", "trials of the search", low=1)
-    timeout: float = option(10800.0, "tuning", "time for the search", low=1, unit="seconds")
-    trial_seeds: int | None = option(
-        None,
-        "tuning",
-        "how often each trial is trained, on other folds or seeds",
-        kind=int,
-        low=1,
-        high=100,
-        shown="3; digits: 2",
-    )
-    trial_epochs: int | None = option(
-        None, "tuning", "epochs of a trial", kind=int, low=1, shown="as --num_epochs; digits: a tenth"
-    )
-    workers: int = option(1, "tuning", "processes on this machine that share the trials", low=1, high=256)
+    n_trials: int = option(100, "tuning", "number of trials, each with other values of the options", low=1)
+    timeout: float = option(10800.0, "tuning", "the search ends after this time", low=1, unit="seconds")
+    workers: int = option(1, "tuning", "number of processes on this machine that share the trials", low=1, high=256)
     storage: str | None = option(
         None,
         "tuning",
-        "database of the study, as postgresql://user:password@host/name; the same command elsewhere joins in",
-        kind=str,
-        shown="study.db in the run folder",
+        "database in which the trials are kept, such as postgresql://user:password@host/name; run the same command on "
+        "another machine to share them",
+        metavar="URL",
+        shown="the file study.db beside the results",
     )
-    params: str | None = option(None, "tuning", "take options from a file, as best_params.json of a search", kind=str)
+    params: str | None = option(
+        None,
+        "tuning",
+        "file of options to train with: best_params.json of a search, or config.json of a run; options on the "
+        "command line take precedence",
+        metavar="FILE",
+    )
 
     given: tuple[str, ...] = ()
 
@@ -310,13 +383,13 @@ class Config:
 
     def options(self) -> dict[str, Any]:
         """Every option's effective value, as saved in ``config.json``."""
-        options = {key: value for key, value in asdict(self).items() if key != "given"}
+        options = {spec.name: getattr(self, spec.name) for spec in OPTIONS}
         return options | {"storage": self.storage and without_password(self.storage)}
 
     def describe(self, width: int = 80) -> str:
-        """The options that were given, and what matters most of those that follow from them."""
+        """The options that were given, and what matters most of those that follow from them: the recipe first."""
         options = self.options()
-        outline = ["data_dir", "model_name", "img_size"]
+        outline = ["recipe", "data_dir", "model_name", "img_size"]
         if not self.test_mode:
             outline += ["num_labels_percent", *(() if self.finetune_mode else ("targets",)), "num_epochs"]
         lines = {"given": self.given, "implied": [key for key in outline if key not in self.given]}
@@ -331,6 +404,9 @@ class Config:
             for what, keys in lines.items()
             if keys
         )
+
+
+OPTIONS = [spec for spec in fields(Config) if "group" in spec.metadata]
 
 
 def without_password(url: str) -> str:
@@ -373,26 +449,27 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line, made from the fields of :class:`Config`."""
     parser = _Parser(
         prog="MPL.py",
-        description="Train the best image classifier that a few labels and many unlabelled images can give.",
+        usage="python MPL.py [OPTION ...]",
+        description="Train an image classifier on a few labelled and many unlabelled images, with Meta Pseudo Labels. "
+        "Without options it trains on handwritten digits. The defaults shown are those of --recipe best.",
         allow_abbrev=False,
     )
     groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
-    for spec in fields(Config):
+    for spec in OPTIONS:
         meta = spec.metadata
-        if "group" not in meta:
-            continue
-        help_text = meta["text"].replace("%", "%%")
+        group, text = groups[meta["group"]], meta["text"].replace("%", "%%")
         if isinstance(spec.default, bool):
-            groups[meta["group"]].add_argument(f"--{spec.name}", action="store_true", default=None, help=help_text)
+            group.add_argument(f"--{spec.name}", action="store_true", default=None, help=text)
             continue
-        unit = f" {meta['unit']}" if "unit" in meta else ""
-        shown = meta.get("shown") or ("none" if spec.default is None else f"{spec.default}{unit}")
-        groups[meta["group"]].add_argument(
+        kind, unit = _kind(spec), meta.get("unit")
+        value = f"{spec.default:g}" if isinstance(spec.default, float) else spec.default
+        shown = meta.get("shown", f"{value} {unit}" if unit else value)
+        group.add_argument(
             f"--{spec.name}",
-            type=meta.get("kind", type(spec.default)),
+            type=kind,
             choices=meta.get("choices"),
-            metavar=None if "choices" in meta else meta.get("kind", type(spec.default)).__name__.upper(),
-            help=f"{help_text} [{shown}]",
+            metavar=None if "choices" in meta else meta.get("metavar", (unit or kind.__name__).upper()),
+            help=text if shown is None else f"{text} (default: {shown})",
         )
     return parser
 
@@ -414,9 +491,23 @@ def parse(argv: list[str] | None = None) -> Config:
         parser.error(str(error))
 
 
+def _kind(spec: Field[Any]) -> type:
+    """The type of an option's value when it has one."""
+    return (get_args(spec.type) or (spec.type,))[0]
+
+
 def defaults(data_dir: str, **given: Any) -> dict[str, Any]:
     """Every option's value if only these are given."""
     return _resolve(Config(data_dir=data_dir, **given)).options()
+
+
+def changed(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of a run (:meth:`Config.options`) that are not at the default that its data, network, mode and recipe
+    give them, and the rest."""
+    usual = defaults(**{key: options[key] for key in ("data_dir", "model_name", "recipe", *MODES)})
+    usual["recipe"] = Config.recipe
+    differ = {key: value for key, value in options.items() if value != usual[key]}
+    return differ, {key: value for key, value in options.items() if key not in differ}
 
 
 def load_params(path: str) -> dict[str, Any]:
@@ -426,7 +517,7 @@ def load_params(path: str) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing or holds something else.
     """
-    known = {spec.name: type(spec.default) for spec in fields(Config) if "group" in spec.metadata}
+    kinds = {spec.name: _kind(spec) for spec in OPTIONS}
     try:
         with open(os.path.expanduser(path), encoding="utf-8") as file:
             given = json.load(file)
@@ -435,8 +526,11 @@ def load_params(path: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"--params {path}: {getattr(error, 'strerror', None) or error}") from error
     for key, value in given.items():
-        if key not in known or isinstance(value, list | dict):
+        if key not in kinds:
             raise ValueError(f"--params {path}: {key} is no option")
+        accepted = (int, float) if kinds[key] is float else kinds[key]
+        if value is not None and not isinstance(value, accepted):
+            raise ValueError(f"--params {path}: {key} {value!r} is not of the type {kinds[key].__name__}")
     return {
         key: value for key, value in given.items() if value is not None and value is not False and key not in OF_ONE_RUN
     }
@@ -448,41 +542,41 @@ def configure(**given: Any) -> Config:
     Raises:
         ValueError: naming the option that is impossible or contradicts another.
     """
-    for spec in fields(Config):
-        if spec.name in given and "group" in spec.metadata:
+    for spec in OPTIONS:
+        if spec.name in given:
             _check_range(spec.name, given[spec.name], spec.metadata)
     config = _resolve(Config(**given, given=tuple(sorted(given))))
     _check_together(config)
     return config
 
 
-# What a run that starts from a checkpoint takes over from it: the data and its split, and the network.
-INHERITED_SPLIT = ("num_labels_percent", "val_percent", "test_percent")
-INHERITED_NETWORK = ("model_name", "weights", "trainable", "img_size")
-INHERITED = (
-    "data_dir",
-    "unlabeled_dir",
-    *INHERITED_SPLIT,
-    *INHERITED_NETWORK,
-    "augmentation",
-    "views",
-    "amp",
-    "targets",
+# What a run that starts from a checkpoint takes over from it: first what it cannot have otherwise, which are the split,
+# the network and the recipe that made them.
+FIXED = (
+    *("num_labels_percent", "val_percent", "test_percent"),
+    *("model_name", "weights", "trainable", "img_size"),
+    "recipe",
 )
+INHERITED = (*FIXED, "data_dir", "unlabeled_dir", "augmentation", "views", "amp", "targets")
 
 # What changes no number of a run: a resumed one may have it otherwise.
 HARMLESS = (
     *("resume", "overwrite", "show_images", "print_model", "debug", "output_dir", "num_workers", "cache_dir"),
-    *("max_bad_percent", "params", "tensorboard", "export", "export_network", "test_views"),
+    *("max_bad_percent", "params", "tensorboard", "export"),
 )
-
 
 # What a study may be gone on with otherwise. Its workers may have different devices.
 HARMLESS_TO_A_STUDY = (*HARMLESS, "name", "n_trials", "timeout", "workers", "storage", "device")
 
 
+def settings(config: Config) -> dict[str, Any]:
+    """The options that make a run another experiment, which its name, seed and mode do not."""
+    about_the_run = ("name", "seed", "load_best", "n_trials", "timeout", *MODES, *HARMLESS)
+    return {key: value for key, value in config.options().items() if key not in about_the_run}
+
+
 def require_same(config: Config, started: dict[str, Any]) -> None:
-    """See that a run goes on with the options that it was started with.
+    """Check that a run goes on with the options that it was started with.
 
     Raises:
         ValueError: listing those that differ.
@@ -502,8 +596,7 @@ def inherit(config: Config, saved: dict[str, Any]) -> Config:
     """
     if not set(INHERITED) <= set(saved):
         raise ValueError("the checkpoint is of another version of this program: train anew")
-    fixed = INHERITED_SPLIT + INHERITED_NETWORK
-    differ = [key for key in fixed if key in config.given and getattr(config, key) != saved[key]]
+    differ = [key for key in FIXED if key in config.given and getattr(config, key) != saved[key]]
     if differ:
         listed = ", ".join(f"--{key} {getattr(config, key)} (there {saved[key]})" for key in differ)
         raise ValueError(f"the checkpoint is of another kind: {listed}; leave these options out")
@@ -535,31 +628,33 @@ def _check_range(name: str, value: Any, meta: Any) -> None:
 
 
 def _resolve(config: Config) -> Config:
-    """Fill in the defaults that depend on other options."""
-    defaults = dict(DIGITS_DEFAULTS if config.data_dir == "digits" else FOLDER_DEFAULTS)
-    if config.unlabeled_dir is not None:
-        defaults["num_labels_percent"] = 100.0
-    model_name = config.model_name or defaults["model_name"]
-    weights = config.weights or ("none" if model_name.startswith("wrn_") else "default")
-    trainable = config.trainable or ("all" if weights == "none" else "head")
-    targets = config.targets or ("mixture" if trainable == "head" and weights != "none" else "teacher")
-    unknown_shares = "estimated" if targets == "mixture" else "none"  # who chose the labels need not have kept them
-    defaults |= {
-        "targets": targets,
-        "alignment": "labels" if config.unlabeled_dir is None else unknown_shares,
-        "student_views": "both" if targets == "mixture" else "strong",
-        "lambda_u": 3.0 if targets == "mixture" else 1.0 if config.data_dir == "digits" else 0.27,
-        "weights": weights,
-        "trainable": trainable,
-        "views": 4 if trainable == "head" else 8 if config.data_dir == "digits" else 0,
-        "unlabeled_batch_size": config.batch_size * (2 if config.data_dir == "digits" else 1),
-        "trial_epochs": max(1, config.num_epochs // 10) if config.data_dir == "digits" else config.num_epochs,
-        "trial_seeds": 2 if config.data_dir == "digits" else 3,
-        "warmup_epoch_num": min(20, config.num_epochs // 5) * (2 if config.switch_mode else 1),
-        "feedback": "exact" if config.pseudo_label == "soft" else "loss_difference",
-        "pseudo_label": "soft" if config.feedback == "exact" else "hard",
-    }
-    return replace(config, **{key: value for key, value in defaults.items() if getattr(config, key) is None})
+    """Fill in what was not given: what the recipe says, then the data set, then what follows from other options."""
+    digits, recipe = config.data_dir == "digits", RECIPES[config.recipe]
+    turns = 2 if config.switch_mode else 1  # role playing's two teachers share the warm-up
+    warmup_epochs = min(recipe.get("warmup_epoch_num", 20 * turns), config.num_epochs // 5 * turns)
+    config = _filled(config, **recipe | {"warmup_epoch_num": warmup_epochs})
+    config = _filled(config, **(DIGITS_DEFAULTS if digits else FOLDER_DEFAULTS))
+    config = _filled(config, weights="none" if config.model_name.startswith("wrn_") else "default")
+    config = _filled(config, trainable="all" if config.weights == "none" else "head")
+    frozen = config.trainable == "head"
+    config = _filled(config, targets="mixture" if frozen and config.weights != "none" else "teacher")
+    mixture = config.targets == "mixture"
+    unknown_shares = "estimated" if mixture else "none"  # who chose the labels need not have kept the classes' shares
+    return _filled(
+        config,
+        num_labels_percent=3.0 if config.unlabeled_dir is None else 100.0,
+        views=4 if frozen else 8 if digits else 0,
+        unlabeled_batch_size=config.batch_size * (2 if digits else 1),
+        alignment="labels" if config.unlabeled_dir is None else unknown_shares,
+        lambda_u=3.0 if mixture else 1.0 if digits else 0.27,
+        feedback="exact" if config.pseudo_label == "soft" else "loss_difference",
+        pseudo_label="soft" if config.feedback == "exact" else "hard",
+    )
+
+
+def _filled(config: Config, **values: Any) -> Config:
+    """The configuration with these values where it has none yet."""
+    return replace(config, **{key: value for key, value in values.items() if getattr(config, key) is None})
 
 
 def _check_shared(config: Config, processes: int) -> None:
@@ -585,6 +680,14 @@ PLAIN_NAME = r"[^/\\\0]+" if os.name != "nt" else r"[^/\\:*?\"<>|\x00-\x1f]*[^/\
 
 def _check_together(config: Config) -> None:
     """Refuse what no run can satisfy."""
+    _check_run(config)
+    _check_data(config)
+    _check_network(config)
+    _check_training(config)
+
+
+def _check_run(config: Config) -> None:
+    """What is done, and under which name."""
     modes = [f"--{mode}" for mode in MODES if getattr(config, mode)]
     if len(modes) > 1 and set(modes) != {"--switch_mode", "--optuna_mode"}:
         raise ValueError(f"{' and '.join(modes)} exclude each other: give one of them")
@@ -592,24 +695,42 @@ def _check_together(config: Config) -> None:
         raise ValueError("--test_mode needs --load_path (which run to test) or --load_best (the best on this dataset)")
     if config.predict_dir is not None and not config.test_mode:
         raise ValueError("--predict_dir goes with --test_mode and --load_path (the run whose networks are to label)")
-    if config.optuna_mode and config.name is not None and "?" in config.name:
-        raise ValueError(f"--name {config.name}: a study's database cannot be called so; leave the ? out")
-    if config.resume and config.overwrite:
-        raise ValueError("--resume and --overwrite exclude each other: go on with the old run, or replace it")
-    if config.resume and config.name is None:
-        raise ValueError("--resume needs --name: which run to go on with")
     if config.optuna_mode and config.loads:
         raise ValueError("--optuna_mode trains new networks in each trial: leave --load_path and --load_best out")
-    if config.test_views and config.export:
-        raise ValueError("--test_views and --export: an exported file averages no views; leave one of them out")
+    if config.resume and config.overwrite:
+        raise ValueError("--resume and --overwrite exclude each other: continue the earlier run, or replace it")
+    if config.resume and config.name is None:
+        raise ValueError("--resume needs --name: which run to continue")
     if config.resume and config.test_mode:
         raise ValueError("--resume goes with training and tuning only")
     if (config.name is not None and not re.fullmatch(PLAIN_NAME, config.name)) or config.name in (".", ".."):
         raise ValueError(f"--name {config.name!r}: must be a plain name, without slashes")
+    if config.optuna_mode and config.name is not None and "?" in config.name:
+        raise ValueError(f"--name {config.name}: a study's database cannot be called so; leave the ? out")
+
+
+def _check_data(config: Config) -> None:
     if config.num_labels_percent == 0:
-        raise ValueError("--num_labels_percent 0: at least one label a class is needed, as in 3")
+        raise ValueError("--num_labels_percent 0: at least one label per class is needed, as in 3")
     if config.val_percent + config.test_percent > 90:
         raise ValueError("--val_percent and --test_percent leave less than 10 percent for training: lower one")
+    if config.data_dir == "digits" and config.unlabeled_dir is not None:
+        raise ValueError("--unlabeled_dir goes with a folder of images in --data_dir, not with digits")
+    if config.unlabeled_dir is not None and os.path.abspath(config.unlabeled_dir) == os.path.abspath(config.data_dir):
+        raise ValueError("--unlabeled_dir and --data_dir are the same folder")
+
+
+def _check_network(config: Config) -> None:
+    if not config.model_name.startswith("wrn_"):
+        return
+    match = re.fullmatch(r"wrn_(\d+)_(\d+)", config.model_name)
+    if match is None or int(match[1]) < 10 or (int(match[1]) - 4) % 6 or int(match[2]) < 1:
+        raise ValueError(f"--model_name {config.model_name}: wrn_D_K needs a depth D of 10, 16, 22, 28 ... and K >= 1")
+    if config.weights == "default":
+        raise ValueError("--weights default: wrn models have no pretrained weights; use none or a file")
+
+
+def _check_training(config: Config) -> None:
     if config.warmup_epoch_num >= config.num_epochs and config.mode in ("train", "switch"):
         raise ValueError(
             f"--warmup_epoch_num {config.warmup_epoch_num} leaves the student nothing of --num_epochs "
@@ -619,32 +740,8 @@ def _check_together(config: Config) -> None:
         raise ValueError(
             f"--pseudo_label soft gives --feedback {config.feedback} no gradient: use --feedback exact or none"
         )
+    if config.feedback == "exact" and config.pseudo_label != "soft":
+        raise ValueError(f"--feedback exact needs --pseudo_label soft, not {config.pseudo_label}")
     for option, value in (("targets", "mixture"), ("alignment", "estimated")):
         if getattr(config, option) == value and config.trainable != "head":
             raise ValueError(f"--{option} {value} needs the features of a frozen network: use --trainable head")
-    if config.feedback == "exact" and config.pseudo_label != "soft":
-        raise ValueError(f"--feedback exact needs --pseudo_label soft, not {config.pseudo_label}")
-    if config.model_name.startswith("wrn_"):
-        match = re.fullmatch(r"wrn_(\d+)_(\d+)", config.model_name)
-        if match is None or int(match[1]) < 10 or (int(match[1]) - 4) % 6 or int(match[2]) < 1:
-            raise ValueError(
-                f"--model_name {config.model_name}: wrn_D_K needs a depth D of 10, 16, 22, 28 ... and K >= 1"
-            )
-        if config.weights == "default":
-            raise ValueError("--weights default: wrn models have no pretrained weights; use none or a file")
-    if config.data_dir == "digits" and config.unlabeled_dir is not None:
-        raise ValueError("--unlabeled_dir goes with a folder of images in --data_dir, not with digits")
-    if config.unlabeled_dir is not None and os.path.abspath(config.unlabeled_dir) == os.path.abspath(config.data_dir):
-        raise ValueError("--unlabeled_dir and --data_dir are the same folder")
-
-
-def settings(config):
-    return {
-        k: v
-        for k, v in config.options().items()
-        if k not in (*HARMLESS, "name", "seed", "load_path", "load_best", "n_trials", "timeout", *MODES)
-    }
-
-
-def changed(options):
-    return options, {}

@@ -1,18 +1,20 @@
 """What a run keeps: its folder and the lock on it, checkpoint files, the state that it goes on from.
 
-Only what this very run has made is ever removed.
+What a run replaces is set aside, and removed when a run of that name has ended well; nothing else ever is.
 """
 
 import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import os
 import pickle
 import re
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,11 +22,11 @@ import filelock
 import psutil
 import torch
 
-from args import Config
+from args import HARMLESS_TO_A_STUDY, Config
 from data import Batch, Data, Manifest, manifest
 from images import Preparation, find_images
 from models import Architecture, Learner, Origin, load_tensors
-from train import HISTORY, Keeper, Meter, mode_of
+from train import HISTORY, Best, Keeper, Meter, mode_of
 from utils import (
     BOM,
     CheckpointError,
@@ -49,18 +51,25 @@ LONGEST_PAUSE_SECONDS = 600.0  # ... but no longer than this, for a save may hav
 
 CONFIG = "config.json"
 JOB = ".job"  # the agents of the torchrun job that has begun the run
+WRITTEN = ".written"  # the digests of what the run has written, by which a file that was edited since is known
 # What a run writes, by name: whatever else is in its folders is somebody else's, and stays.
-IN_RESULTS = (
-    *(CONFIG, "commandline_args.txt", "split.csv", "bad_files.csv", "history.csv"),
-    *("metrics.json", "predictions.csv", "report.html", "graphs.png", "calibration.png", "mistakes.png"),
-    *("disagreements.png", "samples.png", "Student_CM.png", "Teacher_CM.png", "Teacher and Student_CM.png"),
-    *("Model 1_CM.png", "Model 2_CM.png", "Both models_CM.png", "model_card.md", "model.onnx", "model.onnx.data"),
-    *("model.pt2", "study.db", "study.db-journal", "best_params.json", "optuna_history.png", "optuna_timeline.png"),
-    *("optuna_slices.png", "optuna_importances.png", "optuna_parallel.png", "tensorboard/events.out.tfevents.*"),
+OF_BEGINNING = (CONFIG, "commandline_args.txt", "split.csv", "bad_files.csv", "samples.png")
+OF_STUDY = (
+    *("study.db", "study.db-journal", "best_params.json", "optuna_history.png", "optuna_timeline.png"),
+    *("optuna_slices.png", "optuna_importances.png", "optuna_parallel.png"),
 )
+OF_NETWORKS = (  # what speaks of the weights in the checkpoints
+    *("history.csv", "tensorboard/events.out.tfevents.*", "metrics.json", "predictions.csv", "report.html"),
+    *("graphs.png", "calibration.png", "mistakes.png", "disagreements.png", "Student_CM.png", "Teacher_CM.png"),
+    *("Teacher and Student_CM.png", "Model 1_CM.png", "Model 2_CM.png", "Both models_CM.png"),
+    *("model_card.md", "model.onnx", "model.onnx.data", "model.pt2", WRITTEN),
+)
+IN_RESULTS = (*OF_BEGINNING, *OF_STUDY, *OF_NETWORKS)
 IN_CHECKPOINTS = (BEST, LAST)
-OF_TRAINING = ("history.csv", "study.db")  # what a test does not leave, and could not make again
-REPLACED = ".replaced"
+OF_TRAINING = (*IN_CHECKPOINTS, "history.csv", "study.db")  # what a test does not leave, and could not make again
+# What a run that goes on writes over; the rest it leaves or adds to.
+WRITTEN_ANEW = (CONFIG, "commandline_args.txt", "best_params.json", *OF_NETWORKS)
+REPLACED = ".replaced"  # the folder beside a run's files for those that it replaces; the next is .replaced2
 
 
 def own_folders(output_dir: str) -> tuple[Path, Path]:
@@ -83,10 +92,7 @@ class RunFolder:
 
     def written(self) -> dict[str, list[Path]]:
         """The files of a run that are there, those in ``results`` and those in ``checkpoints``."""
-        return {
-            "results": [path for name in IN_RESULTS for path in self.results.glob(name) if path.is_file()],
-            "checkpoints": [path for name in IN_CHECKPOINTS for path in self.checkpoints.glob(name) if path.is_file()],
-        }
+        return {"results": _files(self.results, IN_RESULTS), "checkpoints": _files(self.checkpoints, IN_CHECKPOINTS)}
 
     def options(self) -> dict[str, Any] | None:
         """The options of the run that is there; None if they cannot be told."""
@@ -96,15 +102,22 @@ class RunFolder:
             return None
         return options if isinstance(options, dict) else None
 
-    def require_study(self) -> None:
-        """Check that what is there is no training, which a study would write over.
+    def require_study(self, config: Config) -> None:
+        """Check that what is there, if anything is, is of the study that this command goes on with.
 
         Raises:
-            CheckpointError: it is.
+            CheckpointError: it is a training, which a study would write over, a study in another database, or cannot be
+                told.
         """
-        options = self.options()
-        if options is not None and not options.get("optuna_mode"):
+        if not any(self.written().values()):
+            return
+        there, now = self.options(), config.options()
+        if there is None or not there.get("optuna_mode"):
             raise CheckpointError(f"{self.results} is of no study: give the search another --name")
+        if there.get("storage") != now["storage"]:
+            raise CheckpointError(
+                f"--resume: --storage {now['storage']}, and the study was started with {there.get('storage')}"
+            )
 
     def begun_options(self) -> dict[str, Any] | None:
         """The options of a run that has no checkpoint to go on from yet, so that it begins anew; None if there is none.
@@ -116,7 +129,7 @@ class RunFolder:
         if not there["results"] and not there["checkpoints"]:
             return None
         options = self.options()
-        if options is None or (self.results / "metrics.json").exists():
+        if options is None or there["checkpoints"] or (self.results / "metrics.json").exists():
             raise CheckpointError(
                 f"--resume: no {self.checkpoints / LAST} to go on from; use --overwrite in place of --resume"
             )
@@ -143,19 +156,20 @@ class RunFolder:
 
     @contextlib.contextmanager
     def claim(
-        self, *, keep: bool, overwrite: bool, trains: bool = True, spare: Sequence[Path] = ()
+        self, *, keep: bool, overwrite: bool, trains: bool = True, spare: Path | None = None
     ) -> Iterator[Callable[[], None]]:
         """Make the results folder and hold it, so that no other process runs under this name.
 
-        Yields what sets the files of the run that is overwritten aside, for when the new one can no longer fail to
-        start. They are removed when the block ends well; until then they are in ``.replaced``. Files written since the
-        claim stay. However the block ends, it leaves no empty folder that was not there before.
+        Yields what makes the folder the new run's, for when that can no longer fail to start: it sets the files of the
+        run that is overwritten aside, save those written since the claim, or keeps what was edited by hand in the one
+        that goes on. What is aside, whoever put it there, is removed when the block ends well, and never before.
+        However it ends, it leaves no empty folder that was not there before.
 
         Args:
             keep: go on with what is there.
             overwrite: replace what is there.
-            trains: whether the run writes checkpoints; else those that are there stay, and a training is not replaced.
-            spare: files that the run starts from, which stay.
+            trains: whether the run writes checkpoints; else a training is not replaced.
+            spare: a file that the run starts from, which stays.
 
         Raises:
             CheckpointError: the name is taken and neither ``keep`` nor ``overwrite`` is given, or another process holds
@@ -166,48 +180,93 @@ class RunFolder:
         try:
             self.results.mkdir(parents=True, exist_ok=True)
             with _held(self.results):
-                there = self.written()
-                for what, files in there.items():
-                    if files and not (keep or overwrite):
+                there, aside = self.written(), self._aside()
+                for folder, files in ((self.results, there["results"]), (self.checkpoints, there["checkpoints"])):
+                    if (files or any(each.parent == folder for each in aside)) and not (keep or overwrite):
                         raise CheckpointError(
-                            f"{getattr(self, what)} exists: {'--resume goes on with it, ' * trains}"
+                            f"{folder} exists: {'--resume goes on with it, ' * trains}"
                             "--overwrite replaces it; or use another --name"
                         )
-                if not (trains or keep) and any(path.name in OF_TRAINING for path in there["results"]):
+                known = [path for files in (*there.values(), *aside.values()) for path in files]
+                if not (trains or keep) and any(path.name in OF_TRAINING for path in known):
                     raise CheckpointError(f"{self.results} is of a training: give the test another --name")
                 self._remove_torn()
-                replaced = there["results"] + there["checkpoints"] * trains if overwrite else []
-                spared = {path.resolve() for path in spare}
-                old = {path: version(path) for path in replaced if path.resolve() not in spared}
+                old = {path: version(path) for files in there.values() for path in files}
 
-                def set_aside() -> None:
-                    for path, known in old.items():
-                        root = self.results if path.is_relative_to(self.results) else self.checkpoints
-                        aside = root / REPLACED / path.relative_to(root)
-                        with contextlib.suppress(FileNotFoundError):
-                            if version(path) == known:
-                                aside.parent.mkdir(parents=True, exist_ok=True)
-                                path.replace(aside)
+                def begin() -> None:
+                    if overwrite:
+                        self._set_aside([path for path in old if version(path) == old[path]], spare)
+                    else:
+                        self._keep_edited()
 
                 try:
-                    yield set_aside
+                    yield begin
                 except BaseException:
-                    aside = [folder / REPLACED for folder in (self.results, self.checkpoints)]
-                    if earlier := [str(folder) for folder in aside if folder.exists()]:
+                    if earlier := [str(folder) for folder in self._aside()]:
                         print(f"what was there before is in {' and '.join(earlier)}")
                     raise
-                self._remove_replaced()
+                self._remove_aside()
         finally:
             for folder in missing:
                 with contextlib.suppress(OSError):  # not empty, or not made
                     folder.rmdir()
 
-    def _remove_replaced(self) -> None:
-        """Remove what a run that has ended well has replaced."""
-        for folder, names in ((self.results, IN_RESULTS), (self.checkpoints, IN_CHECKPOINTS)):
-            for path in [path for name in names for path in (folder / REPLACED).glob(name)]:
-                path.unlink(missing_ok=True)
-            for emptied in (folder / REPLACED / "tensorboard", folder / REPLACED):
+    def take_up(self, config: Config) -> "LastCheckpoint | None":
+        """Where a study's last training stands, if it is one with these options. Else what it has left is set aside."""
+        options = {key: value for key, value in config.options().items() if key not in HARMLESS_TO_A_STUDY}
+        with contextlib.suppress(CheckpointError):  # there is none, or it is damaged
+            last = load_last(self.checkpoints / LAST)
+            if all(last.config.get(key) == value for key, value in options.items()):
+                return last
+        self._set_aside(_files(self.results, OF_NETWORKS) + _files(self.checkpoints, IN_CHECKPOINTS))
+        return None
+
+    def note_written(self) -> None:
+        """Remember how the run leaves what it would write anew if it went on."""
+        files = [path for path in self.written()["results"] if path.name in WRITTEN_ANEW]
+        write_json(self.results / WRITTEN, {path.name: _digest(path) for path in files})
+
+    def _keep_edited(self) -> None:
+        """Rename the files that are not as the run left them, for it is about to write them anew."""
+        try:
+            digests = json.loads((self.results / WRITTEN).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        for path in [self.results / name for name in WRITTEN_ANEW if name in digests]:
+            if path.is_file() and _digest(path) != digests[path.name]:
+                names = (f"{path.stem}.edited{n or ''}{path.suffix}" for n in itertools.count())
+                kept = next(each for each in map(path.with_name, names) if not os.path.lexists(each))
+                path.rename(kept)
+                print(f"{path} is not as the run left it: kept as {kept.name}")
+
+    def _aside(self) -> dict[Path, list[Path]]:
+        """The folders of what was replaced while no run that replaced it has ended well, and the files in them."""
+        return {
+            folder: _files(folder, names)
+            for root, names in ((self.results, IN_RESULTS), (self.checkpoints, IN_CHECKPOINTS))
+            for folder in sorted(root.glob(f"{REPLACED}*"))
+            if re.fullmatch(rf"{re.escape(REPLACED)}\d*", folder.name) and folder.is_dir()
+        }
+
+    def _set_aside(self, files: Sequence[Path], spare: Path | None = None) -> None:
+        """Move files of the run to where nothing was set aside before; ``spare`` is copied."""
+        names = (f"{REPLACED}{n if n > 1 else ''}" for n in itertools.count(1))
+        taken = {folder.name for folder in self._aside()}
+        name = next(each for each in names if each not in taken)
+        for path in files:
+            root = self.results if path.is_relative_to(self.results) else self.checkpoints
+            place = root / name / path.relative_to(root)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if spare is not None and path.resolve() == spare.resolve():
+                shutil.copy2(path, place)
+            else:
+                path.replace(place)
+
+    def _remove_aside(self) -> None:
+        for folder, files in self._aside().items():
+            for path in files:
+                path.unlink()
+            for emptied in (folder / "tensorboard", folder):
                 with contextlib.suppress(OSError):  # not there, or holds something else
                     emptied.rmdir()
 
@@ -225,9 +284,21 @@ def _runs(pid: int) -> bool:
     return pid != os.getpid() and psutil.pid_exists(pid)
 
 
+def _files(folder: Path, names: Iterable[str]) -> list[Path]:
+    return [path for name in names for path in folder.glob(name) if path.is_file()]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def version(path: Path) -> tuple[int, ...]:
-    """What tells a file from one that has taken its place."""
-    status = path.stat()
+    """What tells a file from one that has taken its place; of none, nothing."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return ()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -244,7 +315,10 @@ def _held(folder: Path) -> Iterator[None]:
         try:
             free = filelock.lock_descriptor(lock.fileno(), blocking=False)
         except OSError:
-            print(f"{folder}: locks do not work there, so see to it that no second run uses this --name", flush=True)
+            print(
+                f"{folder}: locks do not work there: start no second run of this --name, and leave --workers out",
+                flush=True,
+            )
             free = True
         if not free:
             with lock:
@@ -361,24 +435,14 @@ def read_checked(path: Path) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
-    """What networks have learned from: by which modes one after another, of what data set how many images."""
+class Training:
+    """One training of those that networks went through: in which mode, on how many images of what data set."""
 
-    by: list[str]
+    mode: str
+    dataset: str
     labeled: int
     unlabeled: int
     val: int
-    dataset: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Best:
-    """The weights of a run's best epoch, by learner, and its validation score."""
-
-    epoch: int
-    score: float
-    highest: float  # of all epochs
-    learners: dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,6 +450,7 @@ class Progress:
     """What a run needs to go on: each learner's whole state, the open epoch's measurements, what is kept so far."""
 
     steps_done: int
+    seconds: float  # of training so far
     learners: dict[str, dict[str, Any]]
     sums: dict[str, torch.Tensor]
     counts: dict[str, int]
@@ -402,7 +467,7 @@ class Checkpoint:
     split: Manifest
     backbone: Origin
     preparation: Preparation
-    trained: Trained
+    trainings: list[Training]
     data_dir: str  # real paths
     unlabeled_dir: str | None
 
@@ -431,22 +496,32 @@ def about_run(
         split=manifest(data.index, data.split, saved.split if saved else None),
         backbone=architecture.origin,
         preparation=preparation,
-        trained=learned_from(config, data, saved),
+        trainings=learned_from(config, data, saved),
         data_dir=os.path.realpath(data.index.root),
         unlabeled_dir=os.path.realpath(resolve_path(config.unlabeled_dir)) if config.unlabeled_dir else None,
     )
 
 
-def learned_from(config: Config, data: Data, saved: Checkpoint | None) -> Trained:
+def learned_from(config: Config, data: Data, saved: Checkpoint | None) -> list[Training]:
     """What the networks of a training have learned from, and before it those of the checkpoint that it started from."""
     counts = data.split.counts()
-    before, unlabeled = (saved.trained.by, saved.trained.unlabeled) if saved else ([], 0)
-    return Trained(
-        by=[*before, mode_of(config)],
-        labeled=counts["labeled"],
-        unlabeled=unlabeled if config.finetune_mode else counts["unlabeled"],
-        val=counts["val"],
-        dataset=data.index.name,
+    unlabeled = 0 if config.finetune_mode else counts["unlabeled"]
+    now = Training(mode_of(config), data.index.name, counts["labeled"], unlabeled, counts["val"])
+    return [*(saved.trainings if saved else ()), now]
+
+
+def describe(trainings: Sequence[Training], dataset: str) -> str:
+    """What networks have learned from, in words: ``53 labels and 1,600 images without``.
+
+    Args:
+        dataset: the one that goes without saying, if every training was on it.
+    """
+    elsewhere = any(each.dataset != dataset for each in trainings)
+    return ", then ".join(
+        f"{each.labeled:,} label{'s' * (each.labeled != 1)}"
+        + f" of {each.dataset}" * elsewhere
+        + f" and {each.unlabeled:,} image{'s' * (each.unlabeled != 1)} without" * bool(each.unlabeled)
+        for each in trainings
     )
 
 
@@ -459,7 +534,7 @@ def _plain(value: Any) -> Any:
     """A value with dataclasses made dictionaries, for files that hold plain types alone."""
     if dataclasses.is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return value
+    return [_plain(each) for each in value] if isinstance(value, list) else value
 
 
 def load_best(path: Path) -> BestCheckpoint:
@@ -506,7 +581,7 @@ def _typed(state: dict[str, Any]) -> dict[str, Any]:
         "split": _typed_manifest(state["split"]),
         "backbone": Origin(**state["backbone"]),
         "preparation": Preparation(**{key: _hashable(value) for key, value in state["preparation"].items()}),
-        "trained": Trained(**state["trained"]),
+        "trainings": [Training(**each) for each in state["trainings"]],
         "data_dir": state["data_dir"],
         "unlabeled_dir": state["unlabeled_dir"],
     }
@@ -602,17 +677,21 @@ def choose_checkpoint(config: Config) -> tuple[Path, BestCheckpoint]:
 class SavingKeeper(Keeper):
     """Keeps a training in the run folder: ``history.csv``, the best weights, and the state to go on from."""
 
-    def __init__(self, *watched: Any, folder: RunFolder, about: Checkpoint, tensorboard: bool = False) -> None:
+    def __init__(
+        self, *watched: Any, folder: RunFolder, about: Checkpoint, seconds: float = 0.0, tensorboard: bool = False
+    ) -> None:
         """
         Args:
             watched: as for :class:`train.Keeper`.
             about: what every checkpoint says of the run.
+            seconds: of training in earlier processes, which this one goes on from.
             tensorboard: log every epoch for TensorBoard as well.
         """
         super().__init__(*watched)
         self.folder, self.about, self.tensorboard = folder, about, tensorboard
         self.log: Any = None
         self.saved_at, self.pause = time.perf_counter(), SAVE_SECONDS
+        self.began = self.saved_at - seconds
         self.best_written = -1  # the epoch whose weights are in the file
 
     def close_epoch(self, epoch: int, players: tuple[str, ...], means: Mapping[str, float]) -> float:
@@ -635,16 +714,18 @@ class SavingKeeper(Keeper):
         """
         began = time.perf_counter()
         self.meter.require_finite(self.learners)
-        self.save_best()
         progress = Progress(
             steps_done=done,
+            seconds=began - self.began,
             learners={name: learner.state_dict() for name, learner in self.learners.items()},
             sums=dict(self.meter.sums),
             counts=dict(self.meter.counts),
             history=self.history,
-            best=self._best(),
+            best=self.best,
         )
+        # First what the run goes on from: best weights without it are of a run that does not go on.
         save_checkpoint(self.folder.checkpoints / LAST, LastCheckpoint(**vars(self.about), progress=progress))
+        self.save_best()
         try:  # what matters most is written
             self.save_history()
         except ResourceError as error:
@@ -659,13 +740,9 @@ class SavingKeeper(Keeper):
 
     def save_best(self) -> None:
         """Write the weights of the best epoch so far, if they are not written yet."""
-        best = self._best()
-        if best is not None and best.epoch > self.best_written:
-            save_checkpoint(self.folder.checkpoints / BEST, BestCheckpoint(**vars(self.about), best=best))
-            self.best_written = best.epoch
-
-    def _best(self) -> Best | None:
-        return Best(**self.best) if "learners" in self.best else None
+        if self.best is not None and self.best.epoch > self.best_written:
+            save_checkpoint(self.folder.checkpoints / BEST, BestCheckpoint(**vars(self.about), best=self.best))
+            self.best_written = self.best.epoch
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
@@ -692,15 +769,14 @@ class SavingKeeper(Keeper):
         self.save(self.done)
         return super().finish()
 
-    def go_on(self, progress: Progress) -> None:
-        """Take up a run where its last checkpoint left it."""
-        for name, learner in self.learners.items():
-            learner.load_state_dict(progress.learners[name])
-        self.history, self.done = progress.history, progress.steps_done
-        if progress.best is not None:
-            self.best = vars(progress.best)
-        device = next(iter(self.learners.values())).device
-        self.meter = Meter({key: value.to(device) for key, value in progress.sums.items()}, progress.counts)
+
+def go_on(keeper: Keeper, progress: Progress) -> None:
+    """Take up a training where its last checkpoint left it."""
+    for name, learner in keeper.learners.items():
+        learner.load_state_dict(progress.learners[name])
+    keeper.history, keeper.best, keeper.done = progress.history, progress.best, progress.steps_done
+    device = next(iter(keeper.learners.values())).device
+    keeper.meter = Meter({key: value.to(device) for key, value in progress.sums.items()}, progress.counts)
 
 
 def open_tensorboard(folder: Path) -> Any:

@@ -17,6 +17,7 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from distributed import share
-from images import STORE_BYTES, UNKNOWN, Images, Index, check_images, digest, find_images
+from images import STORE_BYTES, UNKNOWN, DecodedImages, Index, check_images, digest, find_images
 from utils import (
     BOM,
     CheckpointError,
@@ -153,10 +154,10 @@ def make_split(
         if i not in grouped:
             order[int(labels[i])].append((i,))
     for group in duplicates:
-        known = tuple(i for i in group if free[i])
-        if known:
-            order[int(labels[known[0]])].append(known)
-            copies[known[0]] = [i for i in group if labels[i] == UNKNOWN]
+        members = tuple(i for i in group if free[i])
+        if members:
+            order[int(labels[members[0]])].append(members)
+            copies[members[0]] = [i for i in group if labels[i] == UNKNOWN]
     for groups in order.values():
         groups.sort(key=lambda group: derive_seed(seed, paths[group[0]]))
 
@@ -180,7 +181,7 @@ def make_split(
             parts[taken] = part
             for i in taken if part != "labeled" else ():
                 parts[copies.get(i, [])] = "unused"
-    return Split.of(parts)
+    return Split.of(parts.tolist())
 
 
 def apportion(sizes: np.ndarray, percent: float) -> np.ndarray:
@@ -291,7 +292,8 @@ def split_from_manifest(
     An image is known by its bytes: one that is renamed or copied stays in its part, and is never tested on if it was
     trained on. One that has got a label since is a labelled one now. Images never seen before join those without a
     label, if they have none. If they have one, they are tested on when that is all that is done (``testing``), join the
-    labelled ones where every label was used (``all_labels``), and are not used otherwise.
+    labelled ones where every label was used (``all_labels``), and are not used otherwise. Of copies among them, one of
+    which is held out, no other is used.
 
     Raises:
         DataError: no image is left to validate or to test on.
@@ -327,10 +329,15 @@ def split_from_manifest(
                 part = _part_of_known(label, [entry], testing)
         else:
             changes["renamed or copied"].append(path)
-            part = _part_of_known(label, by_digest[content], testing)
+            part = _part_of_known(label, by_digest[content], testing or given in ("val", "test"))
         if content in conflicting:  # no label of it is believed
             part = "unlabeled" if part in ("labeled", "unlabeled") and content in by_digest else "unused"
         parts.append(part)
+    for group in index.duplicates:
+        kept = next((part for part in ("test", "val") if any(parts[i] == part for i in group)), None)
+        if kept and index.digests[group[0]] not in by_digest:
+            for i in group:
+                parts[i] = kept if parts[i] == kept else "unused"
     here, now = set(index.paths), set(index.digests.tolist())
     changes["gone"] = [path for path, entry in then.items() if path not in here and entry.digest not in now]
     split = Split.of(parts)
@@ -340,7 +347,8 @@ def split_from_manifest(
         raise DataError(f"{index.root}: none of the checkpoint's validation or test images are left; put them back")
     listed = [f"{counted(len(paths), 'image')} {what} (first: {paths[0]})" for what, paths in changes.items() if paths]
     if testing and len(changes["new"]) == len(index):
-        return split, ["no image of the training is among them: all that have a label are tested on"]
+        tested = counted(len(split.test), "labelled image is", "labelled images are")
+        return split, [f"no image of the training is among them: {tested} tested on"]
     notes = [f"the folder has changed since the training: {', '.join(listed)}"] * bool(listed)
     if aside:
         notes.append(f"{counted(len(aside), 'new label')} not used: the training used a share of the labels only")
@@ -505,7 +513,7 @@ def _describe(index: Index, split: Split, changes: Sequence[str]) -> list[str]:
         notes.append(f"{counted(len(groups), 'group')} of identical images, each kept on one side of the split")
         if conflicts:
             first = " and ".join(index.paths[i] for i in conflicts[0])
-            notes.append(f"{len(conflicts)} of them have conflicting labels and are used without (first: {first})")
+            notes.append(f"{len(conflicts)} of them have conflicting labels, which are ignored (first: {first})")
     if len(split.unused):
         first = index.paths[split.unused[0]]
         notes.append(f"{counted(len(split.unused), 'image')} neither trained nor tested on (first: {first})")
@@ -643,7 +651,7 @@ class Views:
     memory for when they are drawn again.
     """
 
-    def __init__(self, images: Images, *, keep: bool = False) -> None:
+    def __init__(self, images: DecodedImages, *, keep: bool = False) -> None:
         prepare = images.prepare
         self.kept: dict[tuple[str, int, int], torch.Tensor] = {}
         self.most = STORE_BYTES // (3 * prepare.size**2) if keep else 0
@@ -782,8 +790,13 @@ def _follow_the_main_process(worker: int) -> None:
     # Failures are handed over. All that could still reach this hook is the thread that serves tensors, complaining
     # that the main process went away while it asked for one.
     sys.excepthook = lambda *_: None
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(process: BaseProcess) -> None:
+    process.join()
+    os._exit(1)
 
 
 def _start_method() -> str:
@@ -792,20 +805,17 @@ def _start_method() -> str:
     return "fork" if sys.platform == "linux" else "spawn"
 
 
-def _send(batch: Batch | Failure) -> Batch | Failure:
-    """In a worker: put a batch into shared memory. Where that is small, as in a container, leave it as arrays, which go
-    through a pipe: 30 MB take a twentieth of a second."""
+def _send(batch: Batch | Failure) -> dict[str, torch.Tensor] | dict[str, np.ndarray] | Failure:
+    """In a worker: put a batch's tensors into shared memory. Where that is small, as in a container, make them arrays,
+    which go through a pipe: 30 MB take a twentieth of a second."""
     if isinstance(batch, Failure):
         return batch
-    n_bytes = sum(each.nbytes for each in batch if each is not None)
+    tensors = {name: each for name, each in batch._asdict().items() if each is not None}
+    n_bytes = sum(each.nbytes for each in tensors.values())
     with contextlib.suppress(RuntimeError):  # another worker took the room
         if not os.path.isdir("/dev/shm") or shutil.disk_usage("/dev/shm").free > 2 * n_bytes:
-            return Batch(*(each if each is None else each.share_memory_() for each in batch))
-    return Batch(*(each if each is None else each.numpy() for each in batch))
-
-
-def _receive(batch: Batch) -> Batch:
-    return Batch(*(each if each is None else torch.as_tensor(each) for each in batch))
+            return {name: each.share_memory_() for name, each in tensors.items()}
+    return {name: each.numpy() for name, each in tensors.items()}
 
 
 def fresh_batches(
@@ -819,10 +829,10 @@ def fresh_batches(
         num_workers=num_workers,
         multiprocessing_context=_start_method() if num_workers else None,
         worker_init_fn=_follow_the_main_process,
-        collate_fn=_send if num_workers else None,
+        collate_fn=_send if num_workers else None,  # type: ignore[arg-type]  # one item at a time: batch_size=None
         pin_memory=pin,
     )
-    for batch in loader:
-        if isinstance(batch, Failure):
-            raise batch
-        yield _receive(batch)
+    for sent in loader:
+        if isinstance(sent, Failure):
+            raise sent
+        yield sent if isinstance(sent, Batch) else Batch(**{name: torch.as_tensor(each) for name, each in sent.items()})

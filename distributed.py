@@ -64,7 +64,8 @@ def joined(device: torch.device) -> Iterator[None]:
     """Within the block the ranks can hear each other.
 
     Raises:
-        ResourceError: another rank has gone.
+        Left: another rank has failed, and said why.
+        ResourceError: another rank has gone without a word.
     """
     if world() == 1:
         yield
@@ -79,9 +80,15 @@ def joined(device: torch.device) -> Iterator[None]:
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=PATIENCE)
     try:
         yield
+    except Failure as failure:
+        store.set("failed", str(failure.exit_code))
+        raise
     except RuntimeError as error:
         if not any(word in str(error) for word in ("Connection", "gloo", "CCL", "Broken pipe")):
             raise
+        with contextlib.suppress(RuntimeError):  # the store has gone as well
+            if store.check(["failed"]):
+                raise Left(int(store.get("failed"))) from error
         raise ResourceError(
             f"process {rank()} of {world()} lost another one, which was killed or failed; its own message says why"
         ) from error
@@ -136,11 +143,12 @@ def any_rank(flag: bool) -> bool:
 
 def _where_heard() -> torch.device:
     """Where a tensor must be for the others to hear it."""
-    return torch.device("cpu") if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator()
+    return torch.device("cpu") if accelerator is None or dist.get_backend() == "gloo" else accelerator
 
 
 class Left(Exception):
-    """The first rank has ended, and said why."""
+    """Another rank has ended, and said why."""
 
     def __init__(self, exit_code: int) -> None:
         self.exit_code = exit_code
@@ -220,6 +228,14 @@ class _Sum(torch.autograd.Function):
 class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the batches of all ranks, on any device (PyTorch's own works on accelerators alone), and what
     timm's holds beside it: dropout and activation."""
+
+    # Of one that tracks statistics
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
+    # Of one of timm's
+    drop: nn.Module
+    act: nn.Module
 
     def _check_input_dim(self, x: torch.Tensor) -> None:
         """Any: [B, C] or [B, C, ...]."""

@@ -21,13 +21,12 @@ import numpy as np
 import torch
 from torch import nn
 
-import label_shift
 import metrics
+import mixture
 import train
 import utils
 from data import Data
 from features import Inputs
-from images import Preparation
 from models import Encoder, Learner
 
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
@@ -91,7 +90,7 @@ def some_of_each_class(data: Data) -> np.ndarray:
     """Rows of images to compare on: of the test images, or of all where there are none, each class's first ones."""
     rows = data.split.test if len(data.split.test) else np.arange(len(data.index))
     rows = np.random.default_rng(0).permutation(rows)
-    place = label_shift.place_in_class(data.labels[rows])
+    place = mixture.place_in_class(data.labels[rows])
     return np.sort(rows[np.argsort(place, kind="stable")][:COMPARED])
 
 
@@ -103,7 +102,7 @@ def _write_onnx(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the converter about itself
-        converted = torch.onnx.export(
+        converted: torch.onnx.ONNXProgram = torch.onnx.export(  # type: ignore[assignment]  # None without dynamo alone
             program, input_names=["images"], output_names=["probabilities"], dynamo=True, verbose=False
         )
     converted.model.metadata_props.update(about)
@@ -120,7 +119,7 @@ A classifier of images into $n_classes classes: $classes. The exported file hold
 | | |
 |---|---|
 | backbone | `$model_name`, weights `$weights`, trained: $trainable |
-| training | $method: $labeled labelled and $unlabeled unlabelled images of `$dataset` |
+| training | $training |
 | chosen by | $val validation images |
 | tested on | $test images of `$tested`, none of them or an exact copy of them in training |
 
@@ -151,13 +150,14 @@ To label a folder with this program:
 
 HONESTY = """Confidences become the most honest divided by temperature {:.2f} (that is, each probability to the power of
 1/temperature, scaled to sum to one), chosen on the validation images."""
+PARTS = {"labeled": "labelled", "unlabeled": "unlabelled"}
 METHODS = {
     "finetune": "the labelled images alone",
     "train": "Meta Pseudo Labels, teacher and student",
     "switch": "Meta Pseudo Labels, role playing",
 }
 GUESSES = """
-- With {} labels it learned most of what it knows from its own guesses on the unlabelled images: look at `report.html`,
+- With {} it learned {} of what it knows from its own guesses on the unlabelled images: look at `report.html`,
   at the most confident mistakes above all, before relying on it."""
 USE = {
     None: "",
@@ -210,8 +210,14 @@ def plain(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()#+!|<>~&$-])", r"\\\1", " ".join(text.split()))
 
 
+def _described(training: Mapping[str, Any]) -> str:
+    """A training by its method and images."""
+    parts = [f"{training[part]:,} {what}" for part, what in PARTS.items() if training[part]]
+    return f"{METHODS[training['mode']]}: {' and '.join(parts)} images of `{plain(training['dataset'])}`"
+
+
 def write_card(
-    kind: str, figures: Mapping[str, Any], preparation: Preparation, results: Path, *, weights: str, frozen: bool
+    kind: str, figures: Mapping[str, Any], inputs: Inputs, results: Path, *, weights: str, frozen: bool
 ) -> Path:
     """Write model_card.md. Returns its path.
 
@@ -219,38 +225,43 @@ def write_card(
         figures: what metrics.json holds.
         weights: where the backbone's come from; ``frozen``: whether they stay.
     """
-    counts, trained, classes = figures["counts"], figures["trained"], figures["classes"]
-    networks = [name.replace("_", " ") for name in figures["networks"]]
+    counts, trainings, classes = figures["counts"], figures["trainings"], figures["classes"]
+    labeled, unlabeled = (sum(each[part] for each in trainings) for part in ("labeled", "unlabeled"))
+    networks = [
+        "unchanged " * (came == "loaded" and figures["mode"] != "test") + name.replace("_", " ")
+        for name, came in figures["networks"].items()
+    ]
     f1, n = (figures["per_class"].get(key, []) for key in ("f1", "images"))
     worst = sorted((i for i in range(len(f1)) if n[i]), key=f1.__getitem__)[:3]
     deep = (
         " Of images with more than 8 bits the values from {:g} to {:g} are shown, black to white."
-        if preparation.value_range
+        if inputs.preparation.value_range
         else ""
     )
     card = CARD.substitute(
-        dataclasses.asdict(preparation),
-        deep=deep.format(*preparation.value_range or ()),
+        dataclasses.asdict(inputs.preparation),
+        deep=deep.format(*inputs.preparation.value_range or ()),
         name=plain(results.name),
         n_classes=len(classes),
         classes=", ".join(map(plain, classes)),
         model_name=figures["model_name"],
         weights=weights,
         trainable="a linear layer on frozen features" if frozen else "the whole network",
-        method=", then ".join(METHODS[mode] for mode in trained["by"]),
-        dataset=plain(trained["dataset"]),
+        training="; then ".join(map(_described, trainings)),
         tested=plain(figures["dataset"]),
         network="the ensemble of " * (len(networks) > 1) + " and ".join(networks),
-        **{part: f"{trained[part]:,}" for part in ("labeled", "unlabeled", "val")},
+        val=f"{trainings[-1]['val']:,}",
         test=f"{counts['test']:,}",
-        guesses=GUESSES.format(trained["labeled"]) if trained["unlabeled"] else "",
+        guesses=GUESSES.format(utils.counted(labeled, "label"), "most" if unlabeled > labeled else "a part")
+        if unlabeled
+        else "",
         scores="\n".join(
             f"| {name.replace('_', ' ')} | {own['accuracy']:.1%} "
             f"| {metrics.interval(own['accuracy'], counts['test'])} "
             f"| {own['balanced_accuracy']:.1%} | {own['macro_f1']:.3f} | {own['ece']:.3f} |"
             for name, own in figures["test"].items()
         ),
-        honesty="The validation images are too few to choose a temperature for the confidences by."
+        honesty=f"No temperature is advised for the confidences: {metrics.why_no_temperature(counts['val'])}."
         if figures["temperature"] is None
         else HONESTY.format(figures["temperature"]),
         worst=", ".join(f"{plain(classes[i])} ({f1[i]:.2f})" for i in worst),

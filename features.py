@@ -1,12 +1,12 @@
-"""What networks see: views, or their features where the backbone is frozen, kept on disk so that it sees each view of an
-image once, whatever run, trial or mode asks for it.
+"""What networks see: views, or their features where the backbone is frozen. These are kept on disk, so that it sees
+each view of an image once, whatever run, trial or mode asks for it.
 
-The cache has one file a view, memory-mapped: for each different image of the dataset a checksum and the features as float16. A row is
-filled when it is first needed. Everything that determines the numbers (backbone, weights, image size, precision, the
-bytes of the images, the augmentation) is in the file's path, so a file never holds anything stale, and images that are
-renamed or relabelled keep their features. A dataset that shares images with others, as one that has grown, takes over
-their rows. A row torn by a crash fails its checksum and is computed again. Several processes may fill one file: they
-write the same numbers.
+The cache has one file a view, memory-mapped: for each different image of the dataset a checksum and the features as
+float16. A row is filled when it is first needed. Everything that determines the numbers (backbone, weights, image size,
+precision, the bytes of the images, the augmentation) is in the file's path, so a file never holds anything stale, and
+images that are renamed or relabelled keep their features. A dataset that shares images with others, as one that has
+grown, takes over their rows. A row torn by a crash fails its checksum and is computed again. Several processes may fill
+one file: they write the same numbers.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ import torch
 
 from data import Batch, Rows, Schedule, Source, Views, fresh_batches
 from distributed import gathered
-from images import Images, Preparation
+from images import DecodedImages, Preparation
 from models import Architecture, Encoder
 from utils import ResourceError, cache_folder, progress, write_atomically
 
@@ -36,6 +36,8 @@ TAG = "CACHEDIR.TAG"  # marks a folder that this cache has made, for backup prog
 TAGGED = b"""Signature: 8a477f597d28d172789f06886806bc55
 # Features of images, kept by TransferMPL. They may be removed: what is needed is computed again.
 """
+BOUND = "cache_gb"  # the file with the largest bound that a command which used the folder was given
+TOUCH_SECONDS = 3600.0  # how often a run says that it still uses a folder
 DIGESTS = "images"  # the file that says whose features a folder holds: the images' digests in the order of the rows
 
 
@@ -62,9 +64,10 @@ class FeatureCache(FeatureSource):
         """
         super().__init__(views, encoder)
         self.folder, self.others = folder, others
-        user = folder / f"used by {platform.node()} {os.getpid()}"
-        user.touch()
-        weakref.finalize(self, _leave, user, os.getpid())
+        self.user = folder / f"used by {platform.node()} {os.getpid()}"
+        self.user.touch()
+        self.touched = time.monotonic()
+        weakref.finalize(self, _leave, self.user, os.getpid())
         self.row = row_type(encoder.n_features)
         index = views.images.index
         self.digests, self.rows = index.distinct_digests, index.contents
@@ -72,6 +75,10 @@ class FeatureCache(FeatureSource):
         self.verified: dict[str, np.ndarray] = {}
 
     def __call__(self, kind: str, indices: Rows, draws: Rows) -> torch.Tensor:
+        if time.monotonic() - self.touched > TOUCH_SECONDS:
+            with contextlib.suppress(OSError):
+                self.user.touch()
+            self.touched = time.monotonic()
         indices, draws = np.asarray(indices), np.asarray(draws)
         rows = self.rows[indices]
         features = np.empty((len(indices), self.encoder.n_features), dtype=np.float32)
@@ -84,7 +91,7 @@ class FeatureCache(FeatureSource):
             exact = fresh.cpu().numpy()
             with np.errstate(over="ignore"):
                 rounded = exact.astype(np.float16)
-            keep = np.isfinite(rounded).all(1)  # beyond 65,504 there is no float16: such features are not kept
+            keep = np.all(np.isfinite(rounded), axis=1)  # beyond 65,504 there is no float16: such features are not kept
             features[missing] = np.where(keep[:, None], rounded, exact)
             for i, row, finite in zip(np.flatnonzero(missing), rounded, keep, strict=True):
                 table = self.tables[self._table(kind, draws[i])]
@@ -115,26 +122,28 @@ class FeatureCache(FeatureSource):
                 new = not path.exists() or path.stat().st_size != n * self.row.itemsize
                 if new:
                     _make_file(path, n * self.row.itemsize)
-                self.tables[name] = np.memmap(path, dtype=self.row, mode="r+", shape=(n,))
+                table = np.memmap(path, dtype=self.row, mode="r+", shape=(n,))
             except OSError as error:
                 if all(table is not None for table in self.tables.values()):
                     print(f"{path}: {error.strerror}; the run goes on, with features that are not kept", flush=True)
-                self.tables[name], new = None, False
+                self.tables[name] = None
+                return name
+            self.tables[name] = table
             for other in self.others if new else ():
                 with contextlib.suppress(OSError, ValueError):  # it never had this view, or was just removed
-                    self._take_over(name, other)
+                    self._take_over(table, other / path.name)
         return name
 
-    def _take_over(self, name: str, other: Path, at_once: int = 4096) -> None:
-        """Copy the rows of a table that another folder holds of the same images."""
-        digests = np.fromfile(other / DIGESTS, "S16")
-        theirs = np.memmap(other / f"{name}.f16", dtype=self.row, mode="r", shape=digests.shape)
+    def _take_over(self, table: np.ndarray, other: Path, at_once: int = 4096) -> None:
+        """Copy the rows that another folder's table of the same view holds of the same images."""
+        digests = np.fromfile(other.with_name(DIGESTS), "S16")
+        theirs = np.memmap(other, dtype=self.row, mode="r", shape=digests.shape)
         _, here, there = np.intersect1d(self.digests, digests, assume_unique=True, return_indices=True)
         for start in range(0, len(here), at_once):
             part = slice(start, start + at_once)
             rows, given = here[part], theirs[there[part]]
             filled = given["check"] != 0
-            self.tables[name][rows[filled]] = given[filled]
+            table[rows[filled]] = given[filled]
 
 
 def row_type(n_features: int) -> np.dtype:
@@ -176,13 +185,21 @@ def _leave(user: Path, pid: int) -> None:
 
 
 def open_features(
-    views: Views, encoder: Encoder, fingerprint: str, *, n_views: int, cache_dir: str | None, cache_gb: float
+    views: Views,
+    encoder: Encoder,
+    fingerprint: str,
+    *,
+    n_views: int,
+    cache_dir: str | None,
+    cache_gb: float,
+    bounded: bool = True,
 ) -> tuple[FeatureSource, str]:
     """The source of features and a line that says what is kept where: of the images, and of ``n_views`` weak and as
     many strong views of each.
 
     With ``cache_gb`` 0 nothing is kept, nor where the cache cannot be written to. Features of other runs that were used
-    least recently are removed to stay within ``cache_gb`` GiB.
+    least recently are removed to stay within ``cache_gb`` GiB; unless that was given (``bounded``), within the largest
+    bound that any of the features there were kept with.
     """
     if not cache_gb:
         return FeatureSource(views, encoder), "features are computed whenever they are needed"
@@ -202,17 +219,20 @@ def open_features(
         for name, content in ((TAG, TAGGED), (DIGESTS, digests.tobytes())):
             if not (folder / name).exists():
                 write_atomically(folder / name, content)
+        if bounded:
+            write_atomically(folder / BOUND, str(max(cache_gb, _bound(folder))).encode())
         os.utime(folder)
         others = [each for each in root.glob(f"{network}-*") if each != folder]
         source = FeatureCache(views, encoder, folder, others)
         kept = _folder_bytes(folder)
         with contextlib.suppress(OSError):  # another process removes the same
-            _make_room(root, folder, cache_gb * GIB - max(needed, kept))
+            allowed = cache_gb if bounded else max([cache_gb, *map(_bound, filter(_is_ours, root.iterdir()))])
+            _make_room(root, folder, allowed * GIB - max(needed, kept))
     except (OSError, ResourceError) as error:
-        cause = error.__cause__ or error
+        reason = getattr(error.__cause__ or error, "strerror", error)
         return (
             FeatureSource(views, encoder),
-            f"features are computed whenever they are needed: {root} cannot be used ({cause.strerror}); "
+            f"features are computed whenever they are needed: {root} cannot be used ({reason}); "
             "give another --cache_dir to keep them",
         )
     what = f"features of {n_views} weak and strong views an image" if n_views else "the images' features"
@@ -241,6 +261,14 @@ def _make_room(root: Path, keep: Path, allowed: float) -> None:
             del sizes[folder]
 
 
+def _bound(folder: Path) -> float:
+    """The largest bound that was given for a folder, in GiB; 0 if none was."""
+    try:
+        return float((folder / BOUND).read_text())
+    except (OSError, ValueError):
+        return 0.0
+
+
 def _is_ours(folder: Path) -> bool:
     try:
         return (folder / TAG).read_bytes() == TAGGED
@@ -264,7 +292,7 @@ def _is_used(user: Path) -> bool:
 def _remove(folder: Path) -> None:
     """Remove what the cache has written in one of its folders, the tag last, and the folder if that empties it."""
     with contextlib.suppress(OSError):  # open elsewhere, which Windows minds, or another process was faster
-        for pattern in ("*.f16", "*.tmp", "used by *[0-9]", DIGESTS, TAG):
+        for pattern in ("*.f16", "*.tmp", "used by *[0-9]", BOUND, DIGESTS, TAG):
             for path in folder.glob(pattern):
                 path.unlink()
         folder.rmdir()
@@ -293,7 +321,7 @@ class Inputs:
     def batches(
         self, schedule: Schedule, labels: np.ndarray, start: int, stop: int, *, num_workers: int
     ) -> Iterator[Batch]:
-        """The batches of steps ``start`` to ``stop``: kept features, or fresh views prepared by the loader's workers."""
+        """The batches of steps ``start`` to ``stop``: kept features, or fresh views from the loader's workers."""
         if schedule.views and isinstance(self.source, FeatureCache):
             for step in range(start, stop):
                 yield schedule.batch(step, labels, self.source).labels_to(self.device)
@@ -313,14 +341,14 @@ class Inputs:
             means = []
             for part in progress(chunks, "features", len(chunks)):
                 weighted = [weight * self.source(kind, part, np.full(len(part), v)) for kind, v, weight in wanted]
-                means.append((sum(weighted) / sum(weight for *_, weight in wanted)).cpu())
+                means.append((sum(weighted, start=torch.zeros(())) / sum(weight for *_, weight in wanted)).cpu())
             return [torch.cat(means)]
 
         return gathered(mean, rows, self.device)[0]
 
 
 def open_inputs(
-    images: Images,
+    images: DecodedImages,
     architecture: Architecture,
     device: torch.device,
     precision: torch.dtype | None,
@@ -329,6 +357,7 @@ def open_inputs(
     n_kept: int,
     cache_dir: str | None,
     cache_gb: float,
+    bounded: bool,
 ) -> Inputs:
     """The inputs of a run's networks: features of a frozen backbone, else the views themselves.
 
@@ -337,12 +366,20 @@ def open_inputs(
             learns as a whole stay in memory, as far as there is room.
         n_kept: of how many the features are kept.
         cache_dir, cache_gb: where, and how much (GiB).
+        bounded: whether the user gave that bound: else larger ones hold that were given before.
     """
-    made = Views(images, keep=not architecture.frozen and views > 0)
-    if not architecture.frozen:
+    fingerprint = architecture.origin.fingerprint  # None if the backbone learns
+    made = Views(images, keep=fingerprint is None and views > 0)
+    if fingerprint is None:
         return Inputs(made, lambda *wanted: made(*wanted).to(device), lambda views: views, device, precision)
     encoder = Encoder(architecture.backbone, device, precision)
     source, note = open_features(
-        made, encoder, architecture.origin.fingerprint, n_views=n_kept, cache_dir=cache_dir, cache_gb=cache_gb
+        made,
+        encoder,
+        fingerprint,
+        n_views=n_kept,
+        cache_dir=cache_dir,
+        cache_gb=cache_gb,
+        bounded=bounded,
     )
     return Inputs(made, source, encoder, device, precision, note)

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import PIL
@@ -82,7 +82,7 @@ class Index:
     used. ``pixels`` ([N, H, W] uint8) stands for files in a named dataset. ``resize`` is the short side before the
     centre crop, in sides of the crop; ``mirror`` says whether a mirror image keeps its class.
 
-    :func:`check_images` finds ``digests`` ([N] 16 bytes, the BLAKE2 hashes of the files' bytes), ``stamps`` (what the
+    :func:`check_images` fills ``digests`` ([N] 16 bytes, the BLAKE2 hashes of the files' bytes), ``stamps`` (what the
     file system said of each file), ``ranges`` ([N, 2] float32, the values of images of more than 8 bits; not a number
     for others) and ``bad``, the files that cannot be read, each with the reason.
     """
@@ -97,9 +97,9 @@ class Index:
     resize: float = EVALUATION_RESIZE
     mirror: bool = True
     pixels: np.ndarray | None = None
-    digests: np.ndarray | None = None
+    digests: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, "S16"))
     stamps: tuple["Stamp", ...] = ()
-    ranges: np.ndarray | None = None
+    ranges: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((0, 2), np.float32))
     bad: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
@@ -372,7 +372,8 @@ class _Walk:
             DataError: it seems to be divided, in a way that cannot be followed.
         """
         named = {name: PART_FOLDERS.get(name.lower(), "") for name in self.folders("")}
-        divided = "train" in named.values() and len(set(named.values()) - {""}) > 1
+        there = {entry.name.lower() for entry in self._entries("") if entry.is_dir()}  # a test folder left out as well
+        divided = "train" in named.values() and len({PART_FOLDERS.get(name) for name in there} - {None}) > 1
         of_training = {inner for name, part in named.items() if part == "train" for inner in self.folders(name)}
         if divided and not of_training:
             raise DataError(f"{self.root}: its training folder has no class folders; put each class's images in one")
@@ -482,23 +483,20 @@ def check_images(index: Index, cache_dir: str | Path | None, *, max_bad_percent:
         about = repr((os.path.abspath(index.root), PIL.__version__, formats(), FINDINGS_VERSION))
         kept = Path(cache_dir) / f"checked-{digest(about.encode('utf-8', 'surrogatepass')).hex()}.npz"
     known = _load_findings(kept)
-    findings = [known.get(path) for path in index.paths]
-    todo = [i for i, each in enumerate(findings) if each is None or each.stamp != _stamp(index.file(i)).stamp]
+    todo = [path for path in index.paths if path not in known or known[path].stamp != _stamp(index.root / path).stamp]
+    fresh: dict[str, Finding] = {}
     began = time.time_ns()
     try:
-        for i, finding in zip(todo, _inspect_all([index.file(i) for i in todo]), strict=True):
-            findings[i] = finding
+        for path, finding in zip(todo, _inspect_all([index.root / path for path in todo]), strict=True):
+            fresh[path] = finding
     finally:
         if todo and kept is not None:
-            settled = {
-                path: each
-                for path, each in zip(index.paths, findings, strict=True)
-                if each is not None and each.stamp.ctime_ns < began - RACY_NS
-            }
+            settled = {path: each for path, each in fresh.items() if each.stamp.ctime_ns < began - RACY_NS}
             try:
                 _save_findings(kept, known | settled)  # also of files that this command has not asked for
             except ResourceError as error:
                 print(f"{error.__cause__ or error}: the images are checked again next time")
+    findings = [fresh[path] if path in fresh else known[path] for path in index.paths]
     readable = np.array([not finding.reason for finding in findings])
     bad = tuple((path, each.reason) for path, each in zip(index.paths, findings, strict=True) if each.reason)
     if 100 * len(bad) > max_bad_percent * len(index):
@@ -524,7 +522,7 @@ def _stamp(path: Path) -> Finding:
     try:
         status = path.stat()
     except OSError as error:
-        return Finding(NO_FILE, reason=error.strerror)
+        return Finding(NO_FILE, reason=error.strerror or str(error))
     if not stat.S_ISREG(status.st_mode):
         return Finding(NO_FILE, reason="not a regular file")
     return Finding(Stamp.of(status), reason="larger than a gigabyte" * (status.st_size > MOST_BYTES))
@@ -538,7 +536,7 @@ def _inspect(path: Path) -> Finding:
     try:
         stamp, content = _content(path)
     except OSError as error:
-        return Finding(NO_FILE, reason=error.strerror)
+        return Finding(NO_FILE, reason=error.strerror or str(error))
     finding = Finding(stamp, digest(content))
     try:
         low, high = read_image(content, _look)
@@ -589,8 +587,8 @@ def _load_findings(path: Path | None) -> dict[str, Finding]:
             paths, reasons = (_unpacked(kept[name]) for name in ("paths", "reasons"))
             numbers = [kept[name].tolist() for name in ("stamps", "digests", "ranges")]
         return {
-            path: Finding(Stamp(*stamp), each, *values, reason)
-            for path, stamp, each, values, reason in zip(paths, *numbers, reasons, strict=True)
+            path: Finding(Stamp(*stamp), each, low, high, reason)
+            for path, stamp, each, (low, high), reason in zip(paths, *numbers, reasons, strict=True)
         }
     except Exception:  # whatever a damaged file makes NumPy and zipfile raise: then every image is read again
         return {}
@@ -801,7 +799,7 @@ def central_square(image: Image.Image) -> Image.Image:
 def value_range(index: Index) -> tuple[float, float] | None:
     """From which value to which the images of more than 8 bits are shown, black to white: one range for all, so that an
     image that is brighter than another stays so. None if there are no such images."""
-    deep = index.ranges[np.isfinite(index.ranges[:, 0])] if index.ranges is not None else []
+    deep = index.ranges[np.isfinite(index.ranges[:, 0])]
     if not len(deep):
         return None
     low, high = np.quantile(deep[:, 0], 0.005), np.quantile(deep[:, 1], 0.995)  # a few may be damaged
@@ -829,6 +827,17 @@ def decode(path: Path, prepare: Preparation, stamp: Stamp | None = None, known: 
         raise DataError(f"{path}: cannot be read as an image ({reason}); remove or replace it") from error
 
 
+class DecodedImages(Protocol):
+    """The images of an index as ``prepare`` makes them, [3, size, size] uint8: kept (:class:`Images`), or streamed."""
+
+    index: Index
+    prepare: Preparation
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> torch.Tensor: ...
+
+
 class Images(Dataset):
     """Decoded images by index, [3, size, size] uint8; each is decoded once if all fit in ``STORE_BYTES`` and in a
     quarter of the free memory.
@@ -840,26 +849,26 @@ class Images(Dataset):
     def __init__(self, index: Index, prepare: Preparation) -> None:
         self.index, self.prepare = index, prepare
         size = prepare.size
-        self._pixels: np.ndarray | None = None
-        self._present: np.ndarray | None = None
+        self._store: tuple[np.ndarray, np.ndarray] | None = None  # the pixels, and whether they are there yet
         n_bytes = len(index) * 3 * size * size
         if n_bytes <= min(STORE_BYTES, psutil.virtual_memory().available / 4):
-            self._pixels = np.frombuffer(mmap.mmap(-1, n_bytes), np.uint8).reshape(len(index), 3, size, size)
-            self._present = np.frombuffer(mmap.mmap(-1, len(index)), np.uint8)
+            pixels = np.frombuffer(mmap.mmap(-1, n_bytes), np.uint8).reshape(len(index), 3, size, size)
+            self._store = pixels, np.frombuffer(mmap.mmap(-1, len(index)), np.uint8)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_pixels": None, "_present": None}
+        return self.__dict__ | {"_store": None}
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        if self._pixels is None:
+        if self._store is None:
             return self._decode(i)
-        if not self._present[i]:
-            self._pixels[i] = self._decode(i).numpy()
-            self._present[i] = 1
-        return torch.from_numpy(self._pixels[i])
+        pixels, present = self._store
+        if not present[i]:
+            pixels[i] = self._decode(i).numpy()
+            present[i] = 1
+        return torch.from_numpy(pixels[i])
 
     def _decode(self, i: int) -> torch.Tensor:
         if self.index.pixels is not None:

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+import utils
+
 TEMPERATURES = np.geomspace(0.2, 5.0, 161)
 # Images. Drawn from a classifier of 8 classes whose true temperature is 1.5: from 50 images it is found to within a
 # quarter, and helps in 12 of 13 draws; from 20 it makes confidences less honest in up to three of ten draws.
@@ -31,7 +33,7 @@ def classification_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dic
         probabilities: [N, C].
         labels: [N] int.
     """
-    from sklearn.metrics import precision_recall_fscore_support
+    from sklearn.metrics import precision_recall_fscore_support  # only now: its import takes seconds of start-up
 
     if not len(labels):
         return {}
@@ -48,12 +50,12 @@ def classification_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dic
 
 
 def interval(share: float, n: int) -> str:
-    """Between which shares the truth lies with 95 % confidence, when ``share`` was seen in n images (E. B. Wilson, JASA
+    """Between which shares the truth lies with 95 % confidence, when ``share`` of n images was seen (E. B. Wilson, JASA
     22, 1927)."""
-    z = 1.96
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return f"{max(0.0, centre - half):.1%} to {centre + half:.1%}"
+    from scipy.stats import binomtest  # only now: its import takes seconds of start-up
+
+    bounds = binomtest(round(share * n), n).proportion_ci(method="wilson")
+    return f"{bounds.low:.1%} to {bounds.high:.1%}"
 
 
 def per_class(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
@@ -89,3 +91,10 @@ def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float | No
 
     best = float(min(TEMPERATURES, key=loss))
     return None if best in TEMPERATURES[[0, -1]] else best
+
+
+def why_no_temperature(n: int) -> str:
+    """Why :func:`fit_temperature` gave none of n validation images."""
+    if n < ENOUGH_FOR_A_TEMPERATURE:
+        return f"{utils.counted(n, 'validation image is', 'validation images are')} too few to choose one by"
+    return "the validation images do not determine one"

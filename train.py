@@ -18,8 +18,6 @@ import torch.nn.functional as F
 import distributed
 from args import Config
 from data import Batch, Schedule, Source, Split
-from features import Inputs
-from mixture import Guide
 from models import Architecture, Learner
 from utils import Bar, DivergedError, Signals, seed_torch
 
@@ -39,20 +37,20 @@ def soft_target(logits: torch.Tensor, temperature: float, threshold: float) -> t
     return p, (p.amax(-1) >= threshold).float()
 
 
-def consistency_loss(kind: str, logits_us: torch.Tensor, p: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def consistency_loss(kind: str, logits_us: torch.Tensor, p: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """How far the strong view's prediction is from the weak view's: mean over all U of ``mask`` times
     cross-entropy (``CE``) or negative cosine similarity of the probabilities (``cos``). Gradient flows in both.
 
     Args:
         logits_us: [U, C] float32.
         p: [U, C] target probabilities.
-        mask: [U] 0 or 1.
+        mask: [U] 0 or 1; None: all count.
     """
     if kind == "CE":
         each = -(p * logits_us.log_softmax(-1)).sum(-1)
     else:
         each = -F.cosine_similarity(p, logits_us.softmax(-1), dim=-1)
-    return (mask * each).mean()
+    return each.mean() if mask is None else (mask * each).mean()
 
 
 def consistency_weight(lambda_u: float, step: int, uda_steps: int) -> float:
@@ -100,13 +98,13 @@ def estimate_feedback(
         if kind == "dot":
             h = new @ (flatten(theta_old) - flatten(student.parameters))
         else:
-            h = F.cosine_similarity(new, flatten(p.grad for p in student.parameters), dim=0)
+            h = F.cosine_similarity(new, flatten(student.gradients()), dim=0)
     distributed.average([h])  # every process's teacher hears the same
     return h
 
 
 def adamw_sensitivity(
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     group: Mapping[str, Any],
     gradients: Sequence[torch.Tensor],
     exam_gradients: Sequence[torch.Tensor],
@@ -162,9 +160,34 @@ class Settings:
     label_smoothing: float = 0.0
 
 
-# Of a teacher, a batch and the teacher's logits [P, C] of the views that get pseudo labels: the distributions [P, C] that
-# these are pulled to and which of them count, [P].
-Aim = Callable[[Learner, Batch, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# Of a teacher, a batch and the teacher's logits [P, C] of the views that get pseudo labels: the distributions [P, C]
+# that these are pulled to and which of them count, [P]; None where no threshold decides, so that all do.
+Aim = Callable[[Learner, Batch, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+def uda_loss(
+    teacher: Learner, batch: Batch, x_u: torch.Tensor, step: int, *, aim: Aim, settings: Settings
+) -> tuple[torch.Tensor, torch.Tensor, Measurements]:
+    """What the teacher learns by itself (UDA, Xie et al., arXiv 1904.12848, eq. 1): the labelled images, and that what
+    it says of one view of an image should be what it says of another.
+
+    Args:
+        x_u: [P, ...] the views that get pseudo labels.
+
+    Returns:
+        The loss, the logits [P, C] that pseudo labels are drawn from, and what was measured.
+    """
+    sizes = [len(batch.x_l), len(x_u)]
+    logits_l, logits_u = teacher(torch.cat([batch.x_l, x_u])).split(sizes)  # [B, C], [P, C] float32
+    loss_l = F.cross_entropy(logits_l, batch.y_l, label_smoothing=settings.label_smoothing)
+
+    aligned_u = logits_u + teacher.offset  # before the aim moves it: see align
+    p, mask = aim(teacher, batch, logits_u)
+    loss_u = consistency_loss(settings.unsupervised, logits_u, p, mask)
+
+    weight = consistency_weight(settings.lambda_u, step, settings.uda_steps)
+    measured = detached({} if mask is None else {"mask_rate": mask.mean()}, loss_l=loss_l, loss_u=loss_u)
+    return loss_l + weight * loss_u, aligned_u, measured
 
 
 def mpl_step(
@@ -178,9 +201,10 @@ def mpl_step(
     the labels it gave more likely.
 
     Returns:
-        Scalars on the device: loss_l, loss_u, mask_rate, loss_s, loss_mpl and h.
+        Scalars on the device: loss_l, loss_u, loss_s, loss_mpl, h and, where a threshold decides which images count,
+        mask_rate.
     """
-    # The teacher's labelled loss and its consistency between views, and its logits of the views it is to label.
+    # What the teacher learns by itself, and what it says of the views that it is to label.
     x_u = batch.x_u  # [P, ...]
     loss_uda, t_logits_u, measured = uda_loss(teacher, batch, x_u, step, aim=aim, settings=settings)
 
@@ -221,15 +245,15 @@ def exact_mpl_step(
 
     loss_mpl = torch.zeros_like(loss_s)
     if not student.overflowed:
-        taken = [p.grad for p in student.parameters]
-        sensitivity = adamw_sensitivity(student.optimizer, group, taken, student.gradient(loss_new))
-        loss_mpl = sum((c * g).sum() for c, g in zip(sensitivity, gradients, strict=True))
+        at = student.gradient(loss_new)
+        sensitivity = adamw_sensitivity(student.optimizer, group, student.gradients(), at)
+        loss_mpl = sum(((c * g).sum() for c, g in zip(sensitivity, gradients, strict=True)), start=loss_mpl)
     teacher.update(loss_uda + loss_mpl)
     return detached(measured, loss_s=loss_s, loss_mpl=loss_mpl, h=loss_old - loss_new)
 
 
 def uda_step(teacher: Learner, batch: Batch, step: int, *, aim: Aim, settings: Settings) -> Measurements:
-    """A step of the warm-up, in which the teacher learns alone (UDA, arXiv 1904.12848)."""
+    """A step of the warm-up, in which the teacher learns alone."""
     loss_uda, _, measured = uda_loss(teacher, batch, batch.x_u, step, aim=aim, settings=settings)
     teacher.update(loss_uda)
     return measured
@@ -240,26 +264,6 @@ def supervised_step(student: Learner, batch: Batch, step: int, *, label_smoothin
     loss_l = F.cross_entropy(student(batch.x_l), batch.y_l, label_smoothing=label_smoothing)
     student.update(loss_l)
     return {"loss_l": loss_l.detach()}
-
-
-def uda_loss(
-    teacher: Learner, batch: Batch, x_u: torch.Tensor, step: int, *, aim: Aim, settings: Settings
-) -> tuple[torch.Tensor, torch.Tensor, Measurements]:
-    """The teacher's own losses: labelled images, and consistency, for what it says of one view of an image should be
-    what it says of another.
-
-    Returns:
-        The loss, the logits [P, C] that pseudo labels are drawn from, and what was measured.
-    """
-    logits_l, logits_u = teacher(torch.cat([batch.x_l, x_u])).split(
-        [len(batch.x_l), len(x_u)]
-    )  # [B, C], [P, C] float32
-    loss_l = F.cross_entropy(logits_l, batch.y_l, label_smoothing=settings.label_smoothing)
-    aligned_u = logits_u + teacher.offset  # before the aim moves it: see align
-    p, mask = aim(teacher, batch, logits_u)
-    loss_u = consistency_loss(settings.unsupervised, logits_u, p, mask)
-    weight = consistency_weight(settings.lambda_u, step, settings.uda_steps)
-    return loss_l + weight * loss_u, aligned_u, detached({}, loss_l=loss_l, loss_u=loss_u, mask_rate=mask.mean())
 
 
 def exam(student: Learner, batch: Batch) -> torch.Tensor:
@@ -289,12 +293,13 @@ def own_aim(temperature: float, threshold: float, prior: torch.Tensor | None = N
 
 
 def target_aim(prior: torch.Tensor | None = None) -> Aim:
-    """Every view is pulled to the ``target`` that its batch brings along."""
+    """Every view is pulled to the ``target`` that its batch brings along, however confident the teacher is."""
 
-    def aim(teacher: Learner, batch: Batch, logits_u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def aim(teacher: Learner, batch: Batch, logits_u: torch.Tensor) -> tuple[torch.Tensor, None]:
+        assert batch.target is not None, "this aim goes with batches that have a target"
         p = batch.target.repeat(len(logits_u) // len(batch.target), 1)
         align(teacher, logits_u[-len(batch.x_uw) :], prior)
-        return p, torch.ones_like(p[:, 0])
+        return p, None
 
     return aim
 
@@ -316,7 +321,7 @@ def align(teacher: Learner, logits_uw: torch.Tensor, prior: torch.Tensor | None)
         return
     share = (logits_uw.detach() + teacher.offset).softmax(-1).mean(0)
     distributed.average([share])
-    teacher.offset = teacher.offset + ALIGNMENT_RATE * (prior / share.clamp_min(1e-3)).log()
+    teacher.offset = teacher.offset + ALIGNMENT_RATE * (prior.to(share.device) / share.clamp_min(1e-3)).log()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,10 +376,17 @@ class Plan:
         return self.num_epochs * self.steps_per_epoch
 
 
-def make_plan(config: Config, split: Split, guide: Guide | None = None) -> Plan:
-    """The training that the options ask for, in which the ``guide`` gives targets and shares."""
+def make_plan(
+    config: Config, split: Split, targets: np.ndarray | None = None, prior: torch.Tensor | None = None
+) -> Plan:
+    """The training that the options ask for.
+
+    Args:
+        targets: [N, C] what the consistency loss aims at, of every image of the index; None: the teacher's own
+            prediction.
+        prior: [C] the classes' shares that pseudo labels are aligned to; None: they are not.
+    """
     mode, supervised = MODES[mode_of(config)], config.finetune_mode
-    targets, prior = (None, None) if guide is None or supervised else guide
     schedule = Schedule(
         labeled=split.labeled,
         unlabeled=np.array([], dtype=np.int64) if supervised else split.train,
@@ -419,7 +431,11 @@ def count_updates(roles: Roles, *, epochs: int, warmup_epochs: int, steps_per_ep
 
 
 def new_learners(
-    config: Config, updates: Mapping[str, int], architecture: Architecture, inputs: Inputs
+    config: Config,
+    updates: Mapping[str, int],
+    architecture: Architecture,
+    device: torch.device,
+    precision: torch.dtype | None,
 ) -> dict[str, Learner]:
     """New learners by name, each for its number of ``updates``."""
     return {
@@ -430,8 +446,8 @@ def new_learners(
             lr=config.lr,
             weight_decay=config.weight_decay,
             ema=config.ema,
-            device=inputs.device,
-            precision=None if architecture.frozen else inputs.precision,
+            device=device,
+            precision=None if architecture.frozen else precision,
         )
         for name, n_updates in updates.items()
     }
@@ -452,13 +468,13 @@ class Meter:
 
     def add(self, step: int, measured: Measurements, overflowed: bool = False) -> None:
         """Note what a step measured. One that ``overflowed`` in half precision was not taken, and may not be finite."""
-        if overflowed and not sum(measured.values()).isfinite():
+        finite = torch.stack([*measured.values()]).isfinite().all()
+        if overflowed and not finite:
             return
         for key, value in measured.items():
             self.sums[key] = self.sums.get(key, 0) + value
             self.counts[key] = self.counts.get(key, 0) + 1
-        total = sum(measured.values())
-        found = torch.where(total.isfinite(), -1, step)
+        found = torch.where(finite, -1, step)
         self.first_bad = found if self.first_bad is None else torch.where(self.first_bad < 0, found, self.first_bad)
 
     def require_finite(self, learners: Mapping[str, Learner]) -> None:
@@ -551,6 +567,16 @@ def selection_tolerance(accuracy: float, n: int) -> float:
     return 2 * (p * (1 - p) / n) ** 0.5
 
 
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The weights of a training's best epoch, by learner, and its validation score."""
+
+    epoch: int
+    score: float
+    highest: float  # of all epochs
+    learners: dict[str, dict[str, Any]]
+
+
 class Keeper:
     """Keeps what a training must not lose, in memory: the history, the best weights, the means of the open epoch.
 
@@ -572,7 +598,7 @@ class Keeper:
         """
         self.learners, self.scored, self.validate, self.labels = learners, scored, validate, labels
         self.history: list[dict[str, Any]] = []
-        self.best: dict[str, Any] = {"score": -1.0, "highest": -1.0}
+        self.best: Best | None = None
         self.meter = Meter()
         self.done = 0  # steps
 
@@ -592,10 +618,10 @@ class Keeper:
             row = {"epoch": epoch, "network": name, "role": role, "lr": self.learners[name].lr}
             row |= {"val_accuracy": accuracy, "val_loss": loss} | {key: means[key] for key in own}
             self.history.append({key: row.get(key, "") for key in HISTORY})
-        highest = max(score, self.best["highest"])
+        highest = max(score, self.best.highest) if self.best else score
         if score >= highest - selection_tolerance(highest, len(self.labels)):
             weights = {name: learner.weights() for name, learner in self.learners.items()}
-            self.best = {"score": score, "highest": highest, "epoch": epoch, "learners": weights}
+            self.best = Best(epoch, score, highest, weights)
         return score
 
     def close_step(self, done: int, stop: bool) -> None:
@@ -612,8 +638,8 @@ class Keeper:
 
     def finish(self) -> dict[str, Learner]:
         """The learners with their best weights, those that are scored first."""
-        for name, learner in self.learners.items():
-            learner.load_weights(self.best["learners"][name])
+        for name, weights in self.best.learners.items() if self.best else ():
+            self.learners[name].load_weights(weights)
         return {name: self.learners[name] for name in (*self.scored, *self.learners)}
 
 
@@ -694,9 +720,11 @@ def infer(
     return [torch.cat(logits) for logits in parts]
 
 
-def validator(inputs: Inputs, rows: np.ndarray) -> Callable[[Sequence[Learner]], list[torch.Tensor]]:
+def validator(
+    source: Source, rows: np.ndarray, device: torch.device
+) -> Callable[[Sequence[Learner]], list[torch.Tensor]]:
     """What gives each model's logits on these images, shared among the processes."""
-    return lambda models: distributed.gathered(lambda part: infer(models, inputs.source, part), rows, inputs.device)
+    return lambda models: distributed.gathered(lambda part: infer(models, source, part), rows, device)
 
 
 def ensemble(logits: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -22,13 +22,14 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, TypeVar
 
 import platformdirs
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 BOM = codecs.BOM_UTF8  # how a CSV file begins: without it, Excel takes UTF-8 for the system's own encoding
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")  # how a cell begins that a spreadsheet would take for more than text
 
@@ -146,7 +147,8 @@ def compute_alike() -> None:
     import torch
 
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a search for faults, not for equal results
+    # It searches for faults, and has nothing to do with equal results.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # made at run time
     warnings.filterwarnings("ignore", message="(?s).*determinis")
     with warnings.catch_warnings():  # that there are newer switches, which torch.export does not understand
         warnings.simplefilter("ignore")
@@ -440,15 +442,16 @@ class _Unbreakable:
         try:
             return self._stream.write(text)
         except OSError:
-            return self._silence()
+            return self.silence()
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except OSError:
-            self._silence()
+            self.silence()
 
-    def _silence(self) -> int:
+    def silence(self) -> int:
+        """Write nothing from here on. Returns how much was written."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
@@ -471,9 +474,10 @@ def open_output(*, silent: bool = False) -> None:
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name) or os.fdopen(descriptor, "w", closefd=False)
         stream.reconfigure(errors="backslashreplace")
-        setattr(sys, name, _Unbreakable(stream))
-    if silent:
-        sys.stdout._silence()
+        output = _Unbreakable(stream)
+        if silent and name == "stdout":
+            output.silence()
+        setattr(sys, name, output)
 
 
 def interactive() -> bool:
@@ -481,7 +485,7 @@ def interactive() -> bool:
     return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
-def progress(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
+def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
     """The items, ``total`` of them, with a bar on a terminal and a line now and then elsewhere."""
     from tqdm import tqdm  # late, for the same reason as torch
 

@@ -1,12 +1,14 @@
-"""Pictures of a run, drawn from the files in its folder: curves, confusion matrices, calibration, image grids.
+"""Every picture: of a run (curves, confusion matrices, calibration, grids of images), of a search, of several runs.
 
-Nothing here trains or knows a network. matplotlib draws to files; no display is needed.
+What is drawn comes from the files in a run's folder or from plain arrays. matplotlib draws to files; no display is
+needed.
 
-``python visualization.py results/a results/b ...`` compares runs: those that differ in their seed alone are one row of
+``python visualization.py results/a results/b ...`` compares runs: those that differ only in their seed share one row of
 the table and one colour of compare.png.
 """
 
 import argparse
+import contextlib
 import functools
 import io
 import itertools
@@ -15,8 +17,10 @@ import statistics
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
 
@@ -25,15 +29,18 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import font_manager
+from matplotlib.rcsetup import cycler
 from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
-import args
 import metrics
 import utils
 
-# Okabe & Ito's colours, told apart by colour-blind readers too.
+if TYPE_CHECKING:
+    import optuna
+
+# Okabe & Ito's colours, which colour-blind readers can tell apart too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLE = {
     "figure.dpi": 120,
@@ -42,7 +49,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
-    "axes.prop_cycle": matplotlib.cycler(color=COLORS),
+    "axes.prop_cycle": cycler(color=COLORS),
     "legend.frameon": False,
     "text.parse_math": False,  # a class may be called $5 - $10
     "text.usetex": False,
@@ -66,12 +73,19 @@ LOSSES = {
 }
 
 
+@contextlib.contextmanager
+def styled(style: Any) -> Iterator[None]:
+    """Draw in a style: ``plt.rc_context``, which is a decorator as well, typed as one."""
+    with plt.rc_context(style):
+        yield
+
+
 def pictures(results: Path) -> Iterator[tuple[str, Callable[[], Path]]]:
     """The name of each picture of a run folder and what draws it: the curves and, where images were tested, confusion
     matrices and calibration."""
     figures = json.loads((results / "metrics.json").read_text())
     classes = figures["classes"]
-    title = f"{figures['dataset']}, {figures['model_name']}, {figures['trained']['labeled']} labels"
+    title = f"{figures['dataset']}, {figures['model_name']}, {figures['learned_from']}"
     if (results / "history.csv").exists():
         name = "graphs.png"
         yield name, lambda: draw_curves(utils.read_csv(results / "history.csv"), title, results / name)
@@ -92,12 +106,12 @@ def pictures(results: Path) -> Iterator[tuple[str, Callable[[], Path]]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Texts of the user's, whatever characters they are in
+# Text from the user, in any script
 
 
 def fonts_for(characters: str) -> tuple[list[str], set[str]]:
-    """Names of installed fonts that have the characters, those of latin letters first, and the characters that none
-    has."""
+    """The installed fonts that together have the characters, the one with Latin letters first, and the characters that
+    none has."""
     missing = set(characters) - set(map(chr, _charmap(font_manager.findfont(FONT)))) - {"\n"}
     fonts = [FONT]
     for font in font_manager.fontManager.ttflist if missing else ():
@@ -120,22 +134,22 @@ def _charmap(path: str) -> Sequence[int]:
 
 
 def drawable(classes: Sequence[str]) -> tuple[list[str], str]:
-    """The names of classes as they can be drawn, and words to add that say what they mean: where no font has a name's
-    characters, its number stands for it."""
+    """The names of classes as they can be drawn, and a note to add where a number stands for a name whose characters no
+    font has."""
     _, missing = fonts_for("".join(classes))
     names = [f"#{i}" if missing.intersection(name) else name for i, name in enumerate(classes, 1)]
     return names, " (numbers: see the classes in report.html)" if missing else ""
 
 
 def _lettered(*texts: str) -> list[str]:
-    """The texts with a question mark for what no font has. Within the current style, chooses the fonts that have the
-    rest."""
+    """The texts, with question marks for characters that no font has. Sets the current style's fonts to those that have
+    the rest."""
     plt.rcParams["font.family"], missing = fonts_for("".join(texts))
     return ["".join("?" if character in missing else character for character in text) for text in texts]
 
 
 def shortened(name: str, length: int) -> str:
-    """At most so many letters' width of a name, its end among them: names that begin alike often differ there."""
+    """A name cut in the middle to the width of ``length`` letters: names that begin alike often differ at the end."""
     if _width(name) > len(name):
         length //= 2
     end = length // 3
@@ -143,29 +157,33 @@ def shortened(name: str, length: int) -> str:
 
 
 def _width(text: str) -> int:
-    """How many letters a text is as wide as: Chinese characters and many others count as two."""
+    """The width of a text in Latin letters: Chinese characters and many others count as two."""
     return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
 
 
 def _fit(texts: Sequence[Text], inches: float) -> None:
-    """Make the letters of texts smaller, alike, if one of them is wider than that."""
-    renderer = texts[0].figure.canvas.get_renderer()
-    widest = max(text.get_window_extent(renderer).width / text.figure.dpi for text in texts)
+    """Shrink the texts, all by the same factor, until the widest takes no more than ``inches``."""
+    widest = max(text.get_window_extent().width for text in texts) / plt.rcParams["figure.dpi"]
     for text in texts if widest > inches else ():
-        text.set_fontsize(text.get_fontsize() * inches / widest)
+        text.set_fontsize(float(text.get_fontsize()) * inches / widest)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The pictures
+# The pictures of a run
 
 
-@plt.rc_context(STYLE)
+@styled(STYLE)
 def draw_curves(history: list[dict[str, str]], title: str, path: Path) -> Path:
-    """Losses, validation accuracy, mask rate and feedback, learning rates, each over the epochs."""
+    """Losses, validation accuracy, feedback with the mask rate if a threshold decided, and learning rates over the
+    epochs.
+
+    Args:
+        history: the rows of ``history.csv``.
+    """
     (title,) = _lettered(title)
     networks = list(dict.fromkeys(row["network"] for row in history))
     of_role = [row for row in history if row["role"] != "student" or len(networks) == 1]
-    has_mpl = any(row["mask_rate"] for row in history)
+    has_mpl = any(row["loss_u"] for row in history)
     figure, axes = (
         plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
         if has_mpl
@@ -189,17 +207,20 @@ def draw_curves(history: list[dict[str, str]], title: str, path: Path) -> Path:
     axes["rates"].set(title="Learning rate at the end of the epoch", ylabel="AdamW step size")
 
     if has_mpl:
-        right = axes["feedback"].twinx()
+        feedback = axes["feedback"]
+        feedback.set_title("Feedback h")
         x, y = _series(of_role, "mask_rate")
-        axes["feedback"].plot(x, [100 * value for value in y], color=COLORS[0])
-        axes["feedback"].set(title="Confident unlabelled images, and feedback h", ylim=(0, 103))
-        axes["feedback"].set_ylabel("above the threshold, percent", color=COLORS[0])
+        if x:
+            feedback.plot(x, [100 * value for value in y], color=COLORS[0])
+            feedback.set(title="Confident unlabelled images, and feedback h", ylim=(0, 103))
+            feedback.set_ylabel("above the threshold, percent", color=COLORS[0])
+            feedback = feedback.twinx()
+            feedback.grid(False)
+            feedback.spines["right"].set_visible(True)
         x, y = _series(of_role, "h")
-        right.plot(x, y, color=COLORS[1], alpha=0.8)
-        right.set_ylabel("h (positive: the student improved)", color=COLORS[1])
-        right.axhline(0, color=COLORS[1], linewidth=0.6, linestyle=":")
-        right.grid(False)
-        right.spines["right"].set_visible(True)
+        feedback.plot(x, y, color=COLORS[1], alpha=0.8)
+        feedback.set_ylabel("h (positive: the student improved)", color=COLORS[1])
+        feedback.axhline(0, color=COLORS[1], linewidth=0.6, linestyle=":")
     for name, ax in axes.items():
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -230,11 +251,15 @@ def _series(rows: list[dict[str, str]], key: str) -> tuple[list[int], list[float
     return [x for x, _ in points], [y for _, y in points]
 
 
-@plt.rc_context(STYLE)
+@styled(STYLE)
 def draw_confusion(
     truth: Sequence[str], predicted: Sequence[str], classes: Sequence[str], title: str, path: Path
 ) -> Path:
-    """Counts in every cell, shares of the true class as the shade; readable from 2 to 102 classes and beyond."""
+    """Counts in the cells, shares of the true class as shades; readable from 2 to 102 classes and beyond.
+
+    Args:
+        truth, predicted: [N] names of classes.
+    """
     n = len(classes)
     counts = confusion_matrix(truth, predicted, labels=list(classes))
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -269,11 +294,11 @@ def draw_confusion(
     return _save(figure, path)
 
 
-@plt.rc_context(STYLE)
+@styled(STYLE)
 def draw_calibration(
     probabilities: np.ndarray, labels: np.ndarray, temperature: float | None, title: str, path: Path, bins: int = 10
 ) -> Path:
-    """Reliability diagrams (accuracy against confidence) as predicted and, if validation gave one, with a temperature.
+    """Reliability diagrams (accuracy against confidence) as predicted and, given a ``temperature``, divided by it.
 
     Args:
         probabilities: [N, C].
@@ -307,17 +332,9 @@ def draw_calibration(
     return _save(figure, path)
 
 
-CAPTION = 27
-
-
-def file_caption(path: str) -> str:
-    """As much of the end of a path as stands in a line of a caption."""
-    return path if len(path) <= CAPTION else f"…{path[1 - CAPTION :]}"
-
-
-@plt.rc_context(PLAIN)
+@styled(PLAIN)
 def draw_images(images: np.ndarray, captions: Sequence[str], title: str, path: Path, columns: int = 6) -> Path:
-    """A grid of captioned images, [N, S, S, 3] uint8; ``CAPTION`` characters of a caption stand beside each other."""
+    """A grid of images [N, S, S, 3] uint8, each with a caption of lines of up to ``CAPTION`` characters."""
     columns = min(columns, max(len(images), 4))  # four are as wide as a title
     rows = -(-len(images) // columns)
     title, *captions = _lettered(title, *captions)
@@ -339,11 +356,11 @@ def draw_images(images: np.ndarray, captions: Sequence[str], title: str, path: P
     return _save(figure, path)
 
 
-@plt.rc_context(PLAIN)
+@styled(PLAIN)
 def draw_samples(
     images: np.ndarray, weak: np.ndarray, strong: np.ndarray, labels: Sequence[str], path: Path, title: str = ""
 ) -> Path:
-    """A grid: each column an image with its label, below it weak and then strong views.
+    """A grid with a column for each image: its label, the image, its weak views, its strong views.
 
     Args:
         images: [N, S, S, 3] uint8.
@@ -376,75 +393,234 @@ def draw_samples(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Which images the grids show, and their captions
+
+CAPTION = 27  # characters of a line
+MOST = 24  # images in a grid
+
+
+def most_confident_mistakes(probabilities: np.ndarray, labels: np.ndarray, most: int = MOST) -> np.ndarray:
+    """The positions [M] of the images that are predicted wrong, the most confident first.
+
+    Args:
+        probabilities: [N, C].
+        labels: [N] int.
+    """
+    wrong = np.flatnonzero(probabilities.argmax(1) != labels)
+    confidence = probabilities[wrong].max(1)
+    return wrong[np.argsort(-confidence, kind="stable")][:most]
+
+
+def most_confident_disagreements(by_network: Mapping[str, np.ndarray], most: int = MOST) -> np.ndarray:
+    """The positions [M] of the images on which networks disagree, ordered by the least confident network's confidence.
+
+    Args:
+        by_network: each network's probabilities [N, C].
+    """
+    probabilities = np.stack([*by_network.values()])  # [networks, N, C]
+    votes, confidence = probabilities.argmax(2), probabilities.max(2).min(0)
+    disputed = np.flatnonzero((votes != votes[0]).any(0))
+    return disputed[np.argsort(-confidence[disputed], kind="stable")][:most]
+
+
+def mistake_captions(
+    probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str], paths: Sequence[str]
+) -> list[str]:
+    """Of each image its true class, the predicted one with its probability, and its path.
+
+    Args:
+        probabilities: [M, C].
+        labels: [M] int.
+        classes: [C] names as they can be drawn (:func:`drawable`).
+        paths: [M].
+    """
+    return [
+        "\n".join(
+            (
+                _caption_line("is ", classes[label]),
+                _caption_line("not ", classes[p.argmax()], f" ({p.max():.0%})"),
+                file_caption(path),
+            )
+        )
+        for p, label, path in zip(probabilities, labels, paths, strict=True)
+    ]
+
+
+def disagreement_captions(
+    by_network: Mapping[str, np.ndarray], classes: Sequence[str], paths: Sequence[str]
+) -> list[str]:
+    """Of each image the class that each network predicts, and its path.
+
+    Args:
+        by_network: each network's probabilities [M, C].
+        classes: [C] names as they can be drawn (:func:`drawable`).
+        paths: [M].
+    """
+    votes = {name.replace("_", " "): p.argmax(1) for name, p in by_network.items()}
+    return [
+        "\n".join([*(_caption_line(f"{name}: ", classes[own[i]]) for name, own in votes.items()), file_caption(path)])
+        for i, path in enumerate(paths)
+    ]
+
+
+def _caption_line(before: str, name: str, after: str = "") -> str:
+    return before + shortened(name, CAPTION - len(before) - len(after)) + after
+
+
+def file_caption(path: str) -> str:
+    """The end of a path, as much as fits in a line of a caption."""
+    return path if len(path) <= CAPTION else f"…{path[1 - CAPTION :]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A search
+
+
+def draw_study(study: "optuna.Study", results: Path) -> list[Path]:
+    """Draw the history and the timeline of a study and, once its trials differ, the importances, slices and parallel
+    coordinates of its parameters."""
+    import optuna  # only now: its import takes seconds of start-up
+    from optuna.visualization import matplotlib as pictures
+
+    complete = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
+    drawings: dict[str, Callable[..., Any]] = {
+        "history": pictures.plot_optimization_history,
+        "timeline": pictures.plot_timeline,
+    }
+    if study.best_params:
+        drawings |= {"slices": pictures.plot_slice}
+    if len({trial.value for trial in complete}) > 1 and len(study.best_params) > 1:
+        most_important = list(optuna.importance.get_param_importances(study))[:6]  # more could not be read
+        drawings |= {
+            "importances": pictures.plot_param_importances,
+            "parallel": functools.partial(pictures.plot_parallel_coordinate, params=most_important),
+        }
+    written = []
+    with warnings.catch_warnings(), plt.rc_context({"figure.figsize": (8, 4.5), "figure.dpi": 120}):
+        warnings.simplefilter("ignore")
+        for name, draw in drawings.items():
+            axes = np.atleast_1d(draw(study))
+            figure = axes.flat[0].figure
+            if name in ("slices", "parallel"):
+                figure.set_size_inches(max(8, 2.8 * len(axes.flat)) if name == "slices" else 12, 4.5)
+                axes.flat[0].title.set_visible(name == "parallel")
+                for each in figure.axes:
+                    each.tick_params(axis="x", labelrotation=45)
+                    if name == "slices" and each.get_xscale() == "log":
+                        each.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+                        each.xaxis.set_major_formatter("{x:g}")
+                        each.xaxis.set_minor_locator(NullLocator())
+                figure.align_xlabels()
+            if name == "parallel":
+                for each in figure.axes:
+                    each.grid(False)
+                    plt.setp(each.get_yticklabels(which="both"), bbox={"facecolor": "white", "alpha": 0.8, "pad": 1})
+            written.append(_save(figure, results / f"optuna_{name}.png"))
+    return written
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Comparing runs
 
-OF_NO_INTEREST = ("name", "seed", "load_path", "load_best", "n_trials", "timeout", *args.MODES, *args.HARMLESS)
+
+class Run(NamedTuple):
+    """A finished run, read from its folder."""
+
+    name: str
+    settings: dict[str, Any] | None  # what makes it another experiment than others; an older version recorded none
+    figures: dict[str, Any]
+    history: list[dict[str, str]]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """
+        Raises:
+            DataError: the folder is no finished run's.
+        """
+        try:
+            figures = json.loads((folder / "metrics.json").read_bytes())
+        except (OSError, ValueError) as error:
+            raise utils.DataError(f"{folder}: not the folder of a finished run ({error})") from error
+        history = utils.read_csv(folder / "history.csv") if (folder / "history.csv").exists() else []
+        settings = figures.get("settings")
+        if settings is not None:
+            settings |= {key: figures[key] for key in ("mode", "dataset")}
+        return cls(folder.name, settings, figures, history)
 
 
 def compare(folders: Sequence[Path], path: Path) -> str:
     """Draw the runs over each other. Returns a table of their test accuracies, mean and standard deviation over seeds.
 
     Raises:
-        DataError: a folder is no finished run.
+        DataError: a folder is no finished run's.
     """
-    runs = []
-    for folder in folders:
-        try:
-            options, figures = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "metrics"))
-        except (OSError, ValueError) as error:
-            raise utils.DataError(f"{folder}: not the folder of a finished run ({error})") from error
-        history = utils.read_csv(folder / "history.csv") if (folder / "history.csv").exists() else []
-        kind = {key: value for key, value in options.items() if key not in OF_NO_INTEREST}
-        if figures["mode"] == "test":  # other networks, not other seeds
-            kind["load_path"] = options["load_path"]
-        runs.append((kind | {key: figures[key] for key in ("mode", "dataset")}, folder.name, figures, history))
-    groups: dict[str, list[tuple[str, dict, list]]] = {}
-    differing = [key for key in runs[0][0] if len({repr(kind.get(key)) for kind, *_ in runs}) > 1]
-    for kind, name, figures, history in runs:
-        chosen = ", ".join(f"{key} {kind.get(key)}" for key in reversed(differing))
-        groups.setdefault(chosen, []).append((name, figures, history))
-    for chosen, group in list(groups.items()):
-        if len(group) == 1 or not chosen:  # a run's own name says more
-            groups[group[0][0] if len(group) == 1 else "all runs"] = groups.pop(chosen)
+    runs = [Run.read(folder) for folder in folders]
+    groups = grouped(runs)
     _draw_comparison(groups, path)
-    return _comparison_table(groups)
+    older = [run.name for run in runs if run.settings is None]
+    note = f"\nrows of their own, as metrics.json has no settings to group them by: {', '.join(older)}" if older else ""
+    return _comparison_table(groups) + note
 
 
-def _comparison_table(groups: dict[str, list[tuple[str, dict, list]]]) -> str:
-    networks = list(dict.fromkeys(name for group in groups.values() for _, f, _ in group for name in f["test"]))
+def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs that differ only in their seed together, under the settings in which the groups differ; a run that is
+    alone in its group under its own name."""
+    recorded = [run.settings for run in runs if run.settings is not None]
+    keys = dict.fromkeys(key for settings in recorded for key in settings)
+    differing = [key for key in keys if len({repr(settings.get(key)) for settings in recorded}) > 1]
+    groups: dict[Any, list[Run]] = {}
+    for place, run in enumerate(runs):
+        alike = place if run.settings is None else tuple((key, repr(run.settings.get(key))) for key in differing)
+        groups.setdefault(alike, []).append(run)
+    named: dict[str, list[Run]] = {}
+    for group in groups.values():
+        settings = group[0].settings or {}
+        chosen = ", ".join(f"{key} {settings.get(key)}" for key in reversed(differing)) or "all runs"
+        name = group[0].name if len(group) == 1 else chosen
+        while name in named:  # runs of one name in different folders
+            name += "'"
+        named[name] = group
+    return named
+
+
+def _comparison_table(groups: dict[str, list[Run]]) -> str:
+    networks = list(dict.fromkeys(name for group in groups.values() for run in group for name in run.figures["test"]))
     width = min(34, max(map(len, groups)))
     lines = [
         " " * width + f" {'runs':>4} {'labels':>7}" + "".join(f" {name.replace('_', ' '):>15}" for name in networks)
     ]
     for name, group in groups.items():
         first, *more = textwrap.wrap(name, width) or [""]
-        labels = sorted({figures.get("trained", figures["counts"])["labeled"] for _, figures, _ in group})
+        labels = sorted({run.figures.get("trainings", [run.figures["counts"]])[-1]["labeled"] for run in group})
         line = f"{first:{width}} {len(group):4} {'/'.join(map(str, labels)):>7}"
+        tests = [run.figures["test"] for run in group]
         for network in networks:
-            values = [100 * f["test"][network]["accuracy"] for _, f, _ in group if network in f["test"]]
+            values = [100 * test[network]["accuracy"] for test in tests if network in test]
             spread = f" ± {statistics.stdev(values):4.2f}" if len(values) > 1 else ""
             line += f" {f'{statistics.mean(values):.2f}{spread}' if values else '':>15}"
         lines += [line, *more]
     return "\n".join(lines)
 
 
-@plt.rc_context(STYLE)
-def _draw_comparison(groups: dict[str, list[tuple[str, dict, list]]], path: Path) -> None:
+@styled(STYLE)
+def _draw_comparison(groups: dict[str, list[Run]], path: Path) -> None:
     names = _lettered(*groups)
     figure, (curves, dots) = plt.subplots(
         1, 2, figsize=(11, max(4.0, 0.5 * len(groups) + 1.5)), layout="constrained", width_ratios=(1.2, 1)
     )
     for place, group in enumerate(groups.values()):
         color = COLORS[place % len(COLORS)]
-        for _, figures, history in group:
-            scored = "model_1" if "model_1" in figures["test"] else "student"
-            x, y = _series([row for row in history if row["network"] == scored], "val_accuracy")
+        for run in group:
+            scored = "model_1" if "model_1" in run.figures["test"] else "student"
+            x, y = _series([row for row in run.history if row["network"] == scored], "val_accuracy")
             curves.plot(x, [100 * v for v in y], color=color, alpha=0.9 if len(group) == 1 else 0.5)
-            for tested in [*figures["test"].values()][-1:]:  # the ensemble, or the only one; none without test images
+            for tested in [*run.figures["test"].values()][-1:]:  # the ensemble, or the only network; none if untested
                 dots.plot(100 * tested["accuracy"], place, "o", color=color, alpha=0.7)
-    curves.set(title="Validation accuracy of the student", xlabel="epoch", ylabel="percent")
+    curves.set(title="Validation accuracy of the student or Model 1", xlabel="epoch", ylabel="percent")
     wrapped = ["\n".join(textwrap.wrap(name, 32)[:3]) for name in names]
-    dots.set(title="Test accuracy of what the run is for", xlabel="percent", ylim=(len(groups) - 0.5, -0.5))
+    dots.set(
+        title="Test accuracy of the ensemble or the only network", xlabel="percent", ylim=(len(groups) - 0.5, -0.5)
+    )
     dots.set_yticks(range(len(groups)), wrapped, fontsize=8)
     for label, color in zip(dots.get_yticklabels(), itertools.cycle(COLORS), strict=False):
         label.set_color(color)  # which is the legend of the curves too
@@ -454,14 +630,18 @@ def _draw_comparison(groups: dict[str, list[tuple[str, dict, list]]], path: Path
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="results/NAME")
-    parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the picture [compare.png]")
+    parser.add_argument(
+        "--out", type=Path, help="the picture, even if there is one [compare.png or, if it is taken, compare-2.png ...]"
+    )
     options = parser.parse_args()
+    free = (Path(f"compare-{n}.png" if n > 1 else "compare.png") for n in itertools.count(1))
+    out = options.out or next(path for path in free if not path.exists())
     try:
-        print(compare(options.runs, options.out))
+        print(compare(options.runs, out))
     except utils.Failure as error:
         print(f"visualization.py: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"picture: {options.out}")
+    print(f"picture: {out}")
     return 0
 
 

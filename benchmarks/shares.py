@@ -30,7 +30,7 @@ N_LABELS = 100
 DIVISIONS = ("random", "equal", "one")
 METHODS = {
     "labels only": "--finetune_mode",
-    "MPL as published": "--targets teacher --student_views strong --alignment none",
+    "MPL as published": "--recipe mpl",
     "mixture, shares of the labels": "--alignment labels",
     "mixture, estimated shares": "--alignment estimated",
 }
@@ -102,7 +102,6 @@ def compare_estimates(options: argparse.Namespace) -> None:
 
     import args
     import images
-    import label_shift
     import mixture
     import MPL
 
@@ -128,7 +127,7 @@ def compare_estimates(options: argparse.Namespace) -> None:
             estimates = {
                 "the labels'": torch.from_numpy(np.bincount(labels[~unknown]) / len(labelled)).float(),
                 "the mixture's": mixture.posterior(features, labels, n_classes, None)[unknown].mean(0),
-                "label_shift.py's": label_shift.estimated_shares(features, labels, n_classes),
+                "the estimated ones": mixture.estimated_shares(features, labels, n_classes),
                 "the true ones": torch.from_numpy(np.bincount(truth[unknown]) / unknown.sum()).float(),
             }
             for name, shares in estimates.items():

@@ -1,7 +1,8 @@
-"""Finding, splitting, decoding, augmenting."""
+"""Finding, splitting, decoding, augmenting: the fast transforms draw and show what torchvision's do."""
 
 import os
 import shutil
+import sys
 from collections import Counter
 
 import numpy as np
@@ -11,6 +12,7 @@ from conftest import make_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms import v2
 
 import data
 import images
@@ -25,7 +27,7 @@ def split_of(sizes, seed=0, duplicates=(), **shares):
     return paths, labels, data.make_split(paths, labels, seed=seed, duplicates=duplicates, **(SHARES | shares))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     sizes=st.lists(st.integers(4, 120), min_size=2, max_size=8),
     seed=st.integers(0, 10**6),
@@ -51,7 +53,7 @@ def test_a_split_is_disjoint_complete_stratified_and_stable(sizes, seed, labels_
     assert again.part_of(len(paths)) == split.part_of(len(paths))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), groups=st.lists(st.integers(2, 4), max_size=5))
 def test_duplicates_never_fall_on_both_sides(seed, groups):
     items = iter(np.random.default_rng(seed).permutation(90))
@@ -190,6 +192,69 @@ def test_evaluation_views_are_the_decoded_image(colours):
     assert torch.equal(views("plain", [5], [0])[0], images.decode(index.file(5), prepare))
 
 
+BILINEAR = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": None}  # without a fill: black
+SPIN = {"degrees": (-15, 20), "translate": (0.1, 0.1), "scale": (0.7, 1.2)}
+SHEAR = {"degrees": 0, "shear": (30, 50)}
+
+
+def picture(size: int) -> torch.Tensor:
+    return torch.randint(256, (3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+
+
+def drawn(transform: v2.Transform, image: torch.Tensor, seed: int) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return transform(image)
+
+
+@pytest.mark.parametrize("size", [32, 97])
+def test_a_shift_is_a_crop_of_the_padded_image(size):
+    image, most = picture(size), size // 8
+    crop = v2.RandomCrop(size, padding=most, padding_mode="reflect")
+    for seed in range(30):
+        assert torch.equal(drawn(data.Shift(most), image, seed), drawn(crop, image, seed))
+
+
+@pytest.mark.parametrize("size", [32, 97])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (data.Affine(**SPIN), v2.RandomAffine(**SPIN, **BILINEAR)),
+        (data.Affine(**SHEAR), v2.RandomAffine(**SHEAR, **BILINEAR)),
+        (data.Perspective(0.5, p=1), v2.RandomPerspective(0.5, p=1, **BILINEAR)),
+    ],
+)
+def test_a_warp_shows_what_torchvision_shows(ours, theirs, size):
+    image = picture(size)
+    differences = torch.stack(
+        [drawn(ours, image, seed).int() - drawn(theirs, image, seed).int() for seed in range(20)]
+    ).abs()
+    assert differences.max() <= 1
+    assert (differences > 0).float().mean() < 1e-3
+
+
+def test_a_warp_by_hand():
+    image = picture(8)
+    right = np.array([[1.0, 0, -2], [0, 1, 0], [0, 0, 1]])  # a pixel shows what is two to its left
+    assert torch.equal(data.warp(image, right)[:, :, 2:], image[:, :, :-2])
+    assert not data.warp(image, right)[:, :, :2].any()
+    assert torch.equal(data.warp(image, np.diag([-1.0, -1, 1])), image.flip(1, 2))
+    assert torch.equal(data.warp(image, np.diag([3.0, 3, 3])), image)  # homogeneous: any multiple is the same
+
+
+def test_the_number_of_threads_changes_no_pixel():
+    image, transform = picture(48), data.strong_view("transfer", 48, mirror=True)
+    threads = torch.get_num_threads()
+    try:
+        views = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            views.append(torch.stack([drawn(transform, image, seed) for seed in range(20)]))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(views[0], views[1])
+    assert torch.equal(views[0], views[2])
+
+
 def test_batches_do_not_depend_on_the_number_of_workers(colours):
     index = images.find_images(str(colours))
     split = data.make_split(index.paths, index.labels, seed=0, **(SHARES | {"num_labels_percent": 20.0}))
@@ -210,10 +275,10 @@ def test_batches_do_not_depend_on_how_workers_start_and_send_them(colours, monke
     views = data.Views(images.Images(index, images.Preparation(32, 37)))  # batches larger than a pipe
     alone = list(data.fresh_batches(schedule, index.labels, views, 2, 5, num_workers=0, pin=False))
     if how == "spawned":
-        monkeypatch.setattr(data, "_start_method", lambda: "spawn")
+        monkeypatch.setattr(sys, "platform", "darwin")
     else:
-        monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # workers are forked from this process
-        monkeypatch.setattr(data, "_start_method", lambda: "fork")
+        monkeypatch.setattr(sys, "platform", "linux")  # where workers are forked, so that they are full as well
+        monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     workers = list(data.fresh_batches(schedule, index.labels, views, 2, 5, num_workers=1, pin=False))
     assert len(workers) == 3
     for one, other in zip(alone, workers, strict=True):

@@ -140,7 +140,7 @@ def whole(alone):
 def test_the_command_takes_the_steps_of_one_process(alone, whole):
     """The first ones to 1e-4 in float32, the history and files of all."""
     alone.inside("--name", "one", "--data_dir", alone.colours, *LONG)
-    assert whole.count("labels used, tested on") == 1  # one speaks for all
+    assert whole.count("; tested on") == 1  # one speaks for all
     ours, theirs = history(alone, "one"), history(alone, "whole")
     assert len(ours) == len(theirs) == 120
     assert_same_steps(ours[:24], theirs[:24])
@@ -342,3 +342,26 @@ def test_each_process_has_an_accelerator_of_its_own(monkeypatch, kind):
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     with pytest.raises(utils.UsageError, match="more processes here than the 1 there are"):
         distributed.local_device(plain)
+
+
+ONE_FAILS = """
+import sys
+sys.path[:0] = [sys.argv[1]]
+import torch
+import distributed, utils
+
+try:
+    with distributed.joined(torch.device("cpu")):
+        if distributed.rank():
+            raise utils.DataError("an image is gone")
+        distributed.average([torch.zeros(3)])
+except utils.Failure as failure:
+    print(f"said: {failure}", file=sys.stderr)
+"""
+
+
+def test_when_one_process_fails_the_others_say_nothing_more(tmp_path):
+    (tmp_path / "one_fails.py").write_text(ONE_FAILS)
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", tmp_path / "one_fails.py", ROOT]
+    done = subprocess.run([*map(str, run)], capture_output=True, text=True, timeout=200)
+    assert re.findall("said: (.*)", done.stderr) == ["an image is gone"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import data
 import features
@@ -177,10 +178,10 @@ def test_a_disk_that_fills_up_costs_a_line_and_no_run(parts, tmp_path, monkeypat
     source, _ = opened(parts, tmp_path)
     source("strong", [4], [2])
 
-    def full(path, n_bytes):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(features, "_make_file", full)
+    monkeypatch.setattr("os.posix_fallocate", full, raising=False)
     fresh = features.FeatureSource(*parts[:2])(*WANTED)
     for _ in range(2):
         torch.testing.assert_close(source(*WANTED), fresh, rtol=1e-3, atol=1e-3)  # float16
@@ -188,21 +189,30 @@ def test_a_disk_that_fills_up_costs_a_line_and_no_run(parts, tmp_path, monkeypat
     assert said.count("No space left on device; the run goes on") == len(said.splitlines()) == 1
 
 
-def test_a_file_is_filled_with_zeros_where_its_space_cannot_be_reserved(tmp_path, monkeypatch):
+def test_a_table_is_the_same_where_its_space_cannot_be_reserved(parts, tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(95, "Operation not supported")
 
-    for missing in (True, False):
+    views, *_ = parts
+    body = nn.Sequential(models.Normalize(*models.SYMMETRIC), nn.Flatten(), nn.PReLU())
+    pixels = models.Backbone("pixels", body, 3 * 96**2, 96, models.SYMMETRIC)  # each view of an image takes 54 KiB
+    encoder = models.Encoder(pixels, torch.device("cpu"), None)
+    large = data.Views(images.Images(views.images.index, images.Preparation(96, 96)))
+    tables = []
+    for how in ("reserved", "no such call", "not supported"):
         with monkeypatch.context() as patch:
-            if missing:
+            if how == "no such call":
                 patch.delattr("os.posix_fallocate", raising=False)
-            else:
+            elif how == "not supported":
                 patch.setattr("os.posix_fallocate", unsupported, raising=False)
-            features._make_file(tmp_path / "table", 2**20 + 5)
-        assert (tmp_path / "table").read_bytes() == bytes(2**20 + 5)
+            source, _ = opened((large, encoder, "pixels"), tmp_path / how)
+            source("weak", [4, 0], [0, 0])
+        tables.append((source.folder / "weak-0.f16").read_bytes())
+    assert len(tables[0]) == 60 * source.row.itemsize > 2**21
+    assert tables[0] == tables[1] == tables[2]
 
 
-def _fill(parts, folder, seed):
+def fill(parts, folder, seed):
     source, _ = opened(parts, folder)
     rng = np.random.default_rng(seed)
     for _ in range(10):
@@ -213,7 +223,7 @@ def test_several_processes_may_fill_one_cache(parts, tmp_path):
     quickest = "fork" if sys.platform == "linux" else "spawn"
     context = multiprocessing.get_context(quickest)
     torch.set_num_threads(1)
-    fillers = [context.Process(target=_fill, args=(parts, tmp_path, seed)) for seed in range(3)]
+    fillers = [context.Process(target=fill, args=(parts, tmp_path, seed)) for seed in range(3)]
     for process in fillers:
         process.start()
     for process in fillers:

@@ -1,9 +1,10 @@
-"""The mixture model: its formulas against others', and that it finds groups from one label each."""
+"""What features say about classes: formulas against others' or worked by hand, and that few labels are enough."""
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import multivariate_normal
+from sklearn.linear_model import LogisticRegression
 
 import mixture
 
@@ -85,14 +86,14 @@ def test_the_features_of_few_images_are_held_at_once(monkeypatch):
     assert max(asked) == 40
 
 
-def test_neighbours_lend_each_other_their_labels(monkeypatch):
+def test_labels_are_propagated_between_neighbours(monkeypatch):
     monkeypatch.setattr(mixture, "CHUNK", 2)
     angle = torch.tensor([0.0, 0.1, 3.0])
     z = torch.stack([angle.cos(), angle.sin()], -1)
     p = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
     known = torch.tensor([True, False, False])
     weights, places = mixture.nearest(z, z, 1, own=torch.arange(3))
-    mixed = mixture.lend(p, weights, places, known)
+    mixed = mixture.propagate(p, weights, places, known)
     # The second's neighbour is the first, which stays; the third's is the second.
     second = 0.8
     third = torch.tensor([0.2 * 0.5 + 0.8 * second])
@@ -121,3 +122,79 @@ def test_features_that_are_all_the_same_are_no_trouble():
     labels = some_labels(groups(20)[1], (2, 2, 2))
     p = mixture.posterior(lambda rows: torch.zeros(len(rows), 4), labels, 3, SHARES)
     assert torch.allclose(p[labels < 0], SHARES.expand(14, 3), atol=0.15)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The classes' shares among the unlabelled images
+
+
+def test_labels_in_other_shares_than_the_images_mislead_unless_the_shares_are_estimated():
+    features, truth = groups()
+    labels = some_labels(truth, (5, 5, 5))
+    unknown = labels < 0
+    given = SHARES.new_full((3,), 1 / 3)
+    estimated = mixture.estimated_shares(lambda rows: features[rows], labels, 3)
+    truly = np.bincount(truth[unknown]) / unknown.sum()
+    assert np.abs(estimated.numpy() - truly).max() < 0.04
+    right = [
+        (mixture.posterior(lambda rows: features[rows], labels, 3, shares).argmax(-1).numpy() == truth)[unknown].mean()
+        for shares in (given, estimated)
+    ]
+    assert right[1] > right[0] + 0.05
+
+
+def test_the_classifier_corrects_a_mixture_that_lost_a_class(monkeypatch):
+    features, truth = groups()
+    labels = some_labels(truth, (8, 8, 8))
+    lost = SHARES.new_tensor([[0.6, 0.4, 0.0]]).repeat(300, 1)
+    monkeypatch.setattr(mixture, "posterior", lambda *given: lost)
+    estimated = mixture.estimated_shares(lambda rows: features[rows], labels, 3)
+    truly = np.bincount(truth[labels < 0]) / (labels < 0).sum()
+    assert estimated.sum() == pytest.approx(1, abs=1e-5)
+    assert np.abs(estimated.numpy() - truly).max() < 0.7 * np.abs(lost[0].numpy() - truly).max()
+
+
+def test_one_label_of_a_class_is_too_few_to_hold_out_and_the_mixture_alone_is_believed(monkeypatch):
+    features, truth = groups()
+    labels = some_labels(truth, (5, 3, 1))
+    monkeypatch.setattr(mixture, "posterior", lambda *given: SHARES[None].repeat(300, 1))
+    estimated = mixture.estimated_shares(lambda rows: features[rows], labels, 3)
+    assert estimated.tolist() == pytest.approx(SHARES.tolist())
+
+
+def test_with_every_label_known_the_shares_are_counted():
+    features, truth = groups(20)
+    shares = mixture.estimated_shares(lambda rows: features[rows], truth, 3)
+    assert shares.tolist() == pytest.approx([0.5, 0.3, 0.2])
+
+
+def test_every_labelled_image_is_classified_once_by_a_model_that_was_not_trained_on_it():
+    """Each image's features are its own direction: a model can only know it if it was trained on it."""
+    labels = np.array([0, 0, 0, 1, 1, -1, -1, -1])
+    held_out, truth, others = mixture.classifier_logits(np.eye(8), labels, seed=0)
+    assert sorted(truth) == [0, 0, 0, 1, 1]
+    assert held_out.shape == (5, 2)
+    assert others.shape == (3, 2)
+    trained_on = (
+        LogisticRegression(C=mixture.INVERSE_PENALTY).fit(np.eye(8)[:5], labels[:5]).predict_proba(np.eye(8)[:5])
+    )
+    assert trained_on[np.arange(5), labels[:5]].min() > 0.8
+    assert mixture.softmax(held_out)[np.arange(5), truth].max() < 0.7
+
+
+def test_calibration_recovers_scale_and_biases(monkeypatch):
+    monkeypatch.setattr(mixture, "BIAS_PENALTY", 0.0)
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1, 2], 4000)
+    honest = np.log(mixture.softmax(rng.normal(size=(12000, 3)) + 2.0 * np.eye(3)[y]))
+    # Of images z ~ N(2 e_c, I) in equal shares the honest logits are 2 z: up to a constant, z times two.
+    scale, bias = mixture.calibration((honest - [0.5, 0.0, 0.0]) / 3, y)
+    assert scale == pytest.approx(6, rel=0.05)
+    assert bias - bias.mean() == pytest.approx(np.array([2, -1, -1]) / 3, abs=0.1)
+
+
+def test_the_likeliest_shares_of_a_classifier_that_errs_as_often_as_it_says():
+    """It says 0.8 of its choice. With 62 % of the images of the first class it chooses that for 0.62 * 0.8 + 0.38 * 0.2
+    = 0.572 of them, from which the shares can be had back."""
+    p = np.array([[0.8, 0.2]] * 572 + [[0.2, 0.8]] * 428)
+    assert mixture.likeliest_shares(p) == pytest.approx([0.62, 0.38], abs=1e-6)

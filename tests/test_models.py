@@ -1,5 +1,7 @@
 """Backbones, freezing, learners."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -93,12 +95,14 @@ def test_a_shared_frozen_backbone_equals_two_networks_and_never_changes():
         def forward(self, x):
             return self.body(x)
 
+    step = functools.partial(train.mpl_step, aim=train.own_aim(1.05, 0.75), settings=train.Settings())
+
     def losses(make_body, prepare):
         torch.manual_seed(0)
         learners = [make(name, make_body(), 64) for name in ("teacher", "student")]
         return [
-            {key: float(value) for key, value in train.mpl_step(*learners, prepare(batch), step).items()}
-            for step, batch in enumerate(raw)
+            {key: float(value) for key, value in step(*learners, prepare(batch), number).items()}
+            for number, batch in enumerate(raw)
         ]
 
     shared = losses(nn.Identity, lambda batch: batch.to(torch.device("cpu"), encode))

@@ -77,7 +77,7 @@ def test_training_leaves_what_the_design_promises(trained):
 def test_the_table_ends_the_output_within_80_columns(trained):
     tail = trained.output["train"].splitlines()[-9:]
     text = "\n".join(tail)
-    for word in ("labels used", "student", "teacher", "ensemble", "accuracy", "pictures", "results/exp"):
+    for word in ("trained with", "student", "teacher", "ensemble", "accuracy", "pictures", "results/exp"):
         assert word in text
     assert max(len(line) for line in tail if "pictures" not in line) <= 80
 

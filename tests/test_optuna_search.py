@@ -20,6 +20,7 @@ import data
 import optuna_search
 import train
 import utils
+import visualization
 
 TUNE = [*TINY, "--num_epochs", "2", "--optuna_mode", "--num_labels_percent", "20"]
 
@@ -263,7 +264,7 @@ def test_pictures_that_fail_cost_a_search_nothing(cli, colours, monkeypatch):
     def fail(*_):
         raise RuntimeError("no importances")
 
-    monkeypatch.setattr(optuna_search, "draw_study", fail)
+    monkeypatch.setattr(visualization, "draw_study", fail)
     out = cli.inside("--name", "a", "--data_dir", colours, *TUNE, "--n_trials", "1").stdout
     assert "pictures of the search could not be drawn: RuntimeError: no importances" in out
     assert (cli.cwd / "results/a/best_params.json").exists()

@@ -14,6 +14,7 @@ import torch
 from conftest import TINY, Cli
 from PIL import Image, PngImagePlugin
 
+import checkpoints
 import data
 import images
 from predict import Stream
@@ -78,9 +79,7 @@ def exported(tmp_path_factory):
 
 def decoded(cli: Cli) -> dict[str, torch.Tensor]:
     """Each file as training and testing see it, by path."""
-    from utils import load_checkpoint
-
-    prepare = images.Preparation(**load_checkpoint(cli.cwd / "checkpoints/data/exp/best_student.pth")["preparation"])
+    prepare = checkpoints.load_best(cli.cwd / "checkpoints/data/exp/best_student.pth").preparation
     index = images.check_images(images.find_images(str(cli.cwd / "data")), None)
     assert prepare.value_range == images.value_range(index) == pytest.approx(VALUES, rel=0.01)
     views = data.Views(images.Images(index, prepare))

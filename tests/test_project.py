@@ -1,6 +1,7 @@
 """The files around the code keep their promises."""
 
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -43,29 +44,11 @@ def test_every_import_is_required():
 
 
 def test_imports_go_one_way():
-    order = [
-        "args",
-        "terminal",
-        "utils",
-        "metrics",
-        "images",
-        "data",
-        "models",
-        "features",
-        "train",
-        "record",
-        "mixture",
-        "label_shift",
-        "session",
-        "modes",
-        "predict",
-        "visualization",
-        "report",
-        "export",
-        "outcome",
-        "optuna_search",
-        "MPL",
-    ]
+    order = """
+        args utils distributed images metrics data models features mixture train checkpoints predict visualization
+        report export optuna_search MPL
+    """.split()
+    assert sorted(order) == sorted(path.stem for path in ROOT.glob("*.py"))
     for place, name in enumerate(order):
         found = set(re.findall(r"^\s*(?:import|from) (\w+)", (ROOT / f"{name}.py").read_text(), re.M))
         assert found & set(order) <= set(order[:place]), name
@@ -74,11 +57,36 @@ def test_imports_go_one_way():
 def test_the_readme_lists_every_option():
     import args
 
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     names = [name for name in args.Config.__dataclass_fields__ if name != "given"]
     assert [name for name in names if f"`--{name}`" not in readme] == []
 
 
+def test_the_readme_lists_every_module():
+    listed = re.findall(r"^\| `(\w+\.py)`", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(listed) == sorted(path.name for path in ROOT.glob("*.py"))
+
+
+def test_every_picture_and_file_that_the_readme_shows_is_there():
+    for name in ("README.md", "RESULTS.md"):
+        places = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / name).read_text(encoding="utf-8"))
+        assert places
+        assert [place for place in places if not (ROOT / place).exists()] == []
+
+
+def test_the_tables_say_what_docs_results_says():
+    tables = runpy.run_path(str(ROOT / "benchmarks" / "results.py"))
+    shown = []
+    for name in ("README.md", "RESULTS.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        shown += re.findall(r"^<!-- table: (\w+) -->$", text, re.M)
+        assert tables["with_tables"](text) == text, name
+    assert sorted(shown) == sorted(tables["TABLES"])
+
+
 def test_modules_do_nothing_at_import_time():
-    code = "import args, data, features, images, models, record, train; import sys; assert 'timm' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    """None prints, or imports what only some runs need."""
+    names = sorted(path.stem for path in ROOT.glob("*.py"))
+    code = f"import {', '.join(names)}; import sys; assert 'timm' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "")

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import mixture
 import train
 from data import Batch
 from models import Learner
+from utils import DivergedError
 
 C = 3  # classes
 
@@ -22,13 +24,18 @@ def sgd(parameters, lr, weight_decay=0.0):
     return torch.optim.SGD(parameters, lr=lr)
 
 
-def learner(name, *, lr=0.1, optimizer=sgd, seed=0, model=None):
+def learner(name, *, lr=0.1, optimizer=sgd, seed=0, model=None, dtype=torch.float64):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = model or nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, C))
-    made = Learner(name, model.double(), updates=0, lr=lr, optimizer=optimizer)
-    made._forward = lambda network, x: network(x)  # keep float64
-    return made
+    return Learner(name, model.to(dtype), updates=0, lr=lr, optimizer=optimizer)
+
+
+def mpl_step(teacher, student, batch, step=0, *, threshold=0.75, prior=None, warmup_steps=0, **numbers):
+    """A step with these settings, the published ones otherwise; it aims at the batch's target if that has one."""
+    settings = train.Settings(**numbers)
+    aim = train.own_aim(1.05, threshold, prior) if batch.target is None else train.target_aim(prior)
+    return train.after_warmup(warmup_steps, aim=aim, settings=settings)(teacher, student, batch, step)
 
 
 def make_batch(n_l=6, n_u=1, seed=0):
@@ -60,16 +67,25 @@ def cosine(a, b):
 OFFSETS = (0.0, (1.5, -1.0, 0.3))  # of the teacher's alignment
 
 
-def mpl_gradients(teacher, batch, feedback, lr, draws):
-    """What the feedback term alone adds to the teacher's gradient in real ``mpl_step``s with sampled labels."""
+def expected_mpl_gradient(teacher, batch, feedback, lr, monkeypatch):
+    """What the feedback term alone adds to the teacher's gradient in real steps, over every label that may be drawn."""
     student = learner("student", lr=lr, seed=1)
     start = {key: value.clone() for key, value in student.model.state_dict().items()}
-    seen = []
+    seen, chances = [], []
     teacher.update = lambda loss: seen.append(gradient(loss, teacher))
-    for _ in range(draws):
+    for labels in itertools.product(range(C), repeat=len(batch.x_us)):
+        drawn = F.one_hot(torch.tensor(labels), C)
+
+        def draw(kind, logits, drawn=drawn):
+            chances.append(logits.detach().softmax(-1)[drawn.bool()].prod())
+            return drawn.double()
+
+        monkeypatch.setattr(train, "draw_pseudo_labels", draw)
         student.model.load_state_dict(start)
-        train.mpl_step(teacher, student, batch, 0, lambda_u=0.0, feedback=feedback, pseudo_label="sampled")
-    return torch.stack(seen) - gradient(F.cross_entropy(teacher(batch.x_l), batch.y_l), teacher)
+        mpl_step(teacher, student, batch, lambda_u=0.0, feedback=feedback)
+    assert float(sum(chances)) == pytest.approx(1)
+    expected = sum(chance * each for chance, each in zip(chances, seen, strict=True))
+    return expected - gradient(F.cross_entropy(teacher(batch.x_l), batch.y_l), teacher)
 
 
 def exact_expected_gradient(teacher, batch, lr):
@@ -86,15 +102,23 @@ def exact_expected_gradient(teacher, batch, lr):
 
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("feedback", ["loss_difference", "dot"])
-def test_the_teachers_gradient_is_the_exact_meta_gradient(feedback, offset):
-    batch, lr = make_batch(), 0.05
+def test_the_teachers_gradient_is_the_exact_meta_gradient(feedback, offset, monkeypatch):
+    batch, lr = make_batch(n_u=2), 0.05
     teacher = learner("teacher", seed=2)
     teacher.offset = torch.tensor(offset, dtype=torch.float64)
-    torch.manual_seed(5)
-    draws = mpl_gradients(teacher, batch, feedback, lr, draws=1000)
+    found = expected_mpl_gradient(teacher, batch, feedback, lr, monkeypatch)
     exact = exact_expected_gradient(teacher, batch, lr)
-    assert cosine(draws.mean(0), exact) >= 0.99
-    assert cosine(-draws.mean(0), exact) < 0  # the sign of the authors' code
+    assert cosine(found, exact) >= 0.999
+    assert cosine(-found, exact) < 0  # the sign of the authors' code
+
+
+def test_labels_are_drawn_as_often_as_the_teacher_says():
+    logits = torch.tensor([[math.log(0.6), math.log(0.3), math.log(0.1)]])
+    torch.manual_seed(0)
+    drawn = train.draw_pseudo_labels("sampled", logits.expand(20_000, C))
+    assert drawn.mean(0).tolist() == pytest.approx([0.6, 0.3, 0.1], abs=0.01)
+    assert train.draw_pseudo_labels("hard", logits).tolist() == [[1, 0, 0]]
+    assert train.draw_pseudo_labels("soft", logits).tolist() == [pytest.approx([0.6, 0.3, 0.1])]
 
 
 def test_loss_difference_tends_to_dot_as_the_learning_rate_vanishes():
@@ -103,9 +127,7 @@ def test_loss_difference_tends_to_dot_as_the_learning_rate_vanishes():
     for lr in (1e-1, 1e-2, 1e-3):
         h = {}
         for kind in ("loss_difference", "dot"):
-            h[kind] = float(
-                train.mpl_step(learner("t", seed=2), learner("s", lr=lr, seed=1), batch, 0, feedback=kind)["h"]
-            )
+            h[kind] = float(mpl_step(learner("t", seed=2), learner("s", lr=lr, seed=1), batch, feedback=kind)["h"])
         ratios.append(abs(h["loss_difference"] / h["dot"] - 1))
     assert ratios[0] > ratios[1] > ratios[2]
     assert ratios[2] < 1e-2
@@ -116,7 +138,7 @@ def test_dot_is_the_papers_product_of_gradients():
     teacher, student = learner("t", seed=2), learner("s", lr=lr, seed=1)
     pseudo = train.draw_pseudo_labels("hard", teacher(batch.x_us)).double()
     g = gradient(F.cross_entropy(student(batch.x_us), pseudo), student)
-    h = train.mpl_step(teacher, student, batch, 0, feedback="dot")["h"]
+    h = mpl_step(teacher, student, batch, feedback="dot")["h"]
     new = gradient(F.cross_entropy(student(batch.x_l), batch.y_l), student)  # at theta'
     torch.testing.assert_close(h, lr * (new @ g))
 
@@ -126,7 +148,7 @@ def test_cosine_is_the_angle_between_the_same_gradients():
     teacher, student = learner("t", seed=2), learner("s", seed=1)
     pseudo = train.draw_pseudo_labels("hard", teacher(batch.x_us)).double()
     g = gradient(F.cross_entropy(student(batch.x_us), pseudo), student)
-    h = train.mpl_step(teacher, student, batch, 0, feedback="cosine")["h"]
+    h = mpl_step(teacher, student, batch, feedback="cosine")["h"]
     new = gradient(F.cross_entropy(student(batch.x_l), batch.y_l), student)
     torch.testing.assert_close(h, (new @ g) / (new.norm() * g.norm()))
 
@@ -135,7 +157,7 @@ def test_cosine_is_the_angle_between_the_same_gradients():
 @pytest.mark.parametrize("feedback", ["loss_difference", "dot"])
 def test_there_is_no_feedback_at_learning_rate_zero(feedback, optimizer):
     student = learner("s", lr=0.0, optimizer=optimizer)
-    assert float(train.mpl_step(learner("t", seed=2), student, make_batch(), 0, feedback=feedback)["h"]) == 0
+    assert float(mpl_step(learner("t", seed=2), student, make_batch(), feedback=feedback)["h"]) == 0
 
 
 def test_h_is_positive_when_the_student_improved():
@@ -143,12 +165,12 @@ def test_h_is_positive_when_the_student_improved():
     batch = make_batch()
     batch = batch._replace(x_us=batch.x_l, x_uw=batch.x_l)
 
-    def oracle(x):
-        return 50 * F.one_hot(torch.cat([batch.y_l, batch.y_l])[: len(x)], C).double() + 0 * teacher.model(x)
+    class Oracle(nn.Linear):
+        def forward(self, x):
+            return 50 * F.one_hot(torch.cat([batch.y_l, batch.y_l])[: len(x)], C) + 0 * super().forward(x)
 
-    teacher, student = learner("t", seed=2), learner("s", seed=1)
-    teacher._forward = lambda network, x: oracle(x)
-    assert float(train.mpl_step(teacher, student, batch, 0, lambda_u=0.0)["h"]) > 0
+    teacher, student = learner("t", model=Oracle(4, C)), learner("s", seed=1)
+    assert float(mpl_step(teacher, student, batch, lambda_u=0.0)["h"]) > 0
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
@@ -161,7 +183,7 @@ def test_exact_equals_automatic_differentiation_through_the_adamw_step(offset):
     teacher.offset = torch.tensor(offset, dtype=torch.float64)
     student = learner("s", lr=0.05, seed=1, optimizer=torch.optim.AdamW)
     for batch in batches[:3]:
-        train.mpl_step(teacher, student, batch, 0, feedback="exact", pseudo_label="soft")
+        mpl_step(teacher, student, batch, feedback="exact")
 
     batch = batches[3]
     group, state = student.optimizer.param_groups[0], student.optimizer.state
@@ -195,7 +217,7 @@ def test_exact_equals_automatic_differentiation_through_the_adamw_step(offset):
     seen = {}
     plain = gradient(F.cross_entropy(teacher(batch.x_l), batch.y_l), teacher)
     teacher.update = lambda loss: seen.update(gradient=gradient(loss, teacher) - plain)
-    train.mpl_step(teacher, student, batch, 0, lambda_u=0.0, feedback="exact", pseudo_label="soft")
+    mpl_step(teacher, student, batch, lambda_u=0.0, feedback="exact")
     torch.testing.assert_close(seen["gradient"], truth, rtol=1e-6, atol=1e-12)
     for p, copied in zip(student.parameters, copies, strict=True):
         torch.testing.assert_close(p.detach(), copied.detach())
@@ -223,24 +245,28 @@ def test_the_sensitivity_of_an_adamw_step_where_there_was_no_gradient(dtype):
     assert found.tolist() == pytest.approx(slopes, rel=2e-3)
 
 
+class FirstFour(nn.Module):
+    def forward(self, x):
+        return x[:, :4]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_feature_that_is_always_zero_changes_nothing_in_exact_feedback(dtype):
     seen = []
     for extra in (0, 1):
-        student = learner("s", lr=0.05, seed=1, optimizer=torch.optim.AdamW, model=nn.Linear(4 + extra, C))
+        linear = nn.Linear(4 + extra, C)
         with torch.no_grad():
-            student.model.weight[:, :4] = torch.linspace(-1, 1, 12).view(C, 4)
-            student.model.bias.zero_()
-        student.model.to(dtype)
-        teacher = learner("t", seed=2)
-        teacher.model.to(dtype)
-        teacher._forward = lambda network, x: network(x[:, :4])
+            linear.weight[:, :4] = torch.linspace(-1, 1, 12).view(C, 4)
+            linear.bias.zero_()
+        student = learner("s", lr=0.05, optimizer=torch.optim.AdamW, model=linear, dtype=dtype)
+        teacher = learner("t", seed=2, dtype=dtype)
+        teacher.model.insert(0, FirstFour())
         teacher.update = lambda loss, teacher=teacher: seen.append(gradient(loss, teacher))
         for seed in range(3):
             batch = make_batch(n_u=5, seed=seed)
             pad = [F.pad(x, (0, extra)).to(dtype) for x in (batch.x_l, batch.x_uw, batch.x_us)]
             batch = Batch(pad[0], batch.y_l, *pad[1:])
-            train.mpl_step(teacher, student, batch, 0, feedback="exact", pseudo_label="soft")
+            mpl_step(teacher, student, batch, feedback="exact")
     for without, with_it in zip(seen[:3], seen[3:], strict=True):
         assert with_it.isfinite().all()
         torch.testing.assert_close(with_it, without)
@@ -269,11 +295,7 @@ def test_the_scale_of_a_loss_changes_nothing(feedback):
         learners = [learner(name, seed=seed, optimizer=torch.optim.AdamW) for seed, name in enumerate("ts")]
         for made in learners:
             made.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        label = "soft" if feedback == "exact" else "hard"
-        measured = [
-            train.mpl_step(*learners, make_batch(n_u=5, seed=seed), seed, feedback=feedback, pseudo_label=label)
-            for seed in range(3)
-        ]
+        measured = [mpl_step(*learners, make_batch(n_u=5, seed=seed), seed, feedback=feedback) for seed in range(3)]
         ends.append([float(one[key]) for one in measured for key in ("h", "loss_mpl")])
         ends[-1] += [float(value) for made in learners for value in train.flatten(made.parameters)]
     assert ends[0] == pytest.approx(ends[1], rel=1e-9)
@@ -282,10 +304,10 @@ def test_the_scale_of_a_loss_changes_nothing(feedback):
 @pytest.mark.parametrize("feedback", FEEDBACKS)
 @pytest.mark.filterwarnings("error")
 def test_a_step_that_overflows_is_not_taken_and_says_nothing(feedback):
-    batch, label = single(make_batch(n_u=5)), "soft" if feedback == "exact" else "hard"
+    batch = single(make_batch(n_u=5))
     teacher, student = half_precision("t", 1), half_precision("s", 2, ema=0.5)
     before = train.flatten([*teacher.parameters, *student.parameters])
-    measured = train.mpl_step(teacher, student, batch, 0, feedback=feedback, pseudo_label=label)
+    measured = mpl_step(teacher, student, batch, feedback=feedback)
     assert teacher.overflowed
     assert student.overflowed
     assert measured["h"] == measured["loss_mpl"] == 0
@@ -295,7 +317,7 @@ def test_a_step_that_overflows_is_not_taken_and_says_nothing(feedback):
     for made in (teacher, student):
         made.scaler.update(1024.0)
     for step in range(1, 6):
-        measured = train.mpl_step(teacher, student, batch, step, feedback=feedback, pseudo_label=label)
+        measured = mpl_step(teacher, student, batch, step, feedback=feedback)
         assert not teacher.overflowed
         assert not student.overflowed
         assert (measured["h"] != 0) == (feedback != "none")
@@ -328,8 +350,6 @@ def supervise(made, batches):
 
 
 def test_overflow_in_half_precision_is_no_divergence_unless_it_stays():
-    from utils import DivergedError
-
     batch = single(make_batch())
     lost = batch._replace(x_l=batch.x_l * torch.inf)  # its loss is not finite
     made = half_precision("student", 1)
@@ -340,14 +360,11 @@ def test_overflow_in_half_precision_is_no_divergence_unless_it_stays():
     made.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     made.precision = torch.float16
     made.parameters[0].register_hook(lambda gradient: gradient * torch.inf)
-    made._forward = lambda network, x: network(x)
     with pytest.raises(DivergedError, match=r"gradients of the student are not finite in float16 .*--amp"):
         supervise(made, [batch] * 6)
 
 
 def test_statistics_that_are_not_finite_are_divergence():
-    from utils import DivergedError
-
     made = learner("student", model=nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, C)))
     train.Meter().require_finite({"student": made})
     made.model[1].running_var[2] = torch.inf
@@ -361,13 +378,12 @@ def test_a_weight_that_no_loss_depends_on_is_no_trouble(feedback):
         def forward(self, x):
             return self[0](x)
 
-    label = "soft" if feedback == "exact" else "hard"
     h = []
     for kind, spare in ((nn.Sequential, []), (Spare, [nn.Linear(2, 2)])):
         torch.manual_seed(0)
         student = learner("s", optimizer=torch.optim.AdamW, model=kind(nn.Linear(4, C), *spare))
         teacher = learner("t", seed=2)
-        h.append(train.mpl_step(teacher, student, make_batch(n_u=3), 0, feedback=feedback, pseudo_label=label)["h"])
+        h.append(mpl_step(teacher, student, make_batch(n_u=3), feedback=feedback)["h"])
         assert all(p.grad is not None for p in student.parameters)
     assert h[0] == pytest.approx(float(h[1]))
 
@@ -416,14 +432,27 @@ def test_alignment_gives_each_class_its_share():
     torch.manual_seed(0)
     logits = 3 * torch.randn(600, C, dtype=torch.float64) + torch.tensor([2.0, 0.0, -2.0])
     prior = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
-    offset = torch.zeros(())
+    teacher = learner("teacher")
     for batch in itertools.islice(itertools.cycle(logits.split(200)), 900):
-        offset = train.aligned_offset(offset, batch, prior)
-    p = (logits + offset).softmax(-1)
+        train.align(teacher, batch, prior)
+    p = (logits + teacher.offset).softmax(-1)
     assert torch.allclose(p.mean(0), prior, atol=0.01)
     assert torch.allclose(p, mixture.balanced(logits.softmax(-1), prior, 200), atol=0.05)
-    first = train.aligned_offset(torch.zeros(()), torch.zeros(5, C), prior)
-    assert torch.allclose(first, train.ALIGNMENT_RATE * (3 * prior).log())
+
+
+def test_a_step_of_the_alignment_by_hand():
+    teacher, prior = learner("teacher"), torch.tensor([0.2, 0.3, 0.5])
+    train.align(teacher, torch.zeros(5, C), None)
+    assert not teacher.offset.any()
+    train.align(teacher, torch.zeros(5, C), prior)
+    assert torch.allclose(teacher.offset, train.ALIGNMENT_RATE * (3 * prior).log())
+
+
+def test_the_shares_follow_the_network_to_its_device():
+    teacher = types.SimpleNamespace(offset=torch.zeros((), device="meta"))  # which holds no values: any accelerator
+    train.align(teacher, torch.zeros(5, C, device="meta"), torch.tensor([0.2, 0.3, 0.5]))
+    assert teacher.offset.shape == (C,)
+    assert teacher.offset.device.type == "meta"
 
 
 def test_what_the_teacher_says_of_unlabelled_images_is_aligned():
@@ -434,12 +463,12 @@ def test_what_the_teacher_says_of_unlabelled_images_is_aligned():
     moved = learner("teacher")
     moved.offset = 50.0 * F.one_hot(other, C).double()
     prior = torch.full((C,), 1 / C, dtype=torch.float64)
-    measured = train.mpl_step(moved, student, batch, 0, threshold=0.99, prior=prior)
+    measured = mpl_step(moved, student, batch, threshold=0.99, prior=prior)
     assert measured["mask_rate"] == 1  # the offset makes all of them confident
     expected = F.cross_entropy(learner("student", seed=1)(batch.x_us), other.expand(8))
     assert torch.allclose(measured["loss_s"], expected)
     assert moved.offset[other] < 50  # and is on its way back
-    unaligned = train.mpl_step(plain, learner("student", seed=1), batch, 0, threshold=0.99)
+    unaligned = mpl_step(plain, learner("student", seed=1), batch, threshold=0.99)
     assert unaligned["mask_rate"] == 0
     assert plain.offset == 0
 
@@ -473,7 +502,7 @@ def test_every_loss_moves_the_teacher(unsupervised, feedback, pseudo_label):
     for weight, kind, label in ((0.0, "none", "hard"), (1.0, "none", "hard"), (0.0, feedback, pseudo_label)):
         teacher, student = learner("t", seed=2), learner("s", seed=1, optimizer=torch.optim.AdamW)
         for number in range(2):  # AdamW's very first step is a pure sign, flat in the labels
-            train.mpl_step(
+            mpl_step(
                 teacher,
                 student,
                 batch,
@@ -493,10 +522,10 @@ def test_every_loss_moves_the_teacher(unsupervised, feedback, pseudo_label):
 def test_the_student_sits_out_the_warm_up():
     batch, student = make_batch(n_u=3), learner("s", seed=1)
     before = train.flatten(student.parameters)
-    measured = train.mpl_step(learner("t", seed=2), student, batch, 4, warmup_steps=5)
+    measured = mpl_step(learner("t", seed=2), student, batch, 4, warmup_steps=5)
     assert torch.equal(train.flatten(student.parameters), before)
     assert "h" not in measured
-    train.mpl_step(learner("t", seed=2), student, batch, 5, warmup_steps=5)
+    mpl_step(learner("t", seed=2), student, batch, 5, warmup_steps=5)
     assert not torch.equal(train.flatten(student.parameters), before)
 
 
@@ -505,7 +534,7 @@ def test_the_student_learns_from_pseudo_labels_alone():
     batch, ends = make_batch(n_u=3), []
     for labels in (batch.y_l, (batch.y_l + 1) % C):
         student = learner("s", seed=1)
-        train.mpl_step(learner("t", seed=2), student, batch._replace(y_l=labels), 0)
+        mpl_step(learner("t", seed=2), student, batch._replace(y_l=labels))
         ends.append(train.flatten(student.parameters))
     assert torch.equal(*ends)
 
@@ -520,23 +549,15 @@ def test_exams_leave_batch_norm_alone_and_do_not_hear_dropout():
     assert torch.equal(first, second)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     student = learner("s", lr=0.0, model=model)
-    assert float(train.mpl_step(learner("t", seed=2), student, batch, 0)["h"]) == 0
+    assert float(mpl_step(learner("t", seed=2), student, batch)["h"]) == 0
 
 
-ROLES = {
-    "train": train.fixed_roles("teacher", "student"),
-    "switch": train.alternating_roles("model_1", "model_2"),
-    "finetune": train.fixed_roles("student"),
-}
-
-
-@pytest.mark.parametrize("mode", ROLES)
+@pytest.mark.parametrize("mode", train.MODES)
 def test_every_schedule_ends_at_its_floor(mode):
     epochs, warmup, steps = 7, 3 if mode != "finetune" else 0, 4
-    updates = train.count_updates(ROLES[mode], epochs=epochs, warmup_epochs=warmup, steps_per_epoch=steps)
+    roles = train.MODES[mode].roles
+    updates = train.count_updates(roles, epochs=epochs, warmup_epochs=warmup, steps_per_epoch=steps)
     learners = {name: Learner(name, nn.Linear(4, C).double(), updates=count, lr=0.1) for name, count in updates.items()}
-    for made in learners.values():
-        made._forward = lambda network, x: network(x)
     rates = {name: [] for name in learners}
     for name, made in learners.items():
         made.optimizer.register_step_pre_hook(lambda *_, name=name, made=made: rates[name].append(made.lr))
@@ -545,13 +566,13 @@ def test_every_schedule_ends_at_its_floor(mode):
         *players, batch, number = players_batch_number
         if len(players) == 1:
             return train.supervised_step(*players, batch, number)
-        return train.mpl_step(*players, batch, number, warmup_steps=warmup * steps)
+        return mpl_step(*players, batch, number, warmup_steps=warmup * steps)
 
     train.fit(
         learners,
         itertools.repeat(make_batch(n_u=3)),
         step,
-        ROLES[mode],
+        roles,
         steps=range(epochs * steps),
         steps_per_epoch=steps,
         seed=0,
@@ -570,7 +591,7 @@ def test_roles_alternate_and_swapping_shares_no_optimiser_state():
     assert [roles(epoch) for epoch in range(3)] == [("a", "b"), ("b", "a"), ("a", "b")]
     learners = {name: learner(name, seed=i, optimizer=torch.optim.AdamW) for i, name in enumerate("ab")}
     for epoch in range(2):
-        train.mpl_step(*(learners[name] for name in roles(epoch)), make_batch(n_u=3), epoch)
+        mpl_step(*(learners[name] for name in roles(epoch)), make_batch(n_u=3), epoch)
     storages = [
         {value.data_ptr() for state in made.optimizer.state.values() for value in state.values()}
         for made in learners.values()
@@ -581,8 +602,6 @@ def test_roles_alternate_and_swapping_shares_no_optimiser_state():
 
 
 def test_training_stops_on_a_loss_that_is_not_finite():
-    from utils import DivergedError
-
     made = learner("student", lr=0.3)
     with pytest.raises(DivergedError, match=r"step 3 .*student 0\.3.*--lr"):
         train.fit(
@@ -614,46 +633,45 @@ def test_metrics_by_number():
     assert loss == pytest.approx(-(math.log(0.8) + math.log(0.4) + math.log(0.7) + math.log(0.9)) / 4)
 
 
-def test_a_target_replaces_the_teachers_own_prediction_of_the_weak_view():
+def test_a_target_replaces_the_teachers_own_prediction_and_every_view_is_pulled_to_it():
     batch = make_batch(n_u=5)
     target = torch.tensor([[0.7, 0.2, 0.1]] * 5, dtype=torch.float64)
     teacher, student = learner("teacher"), learner("student", seed=1)
-    expected = F.cross_entropy(teacher.model(batch.x_us), target)
-    measured = train.mpl_step(teacher, student, batch._replace(target=target), 0, warmup_steps=1)
-    assert float(measured["loss_u"]) == pytest.approx(float(expected.detach()))
-    assert float(measured["mask_rate"]) == 1.0
-    assert float(train.mpl_step(teacher, student, batch, 0, warmup_steps=1)["loss_u"]) != pytest.approx(
-        float(expected.detach())
-    )
+    x_u = torch.cat([batch.x_us, batch.x_uw])
+    expected = float(F.cross_entropy(teacher.model(x_u), target.repeat(2, 1)).detach())
+    measured = mpl_step(teacher, student, batch._replace(target=target), warmup_steps=1)
+    assert float(measured["loss_u"]) == pytest.approx(expected)
+    assert "mask_rate" not in measured  # no threshold decides
+    assert float(mpl_step(teacher, student, batch, warmup_steps=1)["loss_u"]) != pytest.approx(expected)
 
 
 def test_the_alignment_moves_what_is_aimed_at_and_not_what_is_pulled_there():
     """So the network itself learns the classes' shares, and predicts them without the offset."""
     batch = make_batch(n_u=5)
     target = torch.tensor([[0.7, 0.2, 0.1]] * 5, dtype=torch.float64)
-    teacher, student = learner("teacher"), learner("student", seed=1)
-    teacher.offset = torch.tensor([2.0, -1.0, 0.0], dtype=torch.float64)
-    logits_us = teacher.model(batch.x_us).detach()
-    p, mask = train.soft_target(teacher.model(batch.x_uw) + teacher.offset, 1.05, 0.4)
-    for given, aim, counted in ((batch, p, mask), (batch._replace(target=target), target, torch.ones(5))):
+    teacher, offset = learner("teacher"), torch.tensor([2.0, -1.0, 0.0], dtype=torch.float64)
+    logits_us, logits_uw = (teacher.model(x).detach() for x in (batch.x_us, batch.x_uw))
+    own = train.soft_target(logits_uw + offset, 1.05, 0.4)
+    given = target.repeat(2, 1), None
+    for known, pulled, aim in (
+        (batch, logits_us, own),
+        (batch._replace(target=target), torch.cat([logits_us, logits_uw]), given),
+    ):
         teacher, student = learner("teacher"), learner("student", seed=1)
-        teacher.offset = torch.tensor([2.0, -1.0, 0.0], dtype=torch.float64)
-        measured = train.mpl_step(teacher, student, given, 0, threshold=0.4)
-        assert float(measured["loss_u"]) == pytest.approx(float(train.consistency_loss("CE", logits_us, aim, counted)))
+        teacher.offset = offset
+        measured = mpl_step(teacher, student, known, threshold=0.4)
+        assert float(measured["loss_u"]) == pytest.approx(float(train.consistency_loss("CE", pulled, *aim)))
 
 
-def test_a_student_of_both_views_learns_from_the_weak_ones_as_well():
+def test_both_views_get_pseudo_labels_where_there_is_a_target():
     batch = make_batch(n_u=5)
+    batch = batch._replace(target=torch.tensor([[0.7, 0.2, 0.1]] * 5, dtype=torch.float64))
     teacher, student = learner("teacher"), learner("student", seed=1)
     x_u = torch.cat([batch.x_us, batch.x_uw])
     loss_s = F.cross_entropy(student.model(x_u), teacher.model(x_u).argmax(-1))
-    p, mask = train.soft_target(teacher.model(batch.x_uw), 1.05, 0.4)
-    loss_u = train.consistency_loss("CE", teacher.model(batch.x_us), p, mask)
-    theta = train.flatten(student.parameters)
-    expected = theta - 0.1 * gradient(loss_s, student)
-    measured = train.mpl_step(teacher, student, batch, 0, threshold=0.4, student_views="both")
+    expected = train.flatten(student.parameters) - 0.1 * gradient(loss_s, student)
+    measured = mpl_step(teacher, student, batch)
     assert float(measured["loss_s"]) == pytest.approx(float(loss_s.detach()))
-    assert float(measured["loss_u"]) == pytest.approx(float(loss_u.detach()))
     assert torch.allclose(train.flatten(student.parameters), expected)
 
 
@@ -661,18 +679,64 @@ def test_a_student_of_both_views_learns_from_the_weak_ones_as_well():
 # Inference
 
 
-def test_test_views_average_the_probabilities_of_the_plain_image_and_its_views():
-    model = learner("student")
-    draws = {("plain", 0): 0.0, ("weak", 0): 1.0, ("strong", 0): -1.0, ("weak", 1): 2.0, ("strong", 1): 0.5}
+def test_inference_looks_at_every_plain_image_once_and_in_order():
+    model, seen = learner("student"), []
 
-    def source(kind, indices, chosen):
-        return torch.tensor(
-            [[i + draws[kind, int(v)]] * 4 for i, v in zip(indices, chosen, strict=True)], dtype=torch.float64
-        )
+    def source(kind, indices, draws):
+        seen.append((kind, [*indices], [*draws]))
+        return torch.tensor([[float(i)] * 4 for i in indices], dtype=torch.float64)
 
-    rows = np.arange(5)
-    (plain,) = train.infer([model], source, rows, batch_size=2)
-    assert torch.allclose(plain, model.infer(source("plain", rows, np.zeros(5))))
-    (averaged,) = train.infer([model], source, rows, test_views=2, batch_size=2)
-    each = [model.infer(source(kind, rows, np.full(5, v))).softmax(-1) for kind, v in draws]
-    assert torch.allclose(averaged.softmax(-1), sum(each) / len(each))
+    found = train.infer([model, model], source, np.arange(5), batch_size=2)
+    expected = model.infer(torch.arange(5.0, dtype=torch.float64)[:, None].expand(5, 4))
+    assert all(torch.allclose(each, expected) for each in found)
+    assert seen == [("plain", [0, 1], [0, 0]), ("plain", [2, 3], [0, 0]), ("plain", [4], [0])]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which epoch's weights a run keeps, and what it says of its epochs
+
+
+def kept_epoch(accuracies: list[float], n: int) -> int:
+    """The epoch kept of those in which so many of ``n`` validation images are predicted rightly."""
+    right, labels = iter(accuracies), np.arange(n) % 2
+
+    def validate(learners):
+        wrong = np.arange(n) >= round(next(right) * n)
+        return [F.one_hot(torch.from_numpy(labels ^ wrong), 2).float()]
+
+    made = learner("student", model=nn.Linear(2, 2))
+    keeper = train.Keeper({"student": made}, ["student"], validate, labels)
+    for epoch in range(len(accuracies)):
+        with torch.no_grad():
+            made.model.weight.fill_(epoch)
+        keeper.close_epoch(epoch, ("student",), {})
+    kept = keeper.finish()["student"].model.weight
+    assert torch.equal(kept, torch.full_like(kept, float(keeper.best["epoch"])))
+    return keeper.best["epoch"]
+
+
+def test_two_standard_errors_by_hand():
+    # 29 of 32 count as 30 of 34: p = 0.88235, and 2 sqrt(p (1 - p) / 32) = 0.11391
+    assert train.selection_tolerance(29 / 32, 32) == pytest.approx(0.11391, abs=1e-5)
+    assert train.selection_tolerance(1.0, 32) > 1 / 32
+
+
+def test_an_early_epoch_that_was_better_by_chance_is_not_preferred_to_the_last():
+    assert kept_epoch([0.5, 29 / 32, 0.75, 27 / 32], 32) == 3
+
+
+def test_an_epoch_that_is_really_better_is_kept():
+    assert kept_epoch([0.5, 29 / 32, 0.5, 0.75], 32) == 1
+    assert kept_epoch([0.5, 0.9, 0.85, 0.85], 1000) == 1
+
+
+def test_what_is_compared_with_is_the_highest_and_not_the_kept():
+    # Each of these is just within the tolerance of the one before; the last is far below the highest.
+    assert kept_epoch([29 / 32, 26 / 32, 23 / 32, 20 / 32], 32) == 1
+
+
+def test_while_the_teacher_learns_alone_its_accuracy_is_shown():
+    rows = [{"val_accuracy": 1.0}, {"val_accuracy": 0.75}]
+    during, after = (train.epoch_text(0.75, {"loss_l": 1.0} | more, rows) for more in ({}, {"loss_s": 1.0}))
+    assert during.endswith("validation teacher 100.0%")
+    assert after.endswith("validation 75.0%")

@@ -1,8 +1,7 @@
-"""Checkpoints, the run folder, seeds, paths."""
+"""Files, seeds, paths, signals, devices, faults."""
 
 import errno
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -11,35 +10,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+import predict
 import utils
-
-STATE = {"weights": {"a": torch.arange(5.0)}, "names": ["é", "x\ny"], "score": 0.5}
-
-
-def test_a_checkpoint_comes_back_and_is_a_plain_torch_file(tmp_path):
-    path = tmp_path / "deep" / "c.pth"
-    utils.save_checkpoint(path, STATE)
-    loaded = utils.load_checkpoint(path)
-    assert torch.equal(loaded["weights"]["a"], STATE["weights"]["a"])
-    assert loaded["names"] == STATE["names"]
-    assert torch.load(path, weights_only=True)["score"] == 0.5
-    assert os.listdir(path.parent) == ["c.pth"]
-
-
-def test_one_flipped_bit_or_a_cut_anywhere_is_noticed(tmp_path):
-    path = tmp_path / "c.pth"
-    utils.save_checkpoint(path, STATE)
-    whole = path.read_bytes()
-    rng = random.Random(0)
-    for position in [0, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(200))]:
-        content = bytearray(whole)
-        content[position] ^= 1 << rng.randrange(8)
-        path.write_bytes(content)
-        with pytest.raises(utils.CheckpointError, match="damaged"):
-            utils.load_checkpoint(path)
-        path.write_bytes(whole[:position])
-        with pytest.raises(utils.CheckpointError):
-            utils.load_checkpoint(path)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
@@ -54,128 +26,6 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         utils.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["f"]
-
-
-def test_a_name_in_use_is_refused_with_the_process_that_holds_it(tmp_path):
-    folder = utils.RunFolder.named(str(tmp_path), "d", "exp")
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import utils\n"
-        "with utils.RunFolder.named(sys.argv[2], 'd', 'exp').claim(keep=False, overwrite=False):\n"
-        "    print('held', flush=True); sys.stdin.read()"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, ROOT, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout.readline() == "held\n"
-    with (
-        pytest.raises(utils.CheckpointError, match=f"process {holder.pid}"),
-        folder.claim(keep=False, overwrite=True),
-    ):
-        pass
-    holder.kill()
-    holder.wait()
-    with folder.claim(keep=False, overwrite=True):  # the lock died with its holder
-        pass
-
-
-def test_a_failed_start_removes_what_it_made(tmp_path):
-    folder = utils.RunFolder.named(str(tmp_path / "out"), "d", "exp")
-    with pytest.raises(utils.DataError), folder.claim(keep=False, overwrite=False):
-        raise utils.DataError("bad")
-    assert not list(tmp_path.iterdir())
-
-
-def put(folder, *names):
-    for name in names:
-        path = (folder.checkpoints if name.endswith(".pth") else folder.results) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(name)
-
-
-def left(root):
-    return {path.name for path in root.rglob("*") if path.is_file()}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return utils.RunFolder.named(str(tmp_path), "d", "exp")
-
-
-def test_what_a_failed_run_has_written_stays(folder, tmp_path):
-    def fail():
-        put(folder, "config.json", "last.pth")
-        raise utils.DataError("bad")
-
-    with pytest.raises(utils.DataError), folder.claim(keep=False, overwrite=False):
-        fail()
-    assert left(tmp_path) == {"config.json", "last.pth"}
-
-
-THEIRS = ("notes.txt", "figures/Student_CM.png", "tensorboard/notes", ".notes.md.1.tmp", "epoch 3.pth")
-OURS = ("config.json", "Both models_CM.png", "tensorboard/events.out.tfevents.1.host", "best_student.pth", "last.pth")
-
-
-def test_to_overwrite_is_to_remove_the_files_of_a_run_and_nothing_else(folder, tmp_path):
-    put(folder, *THEIRS, *OURS)
-    with folder.claim(keep=False, overwrite=True) as remove_old:
-        assert left(tmp_path) >= {path.split("/")[-1] for path in OURS}  # until the new run begins
-        put(folder, "config.json")
-        remove_old()
-    assert left(tmp_path) == {path.split("/")[-1] for path in (*THEIRS, "config.json")}
-
-
-def test_a_run_that_writes_no_checkpoints_or_starts_from_one_does_not_remove_it(folder, tmp_path):
-    put(folder, *OURS)
-    with folder.claim(keep=False, overwrite=True, trains=False) as remove_old:
-        remove_old()
-    assert left(tmp_path) == {"best_student.pth", "last.pth"}
-    with folder.claim(keep=False, overwrite=True, spare=[folder.checkpoints / utils.BEST]) as remove_old:
-        remove_old()
-    assert left(tmp_path) == {"best_student.pth"}
-
-
-@pytest.mark.parametrize("name", ["config.json", "best_student.pth"])
-def test_a_name_is_taken_if_either_of_its_folders_holds_a_run(folder, name):
-    put(folder, name)
-    with pytest.raises(utils.CheckpointError, match="--overwrite"), folder.claim(keep=False, overwrite=False):
-        pass
-
-
-def test_torn_files_are_removed_if_they_are_a_runs_and_nobody_writes_them(folder, tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    living = os.getppid()
-    put(folder, f".config.json.{dead.pid}.tmp", f".config.json.{living}.tmp", f".mine.json.{dead.pid}.tmp", ".x.tmp")
-    with folder.claim(keep=False, overwrite=False):
-        pass
-    assert left(tmp_path) == {f".config.json.{living}.tmp", f".mine.json.{dead.pid}.tmp", ".x.tmp"}
-
-
-def test_a_file_system_without_locks_costs_a_line_and_no_run(folder, monkeypatch, capsys):
-    def none(*_, **__):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(utils.filelock, "lock_descriptor", none)
-    with folder.claim(keep=False, overwrite=False):
-        assert capsys.readouterr().out.count("locks do not work there") == 1
-
-
-def test_what_begins_at_the_same_path_is_told_from_what_was_there(folder, tmp_path):
-    put(folder, "predictions.csv", "graphs.png")
-    with folder.claim(keep=False, overwrite=True) as remove_old:
-        utils.write_atomically(folder.results / "predictions.csv", b"predictions.csv")
-        remove_old()
-    assert left(tmp_path) == {"predictions.csv"}
-
-
-def test_a_folder_belongs_to_the_job_whose_agents_began_it(folder):
-    folder.results.mkdir(parents=True)
-    folder.note_agents([("a", 1, 100.0), ("b", 2, 100.0)])
-    assert folder.begun_by([("c", 3, 100.0), ("b", 2, 100.5)])
-    assert not folder.begun_by([("b", 2, 900.0)])  # another process that got the number later
-    assert not folder.begun_by([])
-    folder.note_agents([])
-    assert not folder.begun_by([("b", 2, 100.0)])
 
 
 def test_the_system_says_where_what_is_kept_belongs_unless_the_user_does(monkeypatch, tmp_path):
@@ -208,6 +58,14 @@ def test_seeds_depend_on_every_part_and_on_no_process():
     code = "import sys; sys.path.insert(0, sys.argv[1]); import utils; print(utils.derive_seed(3, 'x', 1))"
     other = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True, check=True)
     assert int(other.stdout) == utils.derive_seed(3, "x", 1)
+
+
+def test_a_file_that_a_spreadsheet_opens_begins_with_a_byte_order_mark(tmp_path):
+    predict.list_bad(tmp_path, [("Äpfel/1.png", "empty")])
+    predict.list_bad(tmp_path, [("b.png", "not an image"), ("Äpfel/1.png", "gone")])
+    assert (tmp_path / "bad_files.csv").read_bytes().startswith(b"\xef\xbb\xbfpath,reason\n")
+    listed = [(row["path"], row["reason"]) for row in utils.read_csv(tmp_path / "bad_files.csv")]
+    assert listed == [("Äpfel/1.png", "gone"), ("b.png", "not an image")]
 
 
 @pytest.mark.parametrize(
