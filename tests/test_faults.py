@@ -41,7 +41,7 @@ import utils
 import visualization
 
 faults = importlib.import_module("faults", sys.path.insert(0, str(ROOT / "benchmarks")))
-RUN = [*TINY, "--num_epochs", "6", "--warmup_epoch_num", "1"]
+RUN = [*TINY, "--num_epochs", "4", "--warmup_epoch_num", "1"]
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -346,7 +346,7 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_read_back(tmp_path, monke
 def spoil(root: Path) -> dict[str, str]:
     """Put a bad file of each kind into a folder. Returns their paths and words of the reasons."""
     whole = (root / "class 1" / "003.png").read_bytes()
-    Image.new("L", (20000, 20000)).save(root / "class 0" / "bomb.png")
+    Image.new("1", (20000, 20000)).save(root / "class 0" / "bomb.png")
     (root / "class 0" / "empty.jpg").write_bytes(b"")
     (root / "class 0" / "noise.jpg").write_bytes(bytes(range(256)) * 9)
     (root / "class 0" / "page.jpg").write_text("<html>404 not found</html>")
