@@ -367,7 +367,8 @@ def is_want_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     text = str(error).lower()
-    return isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY)
+    named = type(error).__name__ == "OutOfMemoryError"  # torch's, without importing it
+    return named or isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY)
 
 
 @contextlib.contextmanager

@@ -95,12 +95,19 @@ def test_to_overwrite_is_to_remove_the_files_of_a_run_and_nothing_else(folder, t
     assert left(tmp_path) == {path.split("/")[-1] for path in (*THEIRS, "config.json")}
 
 
-def test_a_run_that_writes_no_checkpoints_or_starts_from_one_does_not_remove_it(folder, tmp_path):
+def test_a_test_never_takes_the_place_of_a_training(folder, tmp_path):
     put(folder, *OURS)
-    with folder.claim(keep=False, overwrite=True, trains=False) as remove_old:
+    with (
+        pytest.raises(CheckpointError, match="of a training"),
+        folder.claim(keep=False, overwrite=True, trains=False) as remove_old,
+    ):
         remove_old()
-    assert left(tmp_path) == {"best_student.pth", "last.pth"}
-    with folder.claim(keep=False, overwrite=True, spare=[folder.checkpoints / checkpoints.BEST]) as remove_old:
+    assert {"best_student.pth", "last.pth"} <= left(tmp_path)
+
+
+def test_what_a_run_starts_from_stays(folder, tmp_path):
+    put(folder, *OURS)
+    with folder.claim(keep=False, overwrite=True, spare=folder.checkpoints / checkpoints.BEST) as remove_old:
         remove_old()
     assert left(tmp_path) == {"best_student.pth"}
 
