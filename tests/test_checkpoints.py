@@ -202,7 +202,7 @@ def about():
         split=Manifest(["b", "c"], torch.tensor([0, -1]), ["test", "unlabeled"], torch.zeros(2, 16).byte(), before),
         backbone=models.Origin("vgg16", 3, "f1", {"weight": torch.arange(3.0)}),
         preparation=Preparation(16, 18, mean=(0.1, 0.2, 0.3), value_range=(0.0, 9.0)),
-        trainings=[checkpoints.Training("train", "pets", 1, 1, 0)],
+        trainings=[checkpoints.Training("train", "pets", 1, 1, 0), checkpoints.Training("finetune", "dogs", 2, 0, 1)],
         data_dir="/pets",
         unlabeled_dir=None,
     )
