@@ -59,7 +59,8 @@ def draw_nothing(patch: pytest.MonkeyPatch) -> None:
         return path
 
     def blanks(results: Path):
-        return [(name, lambda name=name: blank(results / name)) for name, _ in pictures(results)]
+        for name, _ in pictures(results):
+            yield name, lambda name=name: blank(results / name)
 
     patch.setattr(visualization, "pictures", blanks)
     patch.setattr(visualization, "draw_images", lambda images, captions, title, path: blank(path))
@@ -164,8 +165,9 @@ class Cli:
         return subprocess.CompletedProcess(options, code, out.getvalue(), err.getvalue())
 
     def metrics(self, name: str) -> dict:
+        """What metrics.json says of the data and the networks, which does not depend on how the run was called."""
         metrics = json.loads((self.cwd / "results" / name / "metrics.json").read_text())
-        for key in ("seconds", "commands", "options", "notes"):
+        for key in ("seconds", "commands", "settings", "options", "notes"):
             del metrics[key]
         return metrics
 

@@ -506,7 +506,7 @@ def test_divergence_stops_at_the_last_finite_state(cli, colours, monkeypatch):
     assert checkpoints.load_last(folder / "last.pth").progress.steps_done == 5
     for file in ("last.pth", "best_student.pth"):
         found = tensors(checkpoints.read_checked(folder / file))
-        assert len(found) > 100
+        assert len(found) > 50
         assert all(tensor.isfinite().all() for tensor in found if tensor.is_floating_point())
 
 

@@ -193,7 +193,7 @@ def test_a_trial_that_fails_fails_alone(tmp_path, capsys):
 
 
 def test_an_interrupted_study_is_gone_on_with(cli, colours, monkeypatch):
-    monkeypatch.setattr(optuna_search, "draw_study", lambda *_: None)
+    monkeypatch.setattr(visualization, "draw_study", lambda *_: None)
     run = ["--name", "a", "--data_dir", colours, *TUNE, "--n_trials", "3"]
     closed = []
     close_epoch = train.Keeper.close_epoch
@@ -229,7 +229,7 @@ def wait_for_another_worker() -> None:
             time.sleep(0.05)
         return score_trial(trial, folds=folds, train=train)
 
-    optuna_search.score_trial, optuna_search.draw_study = when_two_are_begun, lambda *_: None
+    optuna_search.score_trial, visualization.draw_study = when_two_are_begun, lambda *_: None
 
 
 @forks
