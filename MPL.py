@@ -629,7 +629,12 @@ def conclude(
             written.append(export.write(config.export, learners, work.inputs, work.data, results))
             frozen = work.architecture.frozen
             card = export.write_card(
-                config.export, figures, work.inputs, results, weights=config.weights, frozen=frozen
+                config.export,
+                figures,
+                dataclasses.asdict(work.inputs.preparation),
+                results,
+                weights=config.weights,
+                frozen=frozen,
             )
             written.append(card)
     print(report.result_table(figures))

@@ -503,11 +503,12 @@ def defaults(data_dir: str, **given: Any) -> dict[str, Any]:
 
 def changed(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of a run (:meth:`Config.options`) that are not at the default that its data, network, mode and recipe
-    give them, and the rest."""
+    give them, and the rest; without those that say how this one run was started."""
     usual = defaults(**{key: options[key] for key in ("data_dir", "model_name", "recipe", *MODES)})
     usual["recipe"] = Config.recipe
-    differ = {key: value for key, value in options.items() if value != usual[key]}
-    return differ, {key: value for key, value in options.items() if key not in differ}
+    differ = {key: value for key, value in options.items() if value != usual[key] and key not in OF_ONE_RUN}
+    rest = {key: value for key, value in options.items() if key not in differ and key not in OF_ONE_RUN}
+    return differ, rest
 
 
 def load_params(path: str) -> dict[str, Any]:

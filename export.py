@@ -217,12 +217,13 @@ def _described(training: Mapping[str, Any]) -> str:
 
 
 def write_card(
-    kind: str, figures: Mapping[str, Any], inputs: Inputs, results: Path, *, weights: str, frozen: bool
+    kind: str, figures: Mapping[str, Any], preparation: Mapping[str, Any], results: Path, *, weights: str, frozen: bool
 ) -> Path:
     """Write model_card.md. Returns its path.
 
     Args:
         figures: what metrics.json holds.
+        preparation: the fields of :class:`images.Preparation`.
         weights: where the backbone's come from; ``frozen``: whether they stay.
     """
     counts, trainings, classes = figures["counts"], figures["trainings"], figures["classes"]
@@ -235,12 +236,12 @@ def write_card(
     worst = sorted((i for i in range(len(f1)) if n[i]), key=f1.__getitem__)[:3]
     deep = (
         " Of images with more than 8 bits the values from {:g} to {:g} are shown, black to white."
-        if inputs.preparation.value_range
+        if preparation["value_range"]
         else ""
     )
     card = CARD.substitute(
-        dataclasses.asdict(inputs.preparation),
-        deep=deep.format(*inputs.preparation.value_range or ()),
+        preparation,
+        deep=deep.format(*preparation["value_range"] or ()),
         name=plain(results.name),
         n_classes=len(classes),
         classes=", ".join(map(plain, classes)),

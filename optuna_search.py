@@ -273,8 +273,8 @@ class Budget:
                 n_startup_trials=5, n_warmup_steps=trial_epochs(config) * 3 // 4, interval_steps=5
             ),
         )
-        known = self.study.user_attrs.get("options")
-        if known is None:
+        began_with = self.study.user_attrs.get("options")
+        if began_with is None:
             self.study.set_user_attr("images", images)
             self.study.set_user_attr("options", options)
         elif self.study.user_attrs.get("images") != images:
@@ -282,8 +282,8 @@ class Budget:
                 f"the study {config.name} was started on other images, labels or parts of them, so its trials cannot "
                 f"be compared with new ones: put {config.data_dir} back, or give another --name"
             )
-        elif differ := [key for key in options if known.get(key) != options[key]]:
-            listed = ", ".join(f"--{key} {options[key]} (there {known.get(key)})" for key in differ)
+        elif differ := [key for key in options if began_with.get(key) != options[key]]:
+            listed = ", ".join(f"--{key} {options[key]} (there {began_with.get(key)})" for key in differ)
             raise utils.CheckpointError(f"the study {config.name} was started with other options: {listed}")
 
     def trials(self, *states: TrialState) -> list[optuna.trial.FrozenTrial]:

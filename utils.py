@@ -364,12 +364,11 @@ OUT_OF_MEMORY = (  # how an error's text says so: CUDA's, ROCm's and Apple's, cu
 
 def is_want_of_memory(error: BaseException) -> bool:
     """Whether memory has run out, the processor's or an accelerator's."""
-    import torch
-
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     text = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in text for words in OUT_OF_MEMORY)
+    named = type(error).__name__ == "OutOfMemoryError"  # torch's, without importing it
+    return named or isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY)
 
 
 @contextlib.contextmanager

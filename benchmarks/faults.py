@@ -161,6 +161,7 @@ def outcome(cwd: Path, name: str) -> dict[str, Any]:
     left |= {"metrics": metrics, "files": sorted(path.name for path in (*results.iterdir(), *weights.iterdir()))}
     for file in (checkpoints.BEST, checkpoints.LAST):
         state = checkpoints.read_checked(weights / file)
+        state.get("progress", {}).pop("seconds", None)
         left[file] = {key: value for key, value in state.items() if key != "config"}
     return left
 

@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import args
+import checkpoints
 import images
 import models
-import predict
+import MPL
 import utils
 
 
@@ -33,13 +34,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     utils.keep_freed_memory()
-    saved = utils.load_checkpoint(Path(options.load_path), holds=utils.BEST_HOLDS)
-    config = args.configure(test_mode=True, load_path=options.load_path, predict_dir=options.folder)
-    config = args.inherit(config, saved["config"])
+    given = {"test_mode": True, "load_path": options.load_path, "predict_dir": options.folder}
+    start = MPL.find_start(args.configure(**given), agents=[])
+    config, saved = start.config, start.saved
     device = utils.pick_device("auto")
     precision = utils.pick_precision(config.amp, device)
     paths, _ = images.find_unlabeled("--folder", options.folder)
-    backbone = models.build_backbone(config.model_name, config.weights, config.img_size, saved["backbone"]["seed"])
+    backbone = models.build_backbone(config.model_name, config.weights, config.img_size, saved.backbone.seed)
     encode = models.Encoder(backbone, device, precision)
     prepare = images.Preparation(config.img_size, round(config.img_size * images.EVALUATION_RESIZE))
     batch = torch.stack([images.decode(Path(path), prepare) for path in paths[:128]])
@@ -47,8 +48,8 @@ def main() -> None:
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
             began = time.perf_counter()
-            folder = utils.RunFolder.named(place, "data", "run")
-            predict.label_folder(config, saved, folder, device, precision)
+            folder = checkpoints.RunFolder.named(place, "data", "run")
+            MPL.label_folder(start._replace(folder=folder), saved, options.folder, device, precision)
             rates["predict_dir"].append(len(paths) / (time.perf_counter() - began))
         began = time.perf_counter()
         done = 0

@@ -12,6 +12,7 @@ slower by chance too.
 
 import contextlib
 import copy
+import functools
 import itertools
 import multiprocessing
 import statistics
@@ -40,6 +41,9 @@ import utils
 
 CLASSES = 5
 CPU = torch.device("cpu")
+mpl_step = functools.partial(
+    train.mpl_step, aim=train.own_aim(temperature=1.05, threshold=0.75), settings=train.Settings()
+)
 
 
 def photographs(n: int, size: int) -> images.Index:
@@ -145,7 +149,7 @@ def frozen(model_name: str, weights: str, rounds: int) -> dict[str, float]:
     ]
 
     def fresh() -> None:
-        train.mpl_step(*learners, setting.batch(0, setting.views).to(CPU, encoder), 0)
+        mpl_step(*learners, setting.batch(0, setting.views).to(CPU, encoder), 0)
 
     pictures = setting.views("plain", setting.rows[:192], setting.rows[:192])
     with in_a_process(frozen_reference, model_name, weights) as theirs:
@@ -158,7 +162,7 @@ def frozen(model_name: str, weights: str, rounds: int) -> dict[str, float]:
 
         def cached() -> None:
             for _ in range(20):
-                train.mpl_step(*learners, setting.batch(2, source), 0)
+                mpl_step(*learners, setting.batch(2, source), 0)
 
         times = interleaved(
             3 * rounds,
@@ -199,7 +203,7 @@ def from_scratch(rounds: int) -> dict[str, float]:
         for name in ("teacher", "student")
     ]
     with in_a_process(whole_reference) as theirs:
-        return interleaved(rounds, reference=theirs, fresh=lambda: train.mpl_step(*learners, batch, 0))
+        return interleaved(rounds, reference=theirs, fresh=lambda: mpl_step(*learners, batch, 0))
 
 
 def main() -> None:

@@ -95,12 +95,19 @@ def test_to_overwrite_is_to_remove_the_files_of_a_run_and_nothing_else(folder, t
     assert left(tmp_path) == {path.split("/")[-1] for path in (*THEIRS, "config.json")}
 
 
-def test_a_run_that_writes_no_checkpoints_or_starts_from_one_does_not_remove_it(folder, tmp_path):
+def test_a_test_never_takes_the_place_of_a_training(folder, tmp_path):
     put(folder, *OURS)
-    with folder.claim(keep=False, overwrite=True, trains=False) as remove_old:
+    with (
+        pytest.raises(CheckpointError, match="of a training"),
+        folder.claim(keep=False, overwrite=True, trains=False) as remove_old,
+    ):
         remove_old()
-    assert left(tmp_path) == {"best_student.pth", "last.pth"}
-    with folder.claim(keep=False, overwrite=True, spare=[folder.checkpoints / checkpoints.BEST]) as remove_old:
+    assert {"best_student.pth", "last.pth"} <= left(tmp_path)
+
+
+def test_what_a_run_starts_from_stays(folder, tmp_path):
+    put(folder, *OURS)
+    with folder.claim(keep=False, overwrite=True, spare=folder.checkpoints / checkpoints.BEST) as remove_old:
         remove_old()
     assert left(tmp_path) == {"best_student.pth"}
 
@@ -195,7 +202,7 @@ def about():
         split=Manifest(["b", "c"], torch.tensor([0, -1]), ["test", "unlabeled"], torch.zeros(2, 16).byte(), before),
         backbone=models.Origin("vgg16", 3, "f1", {"weight": torch.arange(3.0)}),
         preparation=Preparation(16, 18, mean=(0.1, 0.2, 0.3), value_range=(0.0, 9.0)),
-        trainings=[checkpoints.Training("train", "pets", 1, 1, 0)],
+        trainings=[checkpoints.Training("train", "pets", 1, 1, 0), checkpoints.Training("finetune", "dogs", 2, 0, 1)],
         data_dir="/pets",
         unlabeled_dir=None,
     )

@@ -1,6 +1,7 @@
 """Numbers, labels and sentences that a run must not get wrong, however unusual its history is."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import types
@@ -277,7 +278,7 @@ def card(tmp_path: Path, *trainings: checkpoints.Training, n_val: int = 60, netw
         "temperature": None,
         "commands": {"label a folder of images": "python MPL.py"},
     }
-    preparation = images.Preparation(16, 18)
+    preparation = dataclasses.asdict(images.Preparation(16, 18))
     path = export.write_card("torch", figures, preparation, tmp_path, weights="default", frozen=True)
     return path.read_text(encoding="utf-8")
 

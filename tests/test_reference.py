@@ -24,7 +24,6 @@ def test_the_reference_computes_the_same_losses(joint):
     for body, twin in zip(bodies, twins, strict=True):
         twin.load_state_dict(body.state_dict())
     learners = [models.Learner(str(i), body, updates=0, lr=0.01, weight_decay=0.05) for i, body in enumerate(bodies)]
-    aim, settings = train.own_aim(temperature=1.05, threshold=0.4), train.Settings(uda_steps=1)
     optimizers = [torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=0.05) for twin in twins]
     aim, settings = train.own_aim(temperature=1.05, threshold=0.4), train.Settings(uda_steps=1)
     for step in range(6):

@@ -711,8 +711,8 @@ def kept_epoch(accuracies: list[float], n: int) -> int:
             made.model.weight.fill_(epoch)
         keeper.close_epoch(epoch, ("student",), {})
     kept = keeper.finish()["student"].model.weight
-    assert torch.equal(kept, torch.full_like(kept, float(keeper.best["epoch"])))
-    return keeper.best["epoch"]
+    assert torch.equal(kept, torch.full_like(kept, float(keeper.best.epoch)))
+    return keeper.best.epoch
 
 
 def test_two_standard_errors_by_hand():
