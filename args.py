@@ -20,7 +20,7 @@ FEEDBACKS = ("loss_difference", "dot", "cosine", "exact", "none")
 PSEUDO_LABELS = ("hard", "sampled", "soft")
 GROUPS = {
     "run": "Run",
-    "mode": "Mode (without one: train)",
+    "mode": "Mode (default: train)",
     "data": "Data",
     "model": "Model",
     "training": "Training",
@@ -76,7 +76,7 @@ class Config:
     seed: int = option(
         0,
         "run",
-        "random seed of the split, the initial weights and everything else that is drawn",
+        "random seed of the split, the initial weights and all other random choices",
         low=0,
         high=2**32 - 1,
     )
@@ -102,7 +102,9 @@ class Config:
         False, "mode", "role playing: two models swap the roles of teacher and student every epoch"
     )
     finetune_mode: bool = option(
-        False, "mode", "train on the labelled images alone: the student of --load_path, or a new network as a baseline"
+        False,
+        "mode",
+        "train on the labelled images alone: fine-tune the student of --load_path or, without it, a new network",
     )
     test_mode: bool = option(False, "mode", "test the networks of --load_path or --load_best without training them")
     predict_dir: str | None = option(
@@ -147,7 +149,7 @@ class Config:
     num_labels_percent: float = option(
         None,
         "data",
-        "share of the training images that keep their labels, at least one per class; the rest are used without",
+        "share of the training images that keep their labels, at least one per class; the others are used without theirs",
         low=0,
         high=100,
         unit="percent",
@@ -162,7 +164,8 @@ class Config:
     max_bad_percent: float = option(
         5.0,
         "data",
-        "share of image files that may be unreadable; they are left out and listed in bad_files.csv",
+        "share of image files that may be unreadable: they are left out and listed in bad_files.csv; above it the run is "
+        "refused",
         low=0,
         high=100,
         unit="percent",
@@ -186,8 +189,8 @@ class Config:
     views: int = option(
         None,
         "data",
-        "number of weakly and of strongly augmented views of each image that are made once and used again; 0: new ones "
-        "at every step",
+        "number of weakly and of strongly augmented views of each image that are precomputed and reused; 0: new ones at "
+        "every step",
         low=0,
         high=1024,
         shown="4 with a frozen backbone, else 0; digits: 8",
@@ -199,7 +202,7 @@ class Config:
         metavar="FOLDER",
         shown="transfermpl in the system's folder for caches, such as ~/.cache",
     )
-    cache_gb: float = option(10.0, "data", "largest size of --cache_dir; 0: features are not kept", low=0, unit="GiB")
+    cache_gb: float = option(10.0, "data", "maximum size of --cache_dir; 0: features are not kept", low=0, unit="GiB")
     num_workers: int = option(
         0,
         "data",
@@ -231,9 +234,7 @@ class Config:
         shown="head with pretrained weights, all with random ones",
     )
 
-    num_epochs: int = option(
-        100, "training", "length of the training; an epoch is one pass over the labelled images", low=1, unit="epochs"
-    )
+    num_epochs: int = option(100, "training", "length of the training; see --steps_per_epoch", low=1, unit="epochs")
     batch_size: int = option(64, "training", "labelled images per step", low=1)
     unlabeled_batch_size: int = option(
         None,
@@ -245,17 +246,17 @@ class Config:
     steps_per_epoch: int | None = option(
         None,
         "training",
-        "length of an epoch",
+        "length of an epoch: by default one pass over the labelled images",
         low=1,
         unit="steps",
-        shown="as many as one pass over the labelled images takes, at least 8",
+        shown="one pass, at least 8",
     )
-    lr: float = option(0.00263, "training", "highest learning rate of the one-cycle schedule", low=0)
+    lr: float = option(0.00263, "training", "peak learning rate of the one-cycle schedule", low=0)
     weight_decay: float = option(0.097, "training", "weight decay of the optimiser, AdamW", low=0)
     ema: float = option(
         0.0,
         "training",
-        "decay per step of an exponential moving average of the weights, which is tested in their place; 0: no average",
+        "decay per step of an exponential moving average of the weights, which is tested instead of them; 0: no average",
         low=0,
         high=0.999999,
     )
@@ -266,7 +267,7 @@ class Config:
     amp: str = option(
         None,
         "training",
-        "mixed precision; auto: bf16 where the hardware is faster in it",
+        "mixed precision; auto: bf16 where the hardware is faster with it",
         choices=("auto", "off", "bf16", "fp16"),
         shown="auto; digits: off",
     )
@@ -289,17 +290,16 @@ class Config:
     targets: str = option(
         None,
         "mpl",
-        "what the consistency loss trains the teacher to predict for unlabelled images: what it predicts for their "
-        "weakly augmented view (teacher, as published), or what a mixture model of the features of all training images "
-        "predicts (mixture)",
+        "targets of the consistency loss: the teacher's own predictions for weakly augmented views (teacher, as "
+        "published) or the predictions of a mixture model fitted to the features of all training images (mixture)",
         choices=("teacher", "mixture"),
         shown="mixture with a frozen pretrained backbone, else teacher",
     )
     alignment: str = option(
         None,
         "mpl",
-        "class shares to which predictions for unlabelled images are adjusted: those among the labels, those estimated "
-        "from the images, or none: no adjustment (as published)",
+        "make the predictions for all unlabelled images together have these class shares: those of the labels, shares "
+        "estimated from the images, or none (predictions stay as they are, as published)",
         choices=("labels", "estimated", "none"),
         shown="labels; with --unlabeled_dir estimated, or none with --targets teacher",
     )
@@ -328,28 +328,33 @@ class Config:
         shown="3 with --targets mixture; 0.27 with --targets teacher, digits: 1",
     )
     uda_steps: int = option(
-        80, "mpl", "number of steps in which that weight grows from 0 to --lambda_u", low=1, unit="steps"
+        80,
+        "mpl",
+        "number of steps over which the weight of the consistency loss grows to --lambda_u",
+        low=1,
+        unit="steps",
     )
     feedback: str = option(
         None,
         "mpl",
-        "how the teacher is told whether its pseudo labels helped the student: by how much the student's labelled loss "
-        "dropped (loss_difference), by the dot product or cosine of that loss's gradient and the student's step, by "
-        "differentiating through that step (exact), or not at all (none)",
+        "how the teacher is told whether its pseudo labels helped the student: the drop of the student's labelled loss "
+        "(loss_difference), the dot product of that loss's gradient with the student's step (dot), the cosine of the "
+        "gradients of that loss and of the pseudo labels' (cosine), differentiation through the step (exact), or "
+        "nothing (none)",
         choices=FEEDBACKS,
         shown="loss_difference; with --pseudo_label soft: exact",
     )
     pseudo_label: str = option(
         None,
         "mpl",
-        "what the student learns of an unlabelled image: the teacher's most likely class (hard), one drawn from its "
+        "what the student learns from an unlabelled image: the teacher's most likely class (hard), one drawn from its "
         "probabilities (sampled), or these probabilities (soft)",
         choices=PSEUDO_LABELS,
         shown="hard; with --feedback exact: soft",
     )
 
-    n_trials: int = option(100, "tuning", "number of trials, each with other values of the options", low=1)
-    timeout: float = option(10800.0, "tuning", "the search ends after this time", low=1, unit="seconds")
+    n_trials: int = option(100, "tuning", "number of trials, each with different values of the options", low=1)
+    timeout: float = option(10800.0, "tuning", "time limit of the search", low=1, unit="seconds")
     workers: int = option(1, "tuning", "number of processes on this machine that share the trials", low=1, high=256)
     storage: str | None = option(
         None,

@@ -315,21 +315,17 @@ def split_from_manifest(
         entry = then.get(path)
         if content not in by_digest:
             changes["new"].append(path)
-            if label == UNKNOWN:
-                part = "unlabeled"
-            elif given in ("val", "test"):
-                part = given
-            else:
-                part = "labeled" if all_labels and not testing else "test" if testing and not given else "unused"
-                aside += [path] * (part == "unused" and not testing)
-        elif entry is not None and entry.digest == content:
-            part = entry.part
-            if label != entry.label:
-                changes[LABEL_CHANGES[(entry.label == UNKNOWN) - (label == UNKNOWN)]].append(path)
-                part = _part_of_known(label, [entry], testing)
-        else:
+            part = _part_of_new(label, given, testing=testing, all_labels=all_labels)
+            if part == "unused" and not testing:
+                aside.append(path)
+        elif entry is None or entry.digest != content:
             changes["renamed or copied"].append(path)
             part = _part_of_known(label, by_digest[content], testing or given in ("val", "test"))
+        elif label != entry.label:
+            changes[_label_change(entry.label, label)].append(path)
+            part = _part_of_known(label, [entry], testing)
+        else:
+            part = entry.part
         if content in conflicting:  # no label of it is believed
             part = "unlabeled" if part in ("labeled", "unlabeled") and content in by_digest else "unused"
         parts.append(part)
@@ -349,13 +345,29 @@ def split_from_manifest(
     if testing and len(changes["new"]) == len(index):
         tested = counted(len(split.test), "labelled image is", "labelled images are")
         return split, [f"no image of the training is among them: {tested} tested on"]
-    notes = [f"the folder has changed since the training: {', '.join(listed)}"] * bool(listed)
+    notes = [f"the folder has changed since the training: {', '.join(listed)}"] if listed else []
     if aside:
         notes.append(f"{counted(len(aside), 'new label')} not used: the training used a share of the labels only")
     return split, notes
 
 
-LABEL_CHANGES = ("with another label", "with a label now", "that lost their label")  # at 0, 1 and -1
+LABEL_CHANGES = ("with another label", "with a label now", "that lost their label")
+
+
+def _label_change(then: int, now: int) -> str:
+    """Which of ``LABEL_CHANGES`` an image's label went through."""
+    return LABEL_CHANGES[1 if then == UNKNOWN else 2 if now == UNKNOWN else 0]
+
+
+def _part_of_new(label: int, given: str, *, testing: bool, all_labels: bool) -> str:
+    """The part of an image with bytes that the checkpoint does not know, in the ``given`` part of the user's folders."""
+    if label == UNKNOWN:
+        return "unlabeled"
+    if given in ("val", "test"):
+        return given
+    if testing:
+        return "unused" if given else "test"
+    return "labeled" if all_labels else "unused"
 
 
 def _part_of_known(label: int, then: Sequence[_Then], testing: bool) -> str:
@@ -534,7 +546,10 @@ def weak_view(size: int, *, mirror: bool) -> v2.Transform:
 
 
 def strong_view(augmentation: str, size: int, *, mirror: bool) -> v2.Transform:
-    """The original project's augmentations (``transfer``), or the paper's RandAugment with Cutout (``randaugment``)."""
+    """The original project's augmentations (``transfer``), or the paper's RandAugment with Cutout (``randaugment``).
+
+    Whoever changes what a view looks like raises ``images.Preparation.version``, by which kept features are known.
+    """
     if augmentation == "transfer":
         return v2.Compose(
             [v2.RandomHorizontalFlip()] * mirror
@@ -547,6 +562,8 @@ def strong_view(augmentation: str, size: int, *, mirror: bool) -> v2.Transform:
                 v2.RandomApply([AdditiveNoise(0.1)], p=0.2),
             ]
         )
+    if augmentation != "randaugment":
+        raise ValueError(f"no such augmentation: {augmentation}")
     return v2.Compose(
         [
             weak_view(size, mirror=mirror),

@@ -193,18 +193,19 @@ def uda_loss(
 def mpl_step(
     teacher: Learner, student: Learner, batch: Batch, step: int, *, aim: Aim, settings: Settings
 ) -> Measurements:
-    """One step of Meta Pseudo Labels (Pham et al., arXiv 2003.10580, algorithm 1), in its order.
+    """One step of Meta Pseudo Labels (Pham et al., arXiv 2003.10580, algorithm 1, with its UDA loss).
 
     With theta' the student after its step on the pseudo labels y, the teacher descends the student's labelled loss:
-    the gradient of L(theta') in the teacher is ``h * grad CE(T(x_u), y)`` with ``h ~ L(theta) - L(theta')``, by the
-    score-function identity (the paper's eq. 12). h is positive when the student improved, and then the teacher makes
-    the labels it gave more likely.
+    the gradient of L(theta') in the teacher is ``h * grad CE(T(x_u), y)`` with ``h ~ L(theta) - L(theta')`` (its
+    learning rate is in the difference), by the score-function identity (the paper's eq. 12), which holds for sampled
+    labels and is used with hard ones too. h is positive when the student improved, and then the teacher makes the
+    labels it gave more likely.
 
     Returns:
         Scalars on the device: loss_l, loss_u, loss_s, loss_mpl, h and, where a threshold decides which images count,
         mask_rate.
     """
-    # What the teacher learns by itself, and what it says of the views that it is to label.
+    # What the teacher learns by itself, and its logits, as aligned, of the views that it is to label.
     x_u = batch.x_u  # [P, ...]
     loss_uda, t_logits_u, measured = uda_loss(teacher, batch, x_u, step, aim=aim, settings=settings)
 

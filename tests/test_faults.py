@@ -693,7 +693,7 @@ def test_a_signal_at_the_end_stops_at_once(cli, colours, monkeypatch):
 
 def test_closed_output_and_a_reader_that_leaves_stop_nothing(cli, colours):
     """Python itself says what it cannot write when it ends, so these are started by a shell."""
-    run = cli.command("--data_dir", colours, *TINY, "--finetune_mode", "--num_epochs", "2")
+    run = cli.command("--data_dir", colours, *TINY, "--finetune_mode", "--num_epochs", "1", "--test_percent", "0")
     for i, redirection in enumerate((">&- 2>&-", "| head -c 1 >/dev/null", ">/dev/full")):
         script = f'set -o pipefail; "$@" --name r{i} {redirection}'
         done = subprocess.run(["bash", "-c", script, "bash", *run], cwd=cli.cwd, capture_output=True, text=True)
