@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -272,12 +273,19 @@ def synced(model: nn.Module, device: torch.device) -> nn.Module:
     """
     if world() == 1:
         return model
-    from timm.layers import BatchNormAct2d, convert_sync_batchnorm  # which takes a second to import
+    known: list[type] = [nn.BatchNorm1d, nn.BatchNorm2d]
+    if "timm" in sys.modules:  # which takes seconds to import; else the network has nothing of it
+        from timm.layers import BatchNormAct2d
 
+        known.append(BatchNormAct2d)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d):
+            if type(module) not in known:
                 raise UsageError(f"{type(module).__name__} cannot be shared among processes: use --trainable head")
             if device.type == "cpu":
                 module.__class__ = SyncedBatchNorm
-    return model if device.type == "cpu" else convert_sync_batchnorm(model)  # PyTorch's own would drop activations
+    if device.type == "cpu":
+        return model
+    from timm.layers import convert_sync_batchnorm
+
+    return convert_sync_batchnorm(model)  # PyTorch's own would drop activations

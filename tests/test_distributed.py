@@ -135,7 +135,7 @@ def test_every_step_is_that_of_one_process_to_the_last_digits(tmp_path):
                 assert other[key] == pytest.approx(value, abs=1e-7), (feedback, number, key)
 
 
-LONG = ["--num_epochs", "60", "--warmup_epoch_num", "2", "--lr", "1e-4", "--switch_mode", *STEPWISE]
+LONG = ["--num_epochs", "20", "--warmup_epoch_num", "2", "--lr", "1e-4", "--switch_mode", *STEPWISE]
 
 
 @pytest.fixture(scope="module")
@@ -149,24 +149,24 @@ def test_the_command_takes_the_steps_of_one_process(alone, whole):
     alone.inside("--name", "one", "--data_dir", alone.colours, *LONG)
     assert whole.count("; tested on") == 1  # one speaks for all
     ours, theirs = history(alone, "one"), history(alone, "whole")
-    assert len(ours) == len(theirs) == 120
+    assert len(ours) == len(theirs) == 40
     assert_same_steps(ours[:24], theirs[:24])
     for name in ("one", "whole"):
         assert (alone.cwd / "results" / name / "report.html").exists()
 
 
 def test_a_run_goes_on_with_another_number_of_processes(alone):
-    options = ["--num_epochs", "80", "--warmup_epoch_num", "4", *STEPWISE]
+    options = ["--num_epochs", "24", "--warmup_epoch_num", "2", *STEPWISE]
     process = subprocess.Popen(
         torchrun(alone, 2, "--name", "moved", *options), cwd=alone.cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    wait_for_line(process, b"epoch 8/")
+    wait_for_line(process, b"epoch 4/")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert (alone.cwd / "checkpoints/colours/moved/last.pth").exists()
     alone.inside("--name", "moved", "--resume", "--data_dir", alone.colours, *options)
     epochs = [int(row["epoch"]) for row in history(alone, "moved") if row["network"] == "teacher"]
-    assert epochs == list(range(80))
+    assert epochs == list(range(24))
 
 
 def wait_for_line(process, beginning):
@@ -191,7 +191,7 @@ def test_a_killed_process_is_restarted_and_the_run_ends_as_if_it_had_not_been(al
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    wait_for_line(process, b"epoch 12/")
+    wait_for_line(process, b"epoch 4/")
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=150)
     assert process.returncode == 0, errors.decode()
@@ -245,8 +245,9 @@ sys.path[:0] = [sys.argv.pop(1)]
 import utils
 utils.open_output(silent=os.environ["RANK"] != "0")
 import torch.distributed as dist
-import args, images, MPL
+import args, images, MPL, visualization
 images.STORE_BYTES = 0  # no image is kept in memory
+visualization.pictures = lambda results: ()
 train_networks = MPL.train_networks
 
 def train_then_lose(work, *rest, **more):
