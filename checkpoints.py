@@ -510,7 +510,7 @@ def learned_from(config: Config, data: Data, saved: Checkpoint | None) -> list[T
     return [*(saved.trainings if saved else ()), now]
 
 
-def describe(trainings: Sequence[Training], dataset: str) -> str:
+def describe_trainings(trainings: Sequence[Training], dataset: str) -> str:
     """What networks have learned from, in words: ``53 labels and 1,600 images without``.
 
     Args:
