@@ -195,7 +195,7 @@ class RunFolder:
 
                 def begin() -> None:
                     if overwrite:
-                        self._set_aside([path for path in old if version(path) == old[path]], spare)
+                        self._set_aside([path for path in old if path.exists() and version(path) == old[path]], spare)
                     else:
                         self._keep_edited()
 
