@@ -13,7 +13,7 @@ import args
 import utils
 
 if __name__ == "__main__":
-    utils.open_output(silent=args.rank() > 0)  # one of several processes speaks for all
+    utils.open_output(silent=not args.speaks())
     CONFIG = args.parse()  # before torch is imported: --help and a wrong option are answered at once
     # How long an OpenMP thread spins for the others. By default so long that two runs on the same cores are ten times
     # slower than one after the other; this costs a run that has them to itself nothing measurable.
@@ -86,7 +86,7 @@ def run(config: Config, signals: Signals) -> None:
     with distributed.joined(device):
         start = find_start(config, distributed.agents())
         if start.saved is not None and start.config.predict_dir is not None:
-            label_folder(start, start.saved, start.config.predict_dir, device, precision)
+            label_predict_dir(start, start.saved, start.config.predict_dir, device, precision)
             return
         with distributed.one_first():
             found = find_data(start)
@@ -285,7 +285,7 @@ def make_ready(start: Start, found: data.Data, device: torch.device, precision: 
     """Open the networks and their inputs."""
     config = start.config
     architecture, preparation = open_networks(start, found.index, device, precision)
-    inputs = open_inputs(config, images.Images(found.index, preparation), architecture, device, precision)
+    inputs = inputs_for(config, images.Images(found.index, preparation), architecture, device, precision)
     notes = [*found.notes]
     if preparation.value_range:
         low, high = preparation.value_range
@@ -297,7 +297,7 @@ def make_ready(start: Start, found: data.Data, device: torch.device, precision: 
     return Work(start, found, architecture, inputs, notes)
 
 
-def open_inputs(
+def inputs_for(
     config: Config,
     decoded: images.DecodedImages,
     architecture: models.Architecture,
@@ -379,7 +379,7 @@ def carry_out(work: Work, begin: Callable[[], None], signals: Signals, began: fl
     for line in work.notes:
         print(line)
     if config.print_model:
-        print(models.describe(work.architecture, config.seed))
+        print(models.describe_network(work.architecture, config.seed))
     trained: dict[str, models.Learner] = {}
     defaults = None
     if config.mode == "optuna":
@@ -482,7 +482,7 @@ def write_beginning(work: Work) -> None:
         if found.index.bad:
             predict.list_bad(results, found.index.bad)
     if config.show_images:
-        draw_samples(work)
+        show_samples(work)
 
 
 def write_config(config: Config, folder: RunFolder) -> None:
@@ -490,7 +490,7 @@ def write_config(config: Config, folder: RunFolder) -> None:
         utils.write_json(folder.results / name, config.options())
 
 
-def label_folder(
+def label_predict_dir(
     start: Start, saved: BestCheckpoint, predict_dir: str, device: torch.device, precision: torch.dtype | None
 ) -> None:
     """Label ``--predict_dir``. What another run of the name has left stays until that is done."""
@@ -509,7 +509,7 @@ def label_folder(
         architecture, preparation = open_networks(start, index, device, precision)
         stream = predict.Stream(index, preparation, ahead=device.type != "cpu")
         once = dataclasses.replace(config, cache_gb=0.0)  # what is looked at once is not kept
-        inputs = open_inputs(once, stream, architecture, device, precision)
+        inputs = inputs_for(once, stream, architecture, device, precision)
         learners = loaded_learners(config, saved, architecture, inputs)
         print(f"{utils.counted(len(index), 'image')} in {predict_dir}, {' and '.join(learners)} of {config.load_path}")
         predict.label_folder(stream, learners, inputs, folder.results, what=what)
@@ -560,7 +560,7 @@ def ready_to_test(work: Work, trained: Mapping[str, models.Learner]) -> tuple[Wo
         learners |= dict(zip(["teacher"], [*loaded.values()][1:], strict=False))  # unchanged, beside the new student
     if config.export is not None and work.inputs.precision is not None:
         print("tested in float32, as what is exported computes")
-        inputs = open_inputs(config, work.inputs.views.images, work.architecture, work.inputs.device, None)
+        inputs = inputs_for(config, work.inputs.views.images, work.architecture, work.inputs.device, None)
         work = work._replace(inputs=inputs)
         for learner in learners.values():
             learner.precision = None
@@ -621,12 +621,12 @@ def conclude(
         with attempts.attempt(name, needed=False):
             written.append(draw())
     with attempts.attempt("report.html", needed=False):
-        written.append(report.write(results))
+        written.append(report.write_report(results))
     if config.export is not None:
         import export
 
         with attempts.attempt(f"--export {config.export}"):
-            written.append(export.write(config.export, learners, work.inputs, work.data, results))
+            written.append(export.write_model(config.export, learners, work.inputs, work.data, results))
             frozen = work.architecture.frozen
             card = export.write_card(
                 config.export,
@@ -668,7 +668,7 @@ def figures_of(
         "model_name": config.model_name,
         "counts": work.data.split.counts() | {part: len(each) for part, each in rows.items()},
         "trainings": [dataclasses.asdict(training) for training in trainings],
-        "learned_from": checkpoints.describe(trainings, work.data.index.name),
+        "learned_from": checkpoints.describe_trainings(trainings, work.data.index.name),
         "networks": {name: "trained" if name in (trained or ()) else "loaded" for name in learners},
         "test": scores["test"],
         "val": scores["val"],
@@ -759,7 +759,7 @@ def draw_grid(work: Work, rows: np.ndarray, captions: Sequence[str], title: str,
     return visualization.draw_images(np.stack(pictures), shown, title, path)
 
 
-def draw_samples(work: Work, columns: int = 8, views: int = 2) -> None:
+def show_samples(work: Work, columns: int = 8, views: int = 2) -> None:
     """Write samples.png: labelled images of different classes, with weak and strong views of each."""
     import visualization
 

@@ -149,7 +149,7 @@ class Config:
     num_labels_percent: float = option(
         None,
         "data",
-        "share of the training images that keep their labels, at least one per class; the others are used without theirs",
+        "share of the training images that keep their labels, at least one per class; all others are used without",
         low=0,
         high=100,
         unit="percent",
@@ -164,8 +164,8 @@ class Config:
     max_bad_percent: float = option(
         5.0,
         "data",
-        "share of image files that may be unreadable: they are left out and listed in bad_files.csv; above it the run is "
-        "refused",
+        "share of image files that may be unreadable: they are left out and listed in bad_files.csv; with more of "
+        "them the run is refused",
         low=0,
         high=100,
         unit="percent",
@@ -189,8 +189,8 @@ class Config:
     views: int = option(
         None,
         "data",
-        "number of weakly and of strongly augmented views of each image that are precomputed and reused; 0: new ones at "
-        "every step",
+        "number of weakly and of strongly augmented views of each image that are precomputed and reused; 0: new ones "
+        "at every step",
         low=0,
         high=1024,
         shown="4 with a frozen backbone, else 0; digits: 8",
@@ -256,7 +256,7 @@ class Config:
     ema: float = option(
         0.0,
         "training",
-        "decay per step of an exponential moving average of the weights, which is tested instead of them; 0: no average",
+        "decay per step of an exponential moving average of the weights, which is then what is tested; 0: no average",
         low=0,
         high=0.999999,
     )
@@ -438,16 +438,16 @@ def command_line(config: Config) -> str:
     return written({"name": config.name} | given)
 
 
-def rank() -> int:
-    """This process's number among those that torchrun started; 0 if it started none."""
-    return int(os.environ.get("RANK", "0")) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+def speaks() -> bool:
+    """Whether this process prints: of those that torchrun started, the first speaks for all."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
 
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose error is one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n" * (rank() == 0))  # one of several processes speaks for all
+        self.exit(2, f"{self.prog}: {message}\n" if speaks() else None)
 
 
 def build_parser() -> argparse.ArgumentParser:

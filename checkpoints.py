@@ -195,7 +195,7 @@ class RunFolder:
 
                 def begin() -> None:
                     if overwrite:
-                        self._set_aside([path for path in old if version(path) == old[path]], spare)
+                        self._set_aside([path for path in old if path.exists() and version(path) == old[path]], spare)
                     else:
                         self._keep_edited()
 
@@ -510,7 +510,7 @@ def learned_from(config: Config, data: Data, saved: Checkpoint | None) -> list[T
     return [*(saved.trainings if saved else ()), now]
 
 
-def describe(trainings: Sequence[Training], dataset: str) -> str:
+def describe_trainings(trainings: Sequence[Training], dataset: str) -> str:
     """What networks have learned from, in words: ``53 labels and 1,600 images without``.
 
     Args:

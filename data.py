@@ -360,7 +360,7 @@ def _label_change(then: int, now: int) -> str:
 
 
 def _part_of_new(label: int, given: str, *, testing: bool, all_labels: bool) -> str:
-    """The part of an image with bytes that the checkpoint does not know, in the ``given`` part of the user's folders."""
+    """The part of an image that the checkpoint does not know, in the ``given`` part of the user's folders."""
     if label == UNKNOWN:
         return "unlabeled"
     if given in ("val", "test"):

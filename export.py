@@ -57,7 +57,7 @@ def require_packages(kind: str) -> None:
         raise utils.UsageError(f"--export {kind}: pip install {' '.join(missing)}")
 
 
-def write(kind: str, learners: Mapping[str, Learner], inputs: Inputs, data: Data, results: Path) -> Path:
+def write_model(kind: str, learners: Mapping[str, Learner], inputs: Inputs, data: Data, results: Path) -> Path:
     """Export the ensemble of the learners and compare it with them. Returns the file written."""
     body = inputs.encode.body if isinstance(inputs.encode, Encoder) else nn.Identity()
     heads = [each.model if each.ema is None else each.ema.module for each in learners.values()]

@@ -619,7 +619,7 @@ class Learner:
         self.offset = state["offset"].to(self.device)
 
 
-def describe(architecture: Architecture, seed: int) -> str:
+def describe_network(architecture: Architecture, seed: int) -> str:
     """The network and its parameter counts, for ``--print_model``."""
     backbone, model = architecture.backbone, architecture.new_network("student", seed)
     network = nn.Sequential(backbone.body, model) if architecture.frozen else model

@@ -34,7 +34,7 @@ FEW = 50  # test images
 PICTURE_NAMES = {"graphs": "curves", "optuna_history": "history of the search"}
 
 
-def write(results: Path) -> Path:
+def write_report(results: Path) -> Path:
     """Make the page of a run folder. Returns its path.
 
     Raises:

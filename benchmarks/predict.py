@@ -49,7 +49,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
             began = time.perf_counter()
             folder = checkpoints.RunFolder.named(place, "data", "run")
-            MPL.label_folder(start._replace(folder=folder), saved, options.folder, device, precision)
+            MPL.label_predict_dir(start._replace(folder=folder), saved, options.folder, device, precision)
             rates["predict_dir"].append(len(paths) / (time.perf_counter() - began))
         began = time.perf_counter()
         done = 0

@@ -383,4 +383,4 @@ def test_a_rank_in_the_environment_silences_no_run_that_torchrun_did_not_start(t
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, env=there)
     assert done.returncode == 2
     assert "--seed -1" in done.stderr
-    assert args.rank() == 0
+    assert args.speaks()

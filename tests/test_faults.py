@@ -646,7 +646,7 @@ def test_an_image_that_becomes_unreadable_in_training_stops_it_where_it_can_go_o
 def test_a_picture_or_a_report_that_fails_costs_a_line(cli, colours, monkeypatch):
     monkeypatch.setattr(visualization, "draw_curves", raises(ValueError("\n no\ncurve")))
     monkeypatch.setattr(visualization, "draw_samples", raises(ValueError("no view")))
-    monkeypatch.setattr(report, "write", raises(KeyError("test")))
+    monkeypatch.setattr(report, "write_report", raises(KeyError("test")))
     done = cli.inside("--name", "a", "--data_dir", colours, "--show_images", *RUN, pictures=True)
     assert "samples.png could not be drawn: ValueError: no view\n" in done.stdout
     assert "graphs.png could not be drawn: ValueError: no curve\n" in done.stdout

@@ -260,7 +260,7 @@ def test_every_training_is_remembered_with_its_own_data_set():
     ],
 )
 def test_what_was_learned_from_is_credited_to_its_own_data_set(trainings, dataset, words):
-    assert checkpoints.describe(trainings, dataset) == words
+    assert checkpoints.describe_trainings(trainings, dataset) == words
 
 
 def card(tmp_path: Path, *trainings: checkpoints.Training, n_val: int = 60, networks: dict | None = None) -> str:

@@ -192,7 +192,7 @@ def test_a_search_shows_its_best_options_and_the_scores_without_tuning(write, tm
     write("first")
     (tmp_path / "first/best_params.json").write_text('{"lr": 0.02}')
     (tmp_path / "first/metrics.json").write_text(json.dumps(changed(defaults={"test": {"student": SCORES}, "val": {}})))
-    said = Page(report.write(tmp_path / "first").read_text(encoding="utf-8")).text
+    said = Page(report.write_report(tmp_path / "first").read_text(encoding="utf-8")).text
     assert "The same without tuning: accuracy balanced macro F1 ECE validation student 75.00% 70.00% 0.500" in said
     assert "Best options found option value lr 0.02 " in said
 
