@@ -320,7 +320,7 @@ def test_help_groups_the_options_and_imports_nothing_that_takes_time():
     assert "argparse" in imported
     assert not {"torch", "numpy", "matplotlib", "PIL"} & imported
     shown = " ".join(done.stdout.split())
-    for expected in ("Mode (without one: train):", "Meta Pseudo Labels:", "(default: 0.75)"):
+    for expected in ("Mode (default: train):", "Meta Pseudo Labels:", "(default: 0.75)"):
         assert expected in shown
     for expected in ("(default: 10800 seconds)", "(default: 3 percent; 100 with --unlabeled_dir)", "(default: best)"):
         assert expected in shown
