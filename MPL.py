@@ -62,7 +62,7 @@ def main(config: Config) -> int:
     except distributed.Left as left:
         return left.exit_code
     except Interrupted as stop:
-        hint = "; --resume goes on from here" if signals.pending is not None else ""
+        hint = "; --resume goes on from here" if signals.state_is_saved else ""
         if not distributed.rank():
             print(f"\nMPL.py: stopped by {signal.Signals(stop.number).name}{hint}", file=sys.stderr)
         return 128 + stop.number
@@ -172,13 +172,12 @@ def take_over(config: Config, saved: BestCheckpoint) -> Config:
         DataError: the folder that it was trained on is neither where it was nor where its name leads from here.
         ValueError: an option was given that contradicts the checkpoint.
     """
-    config = args.inherit(config, saved.config)
     if config.predict_dir is not None:
-        return config
+        return args.inherit(config, saved.config)
     own = checkpoints.own_folders(config.output_dir)
-    elsewhere = os.path.realpath(images.innermost(config.data_dir, own)) != saved.data_dir
-    if "data_dir" in config.given and elsewhere and "unlabeled_dir" not in config.given:
-        return dataclasses.replace(config, unlabeled_dir=images.unlabeled_beside(config.data_dir, own))
+    if "data_dir" in config.given and os.path.realpath(images.innermost(config.data_dir, own)) != saved.data_dir:
+        return args.inherit(config, saved.config | {"unlabeled_dir": images.unlabeled_beside(config.data_dir, own)})
+    config = args.inherit(config, saved.config)
     moved: dict[str, Any] = {}
     for key, there in (("data_dir", saved.data_dir), ("unlabeled_dir", saved.unlabeled_dir)):
         value = getattr(config, key)
@@ -387,6 +386,7 @@ def carry_out(work: Work, begin: Callable[[], None], signals: Signals, began: fl
 
         train_one = functools.partial(train_trial, work, signals)
         tuned = optuna_search.search(config, work.data, work.features, train_one, folder.results, begin)
+        folder.note_written("best_params.json")
         print("training once with the options as given, and once with the best:")
         _, defaults = score(work, train_networks(work, signals))
         work = work._replace(start=work.start._replace(config=tuned, last=folder.take_up(tuned)))
@@ -478,6 +478,7 @@ def write_beginning(work: Work) -> None:
     config, results, found = work.start.config, work.start.folder.results, work.data
     if not config.resume or not (results / checkpoints.CONFIG).exists():
         write_config(config, work.start.folder)
+    if not config.resume or not (results / "split.csv").exists():
         utils.write_atomically(results / "split.csv", data.split_to_csv(found.index, found.split))
         if found.index.bad:
             predict.list_bad(results, found.index.bad)
@@ -488,6 +489,7 @@ def write_beginning(work: Work) -> None:
 def write_config(config: Config, folder: RunFolder) -> None:
     for name in (checkpoints.CONFIG, "commandline_args.txt"):
         utils.write_json(folder.results / name, config.options())
+        folder.note_written(name)
 
 
 def label_predict_dir(

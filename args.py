@@ -299,7 +299,8 @@ class Config:
         None,
         "mpl",
         "make the predictions for all unlabelled images together have these class shares: those of the labels, shares "
-        "estimated from the images, or none (predictions stay as they are, as published)",
+        "estimated from the images, or none (predictions stay as they are, as published; the targets of a mixture "
+        "have the labels' shares all the same)",
         choices=("labels", "estimated", "none"),
         shown="labels; with --unlabeled_dir estimated, or none with --targets teacher",
     )
@@ -737,7 +738,7 @@ def _check_network(config: Config) -> None:
 
 
 def _check_training(config: Config) -> None:
-    if config.warmup_epoch_num >= config.num_epochs and config.mode in ("train", "switch"):
+    if config.warmup_epoch_num >= config.num_epochs and not (config.finetune_mode or config.test_mode):
         raise ValueError(
             f"--warmup_epoch_num {config.warmup_epoch_num} leaves the student nothing of --num_epochs "
             f"{config.num_epochs}: lower it"

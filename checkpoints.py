@@ -68,7 +68,7 @@ IN_RESULTS = (*OF_BEGINNING, *OF_STUDY, *OF_NETWORKS)
 IN_CHECKPOINTS = (BEST, LAST)
 OF_TRAINING = (*IN_CHECKPOINTS, "history.csv", "study.db")  # what a test does not leave, and could not make again
 # What a run that goes on writes over; the rest it leaves or adds to.
-WRITTEN_ANEW = (CONFIG, "commandline_args.txt", "best_params.json", *OF_NETWORKS)
+WRITTEN_ANEW = (CONFIG, "commandline_args.txt", "best_params.json", *(name for name in OF_NETWORKS if name != WRITTEN))
 REPLACED = ".replaced"  # the folder beside a run's files for those that it replaces; the next is .replaced2
 
 
@@ -221,17 +221,21 @@ class RunFolder:
         self._set_aside(_files(self.results, OF_NETWORKS) + _files(self.checkpoints, IN_CHECKPOINTS))
         return None
 
-    def note_written(self) -> None:
-        """Remember how the run leaves what it would write anew if it went on."""
-        files = [path for path in self.written()["results"] if path.name in WRITTEN_ANEW]
-        write_json(self.results / WRITTEN, {path.name: _digest(path) for path in files})
+    def note_written(self, *names: str) -> None:
+        """Remember how the run leaves files that it would write anew if it went on; without ``names`` all of them."""
+        files = [path for path in self.written()["results"] if path.name in (names or WRITTEN_ANEW)]
+        known = self._digests() if names else {}
+        write_json(self.results / WRITTEN, known | {path.name: _digest(path) for path in files})
+
+    def _digests(self) -> dict[str, str]:
+        try:
+            return dict(json.loads((self.results / WRITTEN).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return {}
 
     def _keep_edited(self) -> None:
         """Rename the files that are not as the run left them, for it is about to write them anew."""
-        try:
-            digests = json.loads((self.results / WRITTEN).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return
+        digests = self._digests()
         for path in [self.results / name for name in WRITTEN_ANEW if name in digests]:
             if path.is_file() and _digest(path) != digests[path.name]:
                 names = (f"{path.stem}.edited{n or ''}{path.suffix}" for n in itertools.count())
@@ -737,6 +741,7 @@ class SavingKeeper(Keeper):
         """Write history.csv, as far as it goes."""
         rows = [HISTORY, *([row[key] for key in HISTORY] for row in self.history)]
         write_atomically(self.folder.results / "history.csv", BOM + csv_bytes(rows))
+        self.folder.note_written("history.csv")
 
     def save_best(self) -> None:
         """Write the weights of the best epoch so far, if they are not written yet."""

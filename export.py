@@ -227,7 +227,13 @@ def write_card(
         weights: where the backbone's come from; ``frozen``: whether they stay.
     """
     counts, trainings, classes = figures["counts"], figures["trainings"], figures["classes"]
-    labeled, unlabeled = (sum(each[part] for each in trainings) for part in ("labeled", "unlabeled"))
+    labeled, unlabeled = (
+        sum(
+            max(each[part] for each in trainings if each["dataset"] == name)
+            for name in {each["dataset"] for each in trainings}
+        )
+        for part in ("labeled", "unlabeled")
+    )  # what several trainings on one data set learned from is nearly the same
     networks = [
         "unchanged " * (came == "loaded" and figures["mode"] != "test") + name.replace("_", " ")
         for name, came in figures["networks"].items()

@@ -145,7 +145,9 @@ def validation_folds(config: Config, data: Data, features: mixture.Features) -> 
     """
     times = 2 if config.data_dir == "digits" else 3
     split, n_val = data.split, len(data.split.val)
-    config = dataclasses.replace(config, num_epochs=trial_epochs(config))
+    epochs = trial_epochs(config)
+    warmup = config.warmup_epoch_num * epochs // config.num_epochs  # as large a part of a trial, if it was given
+    config = dataclasses.replace(config, num_epochs=epochs, warmup_epoch_num=warmup)
     seeded = [dataclasses.replace(config, seed=config.seed + s) for s in range(times)]
     each = f"each trial trains {times} times for {utils.counted(config.num_epochs, 'epoch')}"
     pool = np.union1d(split.labeled, split.val)

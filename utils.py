@@ -325,6 +325,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.pending: int | None = None
+        self.state_is_saved = False  # when the program stops
         self._deferred = False
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
@@ -348,6 +349,7 @@ class Signals:
 
     def stop_if_asked(self) -> None:
         if self.pending is not None:
+            self.state_is_saved = True
             raise Interrupted(self.pending)
 
 

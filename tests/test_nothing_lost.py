@@ -375,3 +375,31 @@ def test_a_picture_of_compared_runs_replaces_none_unasked(tmp_path, monkeypatch,
     assert (tmp_path / "compare.png").read_bytes() == b"mine"
     monkeypatch.setattr(sys, "argv", ["visualization.py", "results/a", "--out", "compare.png"])
     assert visualization.main() == 0
+
+
+def test_a_table_with_notes_of_the_users_outlives_an_edited_configuration(trained):
+    split, options = (results(trained) / name for name in ("split.csv", "config.json"))
+    split.write_bytes(split.read_bytes() + b"mine\n")
+    options.write_text(options.read_text() + "\n")
+    trained.inside("--name", "A", *RUN, "--resume")
+    assert split.read_bytes().endswith(b"mine\n")
+    assert (results(trained) / "config.edited.json").exists()
+
+
+def test_what_was_edited_in_a_run_that_was_stopped_is_kept_too(cli, monkeypatch):
+    with monkeypatch.context() as patch:
+        save = checkpoints.SavingKeeper.close_step
+
+        def stop_at_the_third(keeper, done, stop):
+            save(keeper, done, stop=done == 3)
+            if done == 3:
+                raise utils.Interrupted(signal.SIGTERM)
+
+        patch.setattr(checkpoints.SavingKeeper, "close_step", stop_at_the_third)
+        cli.inside("--name", "A", *RUN, check=143)
+    history = results(cli) / "history.csv"
+    history.write_bytes(history.read_bytes() + b"mine\n")
+    out = cli.inside("--name", "A", *RUN, "--resume").stdout
+    assert "history.csv is not as the run left it: kept as history.edited.csv" in out
+    assert (results(cli) / "history.edited.csv").read_bytes().endswith(b"mine\n")
+    assert [path.name for path in results(cli).glob("*.edited*")] == ["history.edited.csv"]

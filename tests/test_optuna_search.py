@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -17,6 +18,7 @@ from conftest import TINY
 
 import args
 import data
+import images
 import optuna_search
 import train
 import utils
@@ -309,3 +311,16 @@ def test_a_worker_on_another_device_may_join(tmp_path):
     optuna_search.Budget(config(device="cuda:1"), url, "")
     with pytest.raises(utils.CheckpointError, match="--seed 7"):
         optuna_search.Budget(config(seed=7), url, "")
+
+
+@pytest.mark.parametrize("data_dir", ["digits", "photographs"])
+def test_a_warm_up_that_was_given_is_as_large_a_part_of_a_trial(data_dir):
+    asked = args.configure(data_dir=data_dir, num_epochs=100, warmup_epoch_num=40, optuna_mode=True)
+    labels = np.repeat([0, 1], 300)
+    index = images.Index("", Path(), ("",) * 600, labels, ("a", "b"))
+    split = data.Split.of(["labeled"] * 200 + ["val"] * 400)
+    folds, _ = optuna_search.validation_folds(
+        asked, data.Data(index, split, ()), lambda rows: torch.zeros(len(rows), 1)
+    )
+    for fold in folds:
+        assert fold.config.warmup_epoch_num / fold.config.num_epochs == 0.4
