@@ -451,7 +451,6 @@ def train_networks(
             folder=folder,
             about=about,
             seconds=last.progress.seconds if last else 0.0,
-            tensorboard=config.tensorboard,
         )
     if last:  # every process goes on, if only the first one saves
         checkpoints.go_on(keeper, last.progress)

@@ -88,7 +88,6 @@ class Config:
     show_images: bool = option(
         False, "run", "also write samples.png: some images with their weakly and strongly augmented views"
     )
-    tensorboard: bool = option(False, "run", "also log every epoch for TensorBoard, in results/NAME/tensorboard")
     export: str | None = option(
         None,
         "run",
@@ -356,6 +355,14 @@ class Config:
 
     n_trials: int = option(100, "tuning", "number of trials, each with different values of the options", low=1)
     timeout: float = option(10800.0, "tuning", "time limit of the search", low=1, unit="seconds")
+    trial_seeds: int = option(
+        None,
+        "tuning",
+        "how often each trial is trained, each time with another seed or other validation images",
+        low=1,
+        high=100,
+        shown="3; digits: 2",
+    )
     workers: int = option(1, "tuning", "number of processes on this machine that share the trials", low=1, high=256)
     storage: str | None = option(
         None,
@@ -569,7 +576,7 @@ INHERITED = (*FIXED, "data_dir", "unlabeled_dir", "augmentation", "views", "amp"
 # What changes no number of a run: a resumed one may have it otherwise.
 HARMLESS = (
     *("resume", "overwrite", "show_images", "print_model", "debug", "output_dir", "num_workers", "cache_dir"),
-    *("max_bad_percent", "params", "tensorboard", "export"),
+    *("max_bad_percent", "params", "export"),
 )
 
 # What a study may be gone on with otherwise. Its workers may have different devices.
@@ -653,6 +660,7 @@ def _resolve(config: Config) -> Config:
         views=4 if frozen else 8 if digits else 0,
         unlabeled_batch_size=config.batch_size * (2 if digits else 1),
         alignment="labels" if config.unlabeled_dir is None else unknown_shares,
+        trial_seeds=2 if digits else 3,
         lambda_u=3.0 if mixture else 1.0 if digits else 0.27,
         feedback="exact" if config.pseudo_label == "soft" else "loss_difference",
         pseudo_label="soft" if config.feedback == "exact" else "hard",

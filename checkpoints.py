@@ -14,7 +14,7 @@ import pickle
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -59,7 +59,7 @@ OF_STUDY = (
     *("optuna_slices.png", "optuna_importances.png", "optuna_parallel.png"),
 )
 OF_NETWORKS = (  # what speaks of the weights in the checkpoints
-    *("history.csv", "tensorboard/events.out.tfevents.*", "metrics.json", "predictions.csv", "report.html"),
+    *("history.csv", "metrics.json", "predictions.csv", "report.html"),
     *("graphs.png", "calibration.png", "mistakes.png", "disagreements.png", "Student_CM.png", "Teacher_CM.png"),
     *("Teacher and Student_CM.png", "Model 1_CM.png", "Model 2_CM.png", "Both models_CM.png"),
     *("model_card.md", "model.onnx", "model.onnx.data", "model.pt2", WRITTEN),
@@ -270,9 +270,8 @@ class RunFolder:
         for folder, files in self._aside().items():
             for path in files:
                 path.unlink()
-            for emptied in (folder / "tensorboard", folder):
-                with contextlib.suppress(OSError):  # not there, or holds something else
-                    emptied.rmdir()
+            with contextlib.suppress(OSError):  # it holds something else
+                folder.rmdir()
 
     def _remove_torn(self) -> None:
         """Remove what a process left that was killed while it wrote."""
@@ -681,28 +680,18 @@ def choose_checkpoint(config: Config) -> tuple[Path, BestCheckpoint]:
 class SavingKeeper(Keeper):
     """Keeps a training in the run folder: ``history.csv``, the best weights, and the state to go on from."""
 
-    def __init__(
-        self, *watched: Any, folder: RunFolder, about: Checkpoint, seconds: float = 0.0, tensorboard: bool = False
-    ) -> None:
+    def __init__(self, *watched: Any, folder: RunFolder, about: Checkpoint, seconds: float = 0.0) -> None:
         """
         Args:
             watched: as for :class:`train.Keeper`.
             about: what every checkpoint says of the run.
             seconds: of training in earlier processes, which this one goes on from.
-            tensorboard: log every epoch for TensorBoard as well.
         """
         super().__init__(*watched)
-        self.folder, self.about, self.tensorboard = folder, about, tensorboard
-        self.log: Any = None
+        self.folder, self.about = folder, about
         self.saved_at, self.pause = time.perf_counter(), SAVE_SECONDS
         self.began = self.saved_at - seconds
         self.best_written = -1  # the epoch whose weights are in the file
-
-    def close_epoch(self, epoch: int, players: tuple[str, ...], means: Mapping[str, float]) -> float:
-        score = super().close_epoch(epoch, players, means)
-        if self.log is not None:
-            log_epoch(self.log, self.history[-len(players) :])
-        return score
 
     def close_step(self, done: int, stop: bool) -> None:
         """Save if it is time to, or if this is where to ``stop``."""
@@ -752,8 +741,6 @@ class SavingKeeper(Keeper):
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
         """Write the weights of the best epoch before whatever error ends the block: all of them were finite then."""
-        if self.tensorboard:
-            self.log = open_tensorboard(self.folder.results / "tensorboard")
         try:
             yield
         except Failure:
@@ -782,24 +769,3 @@ def go_on(keeper: Keeper, progress: Progress) -> None:
     keeper.history, keeper.best, keeper.done = progress.history, progress.best, progress.steps_done
     device = next(iter(keeper.learners.values())).device
     keeper.meter = Meter({key: value.to(device) for key, value in progress.sums.items()}, progress.counts)
-
-
-def open_tensorboard(folder: Path) -> Any:
-    """A writer of TensorBoard's logs; None, and a line that says how to get it, without the package."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        print("--tensorboard: not installed, so nothing is logged for it: pip install tensorboard")
-        return None
-    print(f"TensorBoard: tensorboard --logdir {folder.parent}")
-    return SummaryWriter(str(folder))
-
-
-def log_epoch(log: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Log an epoch's rows of the history. Where that fails, as on a full disk, history.csv has them all the same."""
-    with contextlib.suppress(OSError):
-        for row in rows:
-            for key in HISTORY[HISTORY.index("lr") :]:
-                if row[key] != "":
-                    log.add_scalar(f"{key}/{row['network']}", row[key], row["epoch"])
-        log.flush()

@@ -143,13 +143,12 @@ def validation_folds(config: Config, data: Data, features: mixture.Features) -> 
     With few validation images, each time another part of the labelled and validation images, dealt anew, is validated
     on and the rest is learned from; with enough of them only the seed changes.
     """
-    times = 2 if config.data_dir == "digits" else 3
-    split, n_val = data.split, len(data.split.val)
+    split, n_val, times = data.split, len(data.split.val), config.trial_seeds
     epochs = trial_epochs(config)
     warmup = config.warmup_epoch_num * epochs // config.num_epochs  # as large a part of a trial, if it was given
     config = dataclasses.replace(config, num_epochs=epochs, warmup_epoch_num=warmup)
     seeded = [dataclasses.replace(config, seed=config.seed + s) for s in range(times)]
-    each = f"each trial trains {times} times for {utils.counted(config.num_epochs, 'epoch')}"
+    each = f"each trial trains {utils.counted(times, 'time')} for {utils.counted(config.num_epochs, 'epoch')}"
     pool = np.union1d(split.labeled, split.val)
     n = min(times, np.bincount(data.labels[pool]).max())  # a class of one image is in one fold
     if n_val >= ENOUGH_TO_VALIDATE or n == 1:

@@ -212,7 +212,7 @@ def test_the_description_names_the_recipe(given):
 
 
 def test_runs_with_the_same_settings_may_differ_in_seed_name_and_what_changes_no_number():
-    one = args.configure(data_dir="d", name="a", seed=1, tensorboard=True, cache_dir="c", export="onnx")
+    one = args.configure(data_dir="d", name="a", seed=1, cache_dir="c", export="onnx")
     two = args.configure(data_dir="d", name="b", seed=2, overwrite=True, num_workers=3)
     assert args.settings(one) == args.settings(two)
     for other in ({"lr": 0.01}, {"recipe": "mpl"}, {"img_size": 64}, {"num_labels_percent": 10.0}):

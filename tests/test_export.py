@@ -1,4 +1,4 @@
-"""What a run hands on: exported networks and their card, the commands that go on from it, TensorBoard's logs."""
+"""What a run hands on: exported networks and their card, and the commands that go on from it."""
 
 import json
 import re
@@ -13,7 +13,6 @@ import args
 import data
 import export
 import images
-import utils
 
 FEW = ["--num_epochs", "4", "--num_labels_percent", "20", "--test_percent", "40"]
 
@@ -27,7 +26,7 @@ def nasty(tmp_path_factory):
     cli = Cli(root)
     cli.output = cli.inside(
         *("--name", "<i>run", "--data_dir", folder, *FEW, *TINY, "--amp", "bf16"),
-        *("--export", "torch", "--tensorboard", "--show_images"),
+        *("--export", "torch", "--show_images"),
     ).stdout
     return cli
 
@@ -92,17 +91,6 @@ def test_what_an_export_lacks_is_said_before_the_training(nasty, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else object())
     said = nasty.inside("--name", "three", "--data_dir", nasty.cwd / "data", "--export", "onnx", *TINY, check=2).stderr
     assert "pip install onnxscript" in said
-
-
-def test_tensorboard_holds_the_history(nasty):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    folder = nasty.cwd / "results/<i>run"
-    log = EventAccumulator(str(folder / "tensorboard"))
-    log.Reload()
-    history = [row for row in utils.read_csv(folder / "history.csv") if row["network"] == "student"]
-    logged = [event.value for event in log.Scalars("val_accuracy/student")]
-    assert logged == pytest.approx([float(row["val_accuracy"]) for row in history])
 
 
 def test_the_command_line_of_a_configuration_gives_it_back():
