@@ -228,9 +228,9 @@ def write_card(
     """
     counts, trainings, classes = figures["counts"], figures["trainings"], figures["classes"]
     labeled, unlabeled = (sum(each[part] for each in trainings) for part in ("labeled", "unlabeled"))
+    finetuned = trainings[-1]["mode"] == "finetune"
     networks = [
-        "unchanged " * (came == "loaded" and figures["mode"] != "test") + name.replace("_", " ")
-        for name, came in figures["networks"].items()
+        "unchanged " * (finetuned and name == "teacher") + name.replace("_", " ") for name in figures["networks"]
     ]
     f1, n = (figures["per_class"].get(key, []) for key in ("f1", "images"))
     worst = sorted((i for i in range(len(f1)) if n[i]), key=f1.__getitem__)[:3]
