@@ -155,6 +155,11 @@ def _find_start(config: Config, agents: list[tuple[str, int, float]]) -> Start:
     if start.last_version:
         last = checkpoints.load_last(path)
         args.require_same(config, last.config)
+        if saved and last.started_from != saved.digest:
+            raise CheckpointError(
+                f"--resume: {loaded} is no longer the checkpoint that the run started from; use --overwrite in place "
+                "of --resume"
+            )
         if (there := folder.options()) is not None:
             args.require_same(config, there)
         return start._replace(last=last, keep=True)
@@ -317,12 +322,11 @@ def inputs_for(
 
 
 def loaded_learners(
-    config: Config, saved: BestCheckpoint, architecture: models.Architecture, inputs: features.Inputs
+    config: Config, kept: Mapping[str, dict[str, Any]], architecture: models.Architecture, inputs: features.Inputs
 ) -> dict[str, models.Learner]:
-    """The checkpoint's learners, ready to be tested: the one it was scored by first."""
-    untrained = dict.fromkeys(saved.best.learners, 0)
-    learners = train.new_learners(config, untrained, architecture, inputs.device, inputs.precision)
-    for name, weights in saved.best.learners.items():
+    """Learners with the weights that a checkpoint has kept of them, ready to be tested."""
+    learners = train.new_learners(config, dict.fromkeys(kept, 0), architecture, inputs.device, inputs.precision)
+    for name, weights in kept.items():
         learners[name].load_weights(weights)
     return learners
 
@@ -389,7 +393,8 @@ def carry_out(work: Work, begin: Callable[[], None], signals: Signals, began: fl
         folder.note_written("best_params.json")
         print("training once with the options as given, and once with the best:")
         _, defaults = score(work, train_networks(work, signals))
-        work = work._replace(start=work.start._replace(config=tuned, last=folder.take_up(tuned)))
+        last = folder.take_up(tuned, work.architecture.origin)
+        work = work._replace(start=work.start._replace(config=tuned, last=last))
         trained = train_networks(work, signals, folder)
     elif config.mode == "test":
         begin()
@@ -450,6 +455,7 @@ def train_networks(
             *watched,
             folder=folder,
             about=about,
+            partner=saved.partner() if saved and config.finetune_mode else None,
             seconds=last.progress.seconds if last else 0.0,
         )
     if last:  # every process goes on, if only the first one saves
@@ -511,7 +517,7 @@ def label_predict_dir(
         stream = predict.Stream(index, preparation, ahead=device.type != "cpu")
         once = dataclasses.replace(config, cache_gb=0.0)  # what is looked at once is not kept
         inputs = inputs_for(once, stream, architecture, device, precision)
-        learners = loaded_learners(config, saved, architecture, inputs)
+        learners = loaded_learners(config, saved.best.learners, architecture, inputs)
         print(f"{utils.counted(len(index), 'image')} in {predict_dir}, {' and '.join(learners)} of {config.load_path}")
         predict.label_folder(stream, learners, inputs, folder.results, what=what)
         begin()
@@ -555,10 +561,9 @@ def ready_to_test(work: Work, trained: Mapping[str, models.Learner]) -> tuple[Wo
     config, saved = work.start.config, work.start.saved
     learners = dict(trained)
     if saved and config.mode == "test":
-        learners = loaded_learners(config, saved, work.architecture, work.inputs)
+        learners = loaded_learners(config, saved.best.learners, work.architecture, work.inputs)
     elif saved and config.mode == "finetune":
-        loaded = loaded_learners(config, saved, work.architecture, work.inputs)
-        learners |= dict(zip(["teacher"], [*loaded.values()][1:], strict=False))  # unchanged, beside the new student
+        learners |= loaded_learners(config, saved.partner(), work.architecture, work.inputs)
     if config.export is not None and work.inputs.precision is not None:
         print("tested in float32, as what is exported computes")
         inputs = inputs_for(config, work.inputs.views.images, work.architecture, work.inputs.device, None)

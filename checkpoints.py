@@ -211,12 +211,14 @@ class RunFolder:
                 with contextlib.suppress(OSError):  # not empty, or not made
                     folder.rmdir()
 
-    def take_up(self, config: Config) -> "LastCheckpoint | None":
-        """Where a study's last training stands, if it is one with these options. Else what it has left is set aside."""
+    def take_up(self, config: Config, backbone: Origin) -> "LastCheckpoint | None":
+        """Where a study's last training stands, if it is one with these options on this backbone. Else what it has left
+        is set aside."""
         options = {key: value for key, value in config.options().items() if key not in HARMLESS_TO_A_STUDY}
         with contextlib.suppress(CheckpointError):  # there is none, or it is damaged
             last = load_last(self.checkpoints / LAST)
-            if all(last.config.get(key) == value for key, value in options.items()):
+            alike = all(last.config.get(key) == value for key, value in options.items())
+            if alike and last.backbone.fingerprint == backbone.fingerprint:
                 return last
         self._set_aside(_files(self.results, OF_NETWORKS) + _files(self.checkpoints, IN_CHECKPOINTS))
         return None
@@ -421,12 +423,19 @@ def read_checked(path: Path) -> Any:
     Raises:
         CheckpointError: the file is missing, damaged or not one of ours. Nothing in it is executed.
     """
+    return _read_with_digest(path)[0]
+
+
+def _read_with_digest(path: Path) -> tuple[Any, str]:
+    """As :func:`read_checked`, and the digest that tells this file from any that takes its place."""
     try:
         with path.open("rb") as file:
             if not _is_whole(file):
                 raise CheckpointError(f"{path} is damaged or no checkpoint of this program: use another one")
+            file.seek(-_DIGEST_LENGTH, os.SEEK_END)
+            digest = file.read().decode()
             file.seek(0)
-            return load_tensors(file)
+            return load_tensors(file), digest
     except OSError as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, EOFError) as error:
@@ -473,6 +482,7 @@ class Checkpoint:
     trainings: list[Training]
     data_dir: str  # real paths
     unlabeled_dir: str | None
+    started_from: str | None  # the digest of the checkpoint that the run was given, if it was
 
 
 @dataclasses.dataclass(frozen=True)
@@ -480,6 +490,12 @@ class BestCheckpoint(Checkpoint):
     """``best_student.pth``: what testing and finetuning start from."""
 
     best: Best
+    digest: str | None = None  # of the file that this was read from, which cannot hold its own
+
+    def partner(self) -> dict[str, dict[str, Any]]:
+        """The weights of the second network, if there is one: finetuning leaves them as they are, and the new student
+        is tested and kept together with them."""
+        return dict(zip(["teacher"], [*self.best.learners.values()][1:], strict=False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -502,6 +518,7 @@ def about_run(
         trainings=learned_from(config, data, saved),
         data_dir=os.path.realpath(data.index.root),
         unlabeled_dir=os.path.realpath(resolve_path(config.unlabeled_dir)) if config.unlabeled_dir else None,
+        started_from=saved.digest if saved else None,
     )
 
 
@@ -547,8 +564,8 @@ def load_best(path: Path) -> BestCheckpoint:
         CheckpointError: they are missing, damaged or of another version of this program, or it is another file.
     """
     with _structure_checked(path):
-        state = read_checked(path)
-        return BestCheckpoint(**_typed(state), best=Best(**state["best"]))
+        state, digest = _read_with_digest(path)
+        return BestCheckpoint(**_typed(state), best=Best(**state["best"]), digest=digest)
 
 
 def load_last(path: Path) -> LastCheckpoint:
@@ -587,6 +604,7 @@ def _typed(state: dict[str, Any]) -> dict[str, Any]:
         "trainings": [Training(**each) for each in state["trainings"]],
         "data_dir": state["data_dir"],
         "unlabeled_dir": state["unlabeled_dir"],
+        "started_from": state["started_from"],
     }
 
 
@@ -680,15 +698,23 @@ def choose_checkpoint(config: Config) -> tuple[Path, BestCheckpoint]:
 class SavingKeeper(Keeper):
     """Keeps a training in the run folder: ``history.csv``, the best weights, and the state to go on from."""
 
-    def __init__(self, *watched: Any, folder: RunFolder, about: Checkpoint, seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        *watched: Any,
+        folder: RunFolder,
+        about: Checkpoint,
+        partner: Mapping[str, dict[str, Any]] | None = None,
+        seconds: float = 0.0,
+    ) -> None:
         """
         Args:
             watched: as for :class:`train.Keeper`.
             about: what every checkpoint says of the run.
+            partner: the weights of what is tested with the learners and does not learn, kept beside their best.
             seconds: of training in earlier processes, which this one goes on from.
         """
         super().__init__(*watched)
-        self.folder, self.about = folder, about
+        self.folder, self.about, self.partner = folder, about, dict(partner or {})
         self.saved_at, self.pause = time.perf_counter(), SAVE_SECONDS
         self.began = self.saved_at - seconds
         self.best_written = -1  # the epoch whose weights are in the file
@@ -735,7 +761,8 @@ class SavingKeeper(Keeper):
     def save_best(self) -> None:
         """Write the weights of the best epoch so far, if they are not written yet."""
         if self.best is not None and self.best.epoch > self.best_written:
-            save_checkpoint(self.folder.checkpoints / BEST, BestCheckpoint(**vars(self.about), best=self.best))
+            best = dataclasses.replace(self.best, learners=self.best.learners | self.partner)
+            save_checkpoint(self.folder.checkpoints / BEST, BestCheckpoint(**vars(self.about), best=best))
             self.best_written = self.best.epoch
 
     @contextlib.contextmanager

@@ -227,16 +227,16 @@ def write_card(
         weights: where the backbone's come from; ``frozen``: whether they stay.
     """
     counts, trainings, classes = figures["counts"], figures["trainings"], figures["classes"]
+    # What several trainings on one data set learned from is nearly the same.
+    of_dataset = {
+        each["dataset"]: [one for one in trainings if one["dataset"] == each["dataset"]] for each in trainings
+    }
     labeled, unlabeled = (
-        sum(
-            max(each[part] for each in trainings if each["dataset"] == name)
-            for name in {each["dataset"] for each in trainings}
-        )
-        for part in ("labeled", "unlabeled")
-    )  # what several trainings on one data set learned from is nearly the same
+        sum(max(each[part] for each in own) for own in of_dataset.values()) for part in ("labeled", "unlabeled")
+    )
+    finetuned = trainings[-1]["mode"] == "finetune"
     networks = [
-        "unchanged " * (came == "loaded" and figures["mode"] != "test") + name.replace("_", " ")
-        for name, came in figures["networks"].items()
+        "unchanged " * (finetuned and name == "teacher") + name.replace("_", " ") for name in figures["networks"]
     ]
     f1, n = (figures["per_class"].get(key, []) for key in ("f1", "images"))
     worst = sorted((i for i in range(len(f1)) if n[i]), key=f1.__getitem__)[:3]

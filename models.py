@@ -440,7 +440,7 @@ def open_architecture(
     elif frozen and weights not in ("default", "none"):
         kept = backbone.body.state_dict()
     fingerprint = backbone.fingerprint() if frozen else None
-    if saved and frozen and saved.fingerprint != fingerprint:
+    if earlier and frozen and earlier.fingerprint != fingerprint:
         raise CheckpointError(
             f"the frozen weights of {model_name} are not those the checkpoint was trained on: give the same --weights"
         )

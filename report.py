@@ -159,7 +159,7 @@ def tested(figures: Mapping[str, Any]) -> list[dict[str, str]]:
     After finetuning, a teacher that was loaded with the student is part of the ensemble, and has learned nothing since.
     """
     names = {name: name.replace("_", " ") for name in figures["test"]}
-    if figures["mode"] == "finetune" and "teacher" in names:
+    if figures["trainings"][-1]["mode"] == "finetune" and "teacher" in names:
         names |= {"student": "finetuned student", "teacher": "unchanged teacher"}
     names["ensemble"] = "ensemble of " + " and ".join(names[name] for name in figures["test"] if name != "ensemble")
     n = figures["counts"]["test"]

@@ -205,6 +205,7 @@ def about():
         trainings=[checkpoints.Training("train", "pets", 1, 1, 0), checkpoints.Training("finetune", "dogs", 2, 0, 1)],
         data_dir="/pets",
         unlabeled_dir=None,
+        started_from="d1",
     )
 
 

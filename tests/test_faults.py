@@ -656,7 +656,7 @@ def test_a_picture_or_a_report_that_fails_costs_a_line(cli, colours, monkeypatch
 
 
 def test_an_export_that_fails_is_an_error_when_all_else_is_done(cli, colours, monkeypatch):
-    monkeypatch.setattr(export, "write", raises(RuntimeError("no such operator")))
+    monkeypatch.setattr(export, "write_model", raises(RuntimeError("no such operator")))
     done = cli.inside("--name", "a", "--data_dir", colours, *RUN, "--export", "torch", check=1)
     assert done.stderr == "MPL.py: --export torch could not be written: RuntimeError: no such operator\n"
     assert "95 % interval" in done.stdout

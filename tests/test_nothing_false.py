@@ -4,13 +4,14 @@ import contextlib
 import dataclasses
 import io
 import json
+import shutil
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_folder
+from conftest import TINY, Cli, make_folder
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -329,3 +330,85 @@ def test_a_finetuned_run_says_what_it_learned_where_and_who_did(cli, tmp_path):
     assert f"trained with {words}" in " ".join(out.split())
     page = (cli.cwd / "results/g/report.html").read_text(encoding="utf-8")
     assert f"after training with {words}" in " ".join(page.split())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which networks are meant
+
+SHORT = ("--num_epochs", "1", "--steps_per_epoch", "1")
+X = ("--name", "x", "--data_dir", "digits", *TINY, *SHORT, "--warmup_epoch_num", "0")
+Y = ("--name", "y", "--finetune_mode", "--load_path", "digits/x", *SHORT, "--lr", "0.01")
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory):
+    """A training of two networks and what was finetuned from it, in a folder of their own."""
+    cli = Cli(tmp_path_factory.mktemp("finetuned"))
+    cli.inside(*X)
+    cli.inside(*Y)
+    return cli
+
+
+def kept(cli: Cli, name: str) -> dict:
+    return checkpoints.load_best(cli.cwd / "checkpoints/digits" / name / checkpoints.BEST).best.learners
+
+
+def test_a_finetuned_checkpoint_holds_the_networks_that_its_run_was_scored_by(finetuned):
+    said = finetuned.inside("--name", "t", "--test_mode", "--load_path", "y").stdout
+    assert "ensemble of finetuned student and unchanged teacher" in said
+    of_run, of_test = finetuned.metrics("y"), finetuned.metrics("t")
+    assert of_run["networks"] == {"student": "trained", "teacher": "loaded"}
+    assert of_test == of_run | {"mode": "test", "networks": {"student": "loaded", "teacher": "loaded"}}
+
+
+def test_a_finetuned_checkpoint_is_finetuned_again_beside_the_same_teacher(finetuned):
+    finetuned.inside("--name", "again", "--finetune_mode", "--load_path", "y", *SHORT)
+    weights = [kept(finetuned, name)["teacher"]["model"] for name in ("x", "y", "again")]
+    for key, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][key])
+        assert torch.equal(tensor, weights[2][key])
+
+
+def test_a_finetuning_goes_on_only_from_the_checkpoint_that_it_started_from(finetuned, tmp_path):
+    cli = Cli(shutil.copytree(finetuned.cwd, tmp_path / "copy"))
+    cli.inside(*Y, "--resume")
+    cli.inside(*X, "--seed", "1", "--overwrite")
+    assert "digits/x/best_student.pth is no longer the checkpoint" in cli.one_line_error(4, *Y, "--resume")
+
+
+def frozen_origin() -> models.Origin:
+    return models.open_architecture("wrn_10_1", "none", 16, 0, 2, frozen=True).origin
+
+
+@pytest.mark.parametrize("by", ["saved", "resumed"])
+def test_a_run_goes_on_only_with_the_frozen_weights_that_it_began_with(by):
+    origin = frozen_origin()
+    models.open_architecture("wrn_10_1", "none", 16, 0, 2, frozen=True, **{by: origin})
+    with pytest.raises(utils.CheckpointError, match="not those the checkpoint was trained on"):
+        models.open_architecture(
+            "wrn_10_1", "none", 16, 0, 2, frozen=True, **{by: dataclasses.replace(origin, fingerprint="other")}
+        )
+
+
+def test_a_studys_last_training_goes_on_only_with_its_frozen_weights(tmp_path):
+    config = args.configure(data_dir="d", name="s", optuna_mode=True)
+    folder = checkpoints.RunFolder.named(str(tmp_path), "d", "s")
+    about = checkpoints.Checkpoint(
+        config=config.options(),
+        classes=("cat", "dog"),
+        split=data.manifest(index_of(*KNOWN), data.Split.of(PARTS)),
+        backbone=models.Origin("vgg16", 0, "as it was"),
+        preparation=images.Preparation(16, 18),
+        trainings=[ON_F],
+        data_dir="d",
+        unlabeled_dir=None,
+        started_from=None,
+    )
+    progress = checkpoints.Progress(1, 1.0, {}, {}, {}, [], None)
+    last = checkpoints.LastCheckpoint(**vars(about), progress=progress)
+    path = folder.checkpoints / checkpoints.LAST
+    path.parent.mkdir(parents=True)
+    checkpoints.save_checkpoint(path, last)
+    assert folder.take_up(config, about.backbone).progress == progress
+    assert folder.take_up(config, dataclasses.replace(about.backbone, fingerprint="other")) is None
+    assert not path.exists()  # set aside

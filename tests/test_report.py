@@ -24,6 +24,7 @@ FIGURES = {  # of 60 test images
     "dataset": "flowers",
     "model_name": "wrn_10_1",
     "counts": {"labeled": 87, "unlabeled": 3966, "val": 60, "test": 60},
+    "trainings": [{"mode": "train"}],
     "learned_from": "87 labels and 3,966 images without",
     "test": {"student": SCORES, "teacher": SCORES | {"accuracy": 0.5}, "ensemble": SCORES | {"accuracy": 1.0}},
     "val": {"student": SCORES, "teacher": SCORES, "ensemble": SCORES},
@@ -80,7 +81,7 @@ def write(tmp_path):
         (results / "metrics.json").write_text(json.dumps(changed(**changes)))
         for picture in pictures:
             Image.new("RGB", (4, 3)).save(results / f"{picture}.png")
-        return module.write(results).read_text(encoding="utf-8")
+        return module.write_report(results).read_text(encoding="utf-8")
 
     return write
 
@@ -136,8 +137,12 @@ def test_the_headline_names_its_networks_and_each_stands_beside_it(write):
     assert "Each network alone: student 75.00% (62.8% to 84.2%), teacher 50.00% (37.7% to 62.3%)." in said
 
 
-def test_after_finetuning_the_headline_says_that_the_teacher_is_unchanged(write):
-    said = Page(write(mode="finetune")).text
+FINETUNED = [{"mode": "train"}, {"mode": "finetune"}]
+
+
+@pytest.mark.parametrize("mode", ["finetune", "test"])
+def test_after_finetuning_the_headline_says_that_the_teacher_is_unchanged(write, mode):
+    said = Page(write(mode=mode, trainings=FINETUNED)).text
     assert "by the ensemble of finetuned student and unchanged teacher, after" in said
     assert "Each network alone: finetuned student 75.00% (62.8% to 84.2%), unchanged teacher 50.00%" in said
 
@@ -255,7 +260,7 @@ def test_the_table_in_the_terminal():
 
 
 def test_the_table_of_a_finetuned_student_tells_it_from_the_ensemble_within_80_columns():
-    table = report.result_table(changed(mode="finetune"))
+    table = report.result_table(changed(mode="finetune", trainings=FINETUNED))
     assert "  finetuned student                                    62.8% to 84.2%\n" in table
     assert "  ensemble of finetuned student and unchanged teacher  94.0% to 100.0%\n" in table
     assert all(len(line) <= 80 for line in table.splitlines())
