@@ -2,8 +2,6 @@
 
 import numpy as np
 
-import utils
-
 TEMPERATURES = np.geomspace(0.2, 5.0, 161)
 # Images. Drawn from a classifier of 8 classes whose true temperature is 1.5: from 50 images it is found to within a
 # quarter, and helps in 12 of 13 draws; from 20 it makes confidences less honest in up to three of ten draws.
@@ -96,5 +94,5 @@ def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float | No
 def why_no_temperature(n: int) -> str:
     """Why :func:`fit_temperature` gave none of n validation images."""
     if n < ENOUGH_FOR_A_TEMPERATURE:
-        return f"{utils.counted(n, 'validation image is', 'validation images are')} too few to choose one by"
+        return f"{n} validation image{' is' if n == 1 else 's are'} too few to choose one by"
     return "the validation images do not determine one"
