@@ -389,8 +389,7 @@ def carry_out(work: Work, begin: Callable[[], None], signals: Signals, began: fl
         import optuna_search
 
         train_one = functools.partial(train_trial, work, signals)
-        tuned = optuna_search.search(config, work.data, work.features, train_one, folder.results, begin)
-        folder.note_written("best_params.json")
+        tuned = optuna_search.search(config, work.data, work.features, train_one, folder.results, begin, folder.writing)
         print("training once with the options as given, and once with the best:")
         _, defaults = score(work, train_networks(work, signals))
         last = folder.take_up(tuned, work.architecture.origin)
@@ -493,8 +492,8 @@ def write_beginning(work: Work) -> None:
 
 def write_config(config: Config, folder: RunFolder) -> None:
     for name in (checkpoints.CONFIG, "commandline_args.txt"):
-        utils.write_json(folder.results / name, config.options())
-        folder.note_written(name)
+        with folder.writing(name):
+            utils.write_json(folder.results / name, config.options())
 
 
 def label_predict_dir(
@@ -592,7 +591,6 @@ def conclude(
     import visualization
 
     config, folder, results = work.start.config, work.start.folder, work.start.folder.results
-    (results / checkpoints.WRITTEN).unlink(missing_ok=True)
     attempts = Attempts(config.batch_size, debug=config.debug)
     work, learners = ready_to_test(work, trained)
     predicted, scores = score(work, learners)
@@ -600,11 +598,12 @@ def conclude(
     seconds["test"] = seconds["total"] - seconds_train
     figures = figures_of(work, trained, learners, predicted, scores, defaults, seconds)
     with attempts.attempt("metrics.json"):
-        utils.write_json(results / "metrics.json", figures)
+        with folder.writing("metrics.json"):
+            utils.write_json(results / "metrics.json", figures)
         write_config(config, folder)  # a study's is the best; and one gone on with may be exported now
     with attempts.attempt("predictions.csv"):
         predicted |= predict_others(work, learners)
-    with attempts.attempt("predictions.csv"):
+    with attempts.attempt("predictions.csv"), folder.writing("predictions.csv"):
         order = [part for part in ("test", "unlabeled", "labeled", "val", "unused") if part in predicted]
         of_parts = {str(part): predicted[part][:2] for part in order}
         predict.write_predictions(results / "predictions.csv", work.data.index, of_parts)
@@ -616,22 +615,26 @@ def conclude(
         figures["notes"] = [*work.notes, left_out]
         with attempts.attempt("bad_files.csv"):
             predict.list_bad(results, missing)
-            utils.write_json(results / "metrics.json", figures)
+            with folder.writing("metrics.json"):
+                utils.write_json(results / "metrics.json", figures)
         attempts.failures.insert(0, gone(missing, results, figures["commands"]))
     written: list[Path] = []
     with attempts.attempt("the pictures", needed=False):
         for name, draw in visualization.pictures(results):
-            with attempts.attempt(name, needed=False):
+            with attempts.attempt(name, needed=False), folder.writing(name):
                 written.append(draw())
-    for name, draw in doubtful(work, results, predicted).items():
-        with attempts.attempt(name, needed=False):
-            written.append(draw())
-    with attempts.attempt("report.html", needed=False):
+        for name, draw in doubtful(work, results, predicted).items():
+            with attempts.attempt(name, needed=False), folder.writing(name):
+                written.append(draw())
+    with attempts.attempt("report.html", needed=False), folder.writing("report.html"):
         written.append(report.write_report(results))
     if config.export is not None:
         import export
 
-        with attempts.attempt(f"--export {config.export}"):
+        with (
+            attempts.attempt(f"--export {config.export}"),
+            folder.writing(export.FILES[config.export], export.CARD_FILE),
+        ):
             written.append(export.write_model(config.export, learners, work.inputs, work.data, results))
             frozen = work.architecture.frozen
             card = export.write_card(
@@ -647,8 +650,6 @@ def conclude(
     print(f"pictures and tables: {results}/ ({', '.join(path.name for path in written)})")
     if trained:
         print(f"checkpoint: {folder.checkpoints / checkpoints.BEST}")
-    with attempts.attempt("what was written", needed=False):
-        folder.note_written()
     attempts.close()
 
 

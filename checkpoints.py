@@ -53,7 +53,7 @@ CONFIG = "config.json"
 JOB = ".job"  # the agents of the torchrun job that has begun the run
 WRITTEN = ".written"  # the digests of what the run has written, by which a file that was edited since is known
 # What a run writes, by name: whatever else is in its folders is somebody else's, and stays.
-OF_BEGINNING = (CONFIG, "commandline_args.txt", "split.csv", "bad_files.csv", "samples.png")
+OF_BEGINNING = (CONFIG, "commandline_args.txt", "split.csv", "bad_files.csv", "samples.png", WRITTEN)
 OF_STUDY = (
     *("study.db", "study.db-journal", "best_params.json", "optuna_history.png", "optuna_timeline.png"),
     *("optuna_slices.png", "optuna_importances.png", "optuna_parallel.png"),
@@ -62,13 +62,11 @@ OF_NETWORKS = (  # what speaks of the weights in the checkpoints
     *("history.csv", "metrics.json", "predictions.csv", "report.html"),
     *("graphs.png", "calibration.png", "mistakes.png", "disagreements.png", "Student_CM.png", "Teacher_CM.png"),
     *("Teacher and Student_CM.png", "Model 1_CM.png", "Model 2_CM.png", "Both models_CM.png"),
-    *("model_card.md", "model.onnx", "model.onnx.data", "model.pt2", WRITTEN),
+    *("model_card.md", "model.onnx", "model.onnx.data", "model.pt2"),
 )
 IN_RESULTS = (*OF_BEGINNING, *OF_STUDY, *OF_NETWORKS)
 IN_CHECKPOINTS = (BEST, LAST)
 OF_TRAINING = (*IN_CHECKPOINTS, "history.csv", "study.db")  # what a test does not leave, and could not make again
-# What a run that goes on writes over; the rest it leaves or adds to.
-WRITTEN_ANEW = (CONFIG, "commandline_args.txt", "best_params.json", *(name for name in OF_NETWORKS if name != WRITTEN))
 REPLACED = ".replaced"  # the folder beside a run's files for those that it replaces; the next is .replaced2
 
 
@@ -161,9 +159,9 @@ class RunFolder:
         """Make the results folder and hold it, so that no other process runs under this name.
 
         Yields what makes the folder the new run's, for when that can no longer fail to start: it sets the files of the
-        run that is overwritten aside, save those written since the claim, or keeps what was edited by hand in the one
-        that goes on. What is aside, whoever put it there, is removed when the block ends well, and never before.
-        However it ends, it leaves no empty folder that was not there before.
+        run that is overwritten aside, save those written since the claim. What is aside, whoever put it there, is
+        removed when the block ends well, and never before. However it ends, it leaves no empty folder that was not
+        there before.
 
         Args:
             keep: go on with what is there.
@@ -196,8 +194,6 @@ class RunFolder:
                 def begin() -> None:
                     if overwrite:
                         self._set_aside([path for path in old if path.exists() and version(path) == old[path]], spare)
-                    else:
-                        self._keep_edited()
 
                 try:
                     yield begin
@@ -223,11 +219,15 @@ class RunFolder:
         self._set_aside(_files(self.results, OF_NETWORKS) + _files(self.checkpoints, IN_CHECKPOINTS))
         return None
 
-    def note_written(self, *names: str) -> None:
-        """Remember how the run leaves files that it would write anew if it went on; without ``names`` all of them."""
-        files = [path for path in self.written()["results"] if path.name in (names or WRITTEN_ANEW)]
-        known = self._digests() if names else {}
-        write_json(self.results / WRITTEN, known | {path.name: _digest(path) for path in files})
+    @contextlib.contextmanager
+    def writing(self, *names: str) -> Iterator[None]:
+        """A block that writes files of the results. Those that were edited since the run left them are kept beside, and
+        how it leaves them now is remembered."""
+        paths = [self.results / name for name in names]
+        self._keep_edited(paths)
+        yield
+        left = {path.name: _digest(path) for path in paths if path.is_file()}
+        write_json(self.results / WRITTEN, self._digests() | left)
 
     def _digests(self) -> dict[str, str]:
         try:
@@ -235,11 +235,11 @@ class RunFolder:
         except (OSError, ValueError, TypeError):
             return {}
 
-    def _keep_edited(self) -> None:
+    def _keep_edited(self, paths: Iterable[Path]) -> None:
         """Rename the files that are not as the run left them, for it is about to write them anew."""
         digests = self._digests()
-        for path in [self.results / name for name in WRITTEN_ANEW if name in digests]:
-            if path.is_file() and _digest(path) != digests[path.name]:
+        for path in paths:
+            if path.name in digests and path.is_file() and _digest(path) != digests[path.name]:
                 names = (f"{path.stem}.edited{n or ''}{path.suffix}" for n in itertools.count())
                 kept = next(each for each in map(path.with_name, names) if not os.path.lexists(each))
                 path.rename(kept)
@@ -747,7 +747,7 @@ class SavingKeeper(Keeper):
         self.save_best()
         try:  # what matters most is written
             self.save_history()
-        except ResourceError as error:
+        except (ResourceError, OSError) as error:
             print(error)
         self.saved_at = time.perf_counter()
         self.pause = min(max(SAVE_SECONDS, (self.saved_at - began) / SAVE_SHARE), LONGEST_PAUSE_SECONDS)
@@ -755,8 +755,8 @@ class SavingKeeper(Keeper):
     def save_history(self) -> None:
         """Write history.csv, as far as it goes."""
         rows = [HISTORY, *([row[key] for key in HISTORY] for row in self.history)]
-        write_atomically(self.folder.results / "history.csv", BOM + csv_bytes(rows))
-        self.folder.note_written("history.csv")
+        with self.folder.writing("history.csv"):
+            write_atomically(self.folder.results / "history.csv", BOM + csv_bytes(rows))
 
     def save_best(self) -> None:
         """Write the weights of the best epoch so far, if they are not written yet."""

@@ -31,6 +31,7 @@ from models import Encoder, Learner
 
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
+CARD_FILE = "model_card.md"
 COMPARED = 200  # images
 
 
@@ -275,6 +276,6 @@ def write_card(
         use=USE[kind],
         command=figures["commands"]["label a folder of images"],
     )
-    path = results / "model_card.md"
+    path = results / CARD_FILE
     utils.write_atomically(path, card.encode("utf-8", "backslashreplace"))
     return path

@@ -412,12 +412,14 @@ def search(
     train: Train,
     results: Path,
     begin: Callable[[], None] = lambda: None,
+    writing: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> Config:
     """Run the study, write ``best_params.json`` and its pictures. Returns the best trial's configuration.
 
     Args:
         features: those that the mixture learns from, of images by their places in the index.
         begin: called before anything is written; once the database is known to work, if it is not in ``results``.
+        writing: a block in which a file of ``results`` is written, by its name.
 
     Raises:
         DivergedError: no trial finished.
@@ -441,7 +443,8 @@ def search(
         raise utils.DivergedError("no trial of the search finished: give --lr, or more --n_trials and --timeout")
     winner = max(finished, key=lambda trial: trial.value or 0.0)
     best = suggest(optuna.trial.FixedTrial(winner.params), config, total_steps)
-    utils.write_json(results / BEST_PARAMS, {name: getattr(best, name) for name in SPACE})
+    with writing(BEST_PARAMS):
+        utils.write_json(results / BEST_PARAMS, {name: getattr(best, name) for name in SPACE})
     import visualization  # only now: only who reports draws, and its import takes seconds of start-up
 
     try:

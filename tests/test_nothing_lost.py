@@ -253,9 +253,7 @@ def test_what_was_edited_by_hand_is_kept_beside_what_takes_its_place(trained):
         assert table.read_bytes() == written
     assert len([*results(trained).glob("*.edited*")]) == 2  # and of what nobody edited, nothing
     options.write_text(options.read_text() + "\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MPL, "conclude", lambda *_: die())
-        trained.inside("--name", "A", *RUN, "--resume", check=143)
+    trained.inside("--name", "A", *RUN, "--resume")
     assert (results(trained) / "config.edited.json").read_text().endswith("\n\n")
     assert options.exists()
 
@@ -291,7 +289,7 @@ def test_a_studys_weights_are_kept_until_better_ones_are_there(searched, monkeyp
     best = (saved(searched) / "best_student.pth").read_bytes()
     table = (results(searched) / "predictions.csv").read_bytes()
 
-    def search_on(config, data, features, train, results, begin=lambda: None):
+    def search_on(config, data, features, train, results, begin, writing):
         """More trials have found other options."""
         begin()
         return dataclasses.replace(config, lr=0.5)
@@ -403,3 +401,30 @@ def test_what_was_edited_in_a_run_that_was_stopped_is_kept_too(cli, monkeypatch)
     assert "history.csv is not as the run left it: kept as history.edited.csv" in out
     assert (results(cli) / "history.edited.csv").read_bytes().endswith(b"mine\n")
     assert [path.name for path in results(cli).glob("*.edited*")] == ["history.edited.csv"]
+
+
+@pytest.mark.parametrize("how", ["--overwrite", "--resume"])
+def test_what_is_edited_after_a_run_was_killed_at_its_end_is_kept(trained, monkeypatch, how):
+    table = results(trained) / "predictions.csv"
+    with monkeypatch.context() as patch:
+        patch.setattr(MPL, "doubtful", lambda *_: die())  # predictions.csv is there, most that follows is not
+        trained.inside("--name", "A", *RUN, how, check=143)
+    written = table.read_bytes()
+    table.write_bytes(written + b"mine\n")
+    trained.inside("--name", "A", *RUN, "--resume")
+    assert table.read_bytes() == written
+    assert [path.name for path in results(trained).glob("*.edited*")] == ["predictions.edited.csv"]
+    assert (results(trained) / "predictions.edited.csv").read_bytes() == written + b"mine\n"
+
+
+def test_what_is_edited_while_a_run_goes_on_is_kept(trained, monkeypatch):
+    table = results(trained) / "predictions.csv"
+
+    def edit(*_):
+        table.write_bytes(table.read_bytes() + b"mine\n")
+        return {}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MPL, "predict_others", edit)
+        trained.inside("--name", "A", *RUN, "--resume")
+    assert (results(trained) / "predictions.edited.csv").read_bytes() == table.read_bytes() + b"mine\n"
