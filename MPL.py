@@ -84,7 +84,7 @@ def run(config: Config, signals: Signals) -> None:
 
         export.require_packages(config.export)
     with distributed.joined(device):
-        start = find_start(config, distributed.agents())
+        start = find_start(config, distributed.agents())._replace(process_began=began)
         if start.saved is not None and start.config.predict_dir is not None:
             label_predict_dir(start, start.saved, start.config.predict_dir, device, precision)
             return
@@ -95,7 +95,7 @@ def run(config: Config, signals: Signals) -> None:
             distributed.leave_with_the_first()
             assist(work, signals)
         else:
-            lead(work, signals, began)
+            lead(work, signals)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,6 +113,12 @@ class Start(NamedTuple):
     last: LastCheckpoint | None = None  # the checkpoint that the run goes on from
     last_version: tuple[int, ...] = ()  # which it was; () if there was none
     keep: bool = False  # whether it goes on with what is in the folder, if only with its beginning
+    process_began: float = 0.0  # as time.perf_counter() says
+
+    @property
+    def began(self) -> float:
+        """When the run began, as though it had never stopped: the seconds of its earlier processes count."""
+        return self.process_began - (self.last.progress.seconds if self.last else 0.0)
 
 
 def find_start(config: Config, agents: list[tuple[str, int, float]]) -> Start:
@@ -343,7 +349,7 @@ def assist(work: Work, signals: Signals) -> None:
     predict_others(work, learners)
 
 
-def lead(work: Work, signals: Signals, began: float) -> None:
+def lead(work: Work, signals: Signals) -> None:
     """Hold the folder and do all that is to be done in it."""
     start, config, folder = work.start, work.start.config, work.start.folder
     try:
@@ -363,7 +369,7 @@ def lead(work: Work, signals: Signals, began: float) -> None:
                 folder.note_agents(start.agents)
                 write_beginning(work)
 
-            carry_out(work, begin, signals, began)
+            carry_out(work, begin, signals)
     except utils.InUseError:
         storage = config.storage
         if not config.optuna_mode or storage is None:
@@ -374,7 +380,7 @@ def lead(work: Work, signals: Signals, began: float) -> None:
         optuna_search.join(config, storage, work.data, work.features, functools.partial(train_trial, work, signals))
 
 
-def carry_out(work: Work, begin: Callable[[], None], signals: Signals, began: float) -> None:
+def carry_out(work: Work, begin: Callable[[], None], signals: Signals) -> None:
     """Show, search, train, test, report: what a run does in its folder. It may ``begin`` when nothing can fail any more
     that fails at the start."""
     config, folder = work.start.config, work.start.folder
@@ -399,9 +405,7 @@ def carry_out(work: Work, begin: Callable[[], None], signals: Signals, began: fl
         begin()
     else:
         trained = train_networks(work, signals, folder, begin=begin)
-    if work.start.last:
-        began -= work.start.last.progress.seconds  # those of earlier processes count as well
-    conclude(work, trained, defaults, began, time.perf_counter() - began)
+    conclude(work, trained, defaults, time.perf_counter() - work.start.began)
 
 
 def make_guide(work: Work) -> mixture.Guide:
@@ -455,7 +459,7 @@ def train_networks(
             folder=folder,
             about=about,
             partner=saved.partner() if saved and config.finetune_mode else None,
-            seconds=last.progress.seconds if last else 0.0,
+            began=work.start.began,
         )
     if last:  # every process goes on, if only the first one saves
         checkpoints.go_on(keeper, last.progress)
@@ -576,7 +580,6 @@ def conclude(
     work: Work,
     trained: Mapping[str, models.Learner],
     defaults: Scores | None,
-    began: float,
     seconds_train: float,
 ) -> None:
     """Test the learners, write metrics, predictions, pictures, the report and the export, and print the table.
@@ -594,7 +597,7 @@ def conclude(
     attempts = Attempts(config.batch_size, debug=config.debug)
     work, learners = ready_to_test(work, trained)
     predicted, scores = score(work, learners)
-    seconds = {"total": time.perf_counter() - began, "train": seconds_train if trained else 0.0}
+    seconds = {"total": time.perf_counter() - work.start.began, "train": seconds_train if trained else 0.0}
     seconds["test"] = seconds["total"] - seconds_train
     figures = figures_of(work, trained, learners, predicted, scores, defaults, seconds)
     with attempts.attempt("metrics.json"):

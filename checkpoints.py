@@ -462,7 +462,7 @@ class Progress:
     """What a run needs to go on: each learner's whole state, the open epoch's measurements, what is kept so far."""
 
     steps_done: int
-    seconds: float  # of training so far
+    seconds: float  # of the run so far
     learners: dict[str, dict[str, Any]]
     sums: dict[str, torch.Tensor]
     counts: dict[str, int]
@@ -704,19 +704,19 @@ class SavingKeeper(Keeper):
         folder: RunFolder,
         about: Checkpoint,
         partner: Mapping[str, dict[str, Any]] | None = None,
-        seconds: float = 0.0,
+        began: float | None = None,
     ) -> None:
         """
         Args:
             watched: as for :class:`train.Keeper`.
             about: what every checkpoint says of the run.
             partner: the weights of what is tested with the learners and does not learn, kept beside their best.
-            seconds: of training in earlier processes, which this one goes on from.
+            began: when the run did, by :func:`time.perf_counter`, as though it had never stopped; None: now.
         """
         super().__init__(*watched)
         self.folder, self.about, self.partner = folder, about, dict(partner or {})
         self.saved_at, self.pause = time.perf_counter(), SAVE_SECONDS
-        self.began = self.saved_at - seconds
+        self.began = self.saved_at if began is None else began
         self.best_written = -1  # the epoch whose weights are in the file
 
     def close_step(self, done: int, stop: bool) -> None:

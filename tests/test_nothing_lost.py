@@ -233,10 +233,18 @@ def test_a_finished_run_gone_on_with_keeps_its_seconds_and_says_with_which_optio
     assert json.loads((results(trained) / "config.json").read_text())["max_bad_percent"] == 7
 
 
-def test_the_seconds_of_a_training_are_those_of_all_its_processes(cli):
-    stopped(cli, "--name", "A", *RUN)
+def test_the_seconds_of_a_run_are_those_of_all_its_processes_and_of_what_they_prepared(cli, monkeypatch):
+    make_ready = MPL.make_ready
+
+    def slowly(*given):
+        time.sleep(1)
+        return make_ready(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MPL, "make_ready", slowly)
+        stopped(cli, "--name", "A", *RUN)
     first = checkpoints.load_last(saved(cli) / "last.pth").progress.seconds
-    assert first > 0
+    assert first > 1
     cli.inside("--name", "A", *RUN, "--resume")
     assert checkpoints.load_last(saved(cli) / "last.pth").progress.seconds > first
 
