@@ -570,6 +570,14 @@ class Draws:
         return self.uniform(0, 1, 1)[:, 0] < p
 
 
+def parts(images: torch.Tensor) -> Iterator[slice]:
+    """A batch in parts that a processor's cache holds; on another device as it is."""
+    at_once = len(images)
+    if images.device.type == "cpu":
+        at_once = max(torch.get_num_threads(), 2**17 // images[0, 0].numel())
+    return (slice(start, start + at_once) for start in range(0, len(images), at_once))
+
+
 def weak(images: torch.Tensor, draws: Draws, *, mirror: bool) -> torch.Tensor:
     """A shift by up to an eighth that fills up with the image's reflection and, where a mirror image keeps its class, a
     flip (FixMatch, section 2.3)."""
@@ -578,26 +586,32 @@ def weak(images: torch.Tensor, draws: Draws, *, mirror: bool) -> torch.Tensor:
     at = np.abs(draws.whole(-(size // 8), size // 8, 2)[:, :, None] + np.arange(size))
     rows, columns = np.minimum(at, 2 * (size - 1) - at).transpose(1, 0, 2)  # [B, S] each
     columns = np.where(flip[:, None], size - 1 - columns, columns)
-    places = torch.from_numpy(rows[:, :, None] * size + columns[:, None]).to(images.device)  # [B, S, S]
-    return images.flatten(2).gather(2, places.flatten(1)[:, None].expand(-1, 3, -1)).view_as(images)
+    views = torch.empty_like(images)
+    for part in parts(images):
+        places = torch.from_numpy(rows[part, :, None] * size + columns[part, None]).to(images.device)  # [n, S, S]
+        seen = images[part].flatten(2).gather(2, places.flatten(1)[:, None].expand(-1, 3, -1))
+        views[part] = seen.view_as(views[part])
+    return views
 
 
 def transfer(images: torch.Tensor, draws: Draws, *, mirror: bool) -> torch.Tensor:
     """The original project's augmentations, in its order: colours, then geometry, then greyscale and noise."""
     drawn = Transfer(draws, images.shape[-1], mirror=mirror)
-    views = images.float()
-    if drawn.jitter.any():
-        rows = np.flatnonzero(drawn.jitter)
-        views[rows] = jitter(views[rows], drawn.order[rows], drawn.factors[rows])
-    views = warp(views, drawn.maps())
-    if drawn.grey.any():
-        rows = np.flatnonzero(drawn.grey)
-        views[rows] = grey(views[rows]).expand(-1, 3, -1, -1)
+    maps, views = drawn.maps(), torch.empty_like(images)
     generator = torch.Generator()
-    for i in np.flatnonzero(drawn.noisy):
-        noise = torch.randn(views.shape[1:], generator=generator.manual_seed(int(drawn.noise[i])))
-        views[i].add_((0.1 * 255 * noise).to(views.device)).clamp_(0, 255)
-    return views.round_().to(torch.uint8)
+    for part in parts(images):
+        seen = images[part].float()
+        for row in np.flatnonzero(drawn.jitter[part]):
+            for which in drawn.order[part][row]:
+                ADJUSTMENTS[which](seen[row], float(drawn.factors[part][row, which]))
+        seen = warp(seen, maps[part])
+        for row in np.flatnonzero(drawn.grey[part]):
+            seen[row] = grey(seen[row])
+        for row in np.flatnonzero(drawn.noisy[part]):
+            noise = torch.randn(seen.shape[1:], generator=generator.manual_seed(int(drawn.noise[part][row])))
+            seen[row].add_(noise.mul_(0.1 * 255).to(images.device)).clamp_(0, 255)
+        views[part] = seen.round_().to(torch.int32)  # a fifth of the time that it takes at once
+    return views
 
 
 class Transfer:
@@ -661,51 +675,41 @@ def warp(images: torch.Tensor, maps: np.ndarray) -> torch.Tensor:
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def jitter(images: torch.Tensor, order: np.ndarray, factors: np.ndarray) -> torch.Tensor:
-    """Images [n, 3, S, S] float32 from 0 to 255 with every one of ADJUSTMENTS made, in each image's own order [n, 4]
-    and with its own factors [n, 4]."""
-    for chosen in order.T:
-        for which, adjust in enumerate(ADJUSTMENTS):
-            rows = np.flatnonzero(chosen == which)
-            if len(rows):
-                factor = torch.from_numpy(factors[rows, which]).float().to(images.device)
-                images[rows] = adjust(images[rows], factor[:, None, None, None])
-    return images
+def grey(image: torch.Tensor) -> torch.Tensor:
+    """[S, S]"""
+    red, green, blue = image
+    return (0.2989 * red).add_(0.587 * green).add_(0.114 * blue)
 
 
-def grey(images: torch.Tensor) -> torch.Tensor:
-    """[n, 1, S, S]"""
-    red, green, blue = images.split(1, 1)
-    return 0.2989 * red + 0.587 * green + 0.114 * blue
+def blend(image: torch.Tensor, share: float, other: torch.Tensor | float) -> None:
+    image.mul_(share).add_((1 - share) * other).clamp_(0, 255)
 
 
-def _blend(images: torch.Tensor, share: torch.Tensor, others: torch.Tensor | float) -> torch.Tensor:
-    return (share * images + (1 - share) * others).clamp_(0, 255)
+def adjust_contrast(image: torch.Tensor, share: float) -> None:
+    levels = grey(image).to(torch.int32)
+    blend(image, share, levels.sum() / levels.numel())
 
 
-def _contrast(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    levels = grey(images).to(torch.int32)
-    return _blend(images, factor, levels.sum((2, 3), keepdim=True) / levels[0].numel())
+def turn_hue(image: torch.Tensor, turn: float) -> None:
+    """Turn the hue by a share of the circle, of which ``at`` is the place in sixths from red, times the chroma. Each
+    channel is less than the highest by as much as that is far from its own (en.wikipedia.org/wiki/HSL_and_HSV)."""
+    red, green, blue = image
+    high = torch.maximum(torch.maximum(red, green), blue)
+    chroma = high - torch.minimum(torch.minimum(red, green), blue)
+    two, three = 2 * chroma, 3 * chroma
+    at = (red - green).add_(two).add_(two)  # as if blue were the highest; then where green is, and where red is
+    at += (green - high).sign_().add_(1) * (blue - red).add_(two).sub_(at)
+    at += (red - high).sign_().add_(1) * (green - blue).sub_(at)
+    for channel, start in zip((red, green, blue), (0, -2, -4), strict=True):
+        far = ((6 * turn + start) * chroma).add_(at).abs_().sub_(three).abs_()
+        torch.sub(high, torch.minimum(far.neg_().add_(two).clamp_(min=0), chroma), out=channel)
 
 
-def _hue(images: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    """The hue turned by a share of the full circle: each channel is as far below the highest as its distance on the
-    circle says, whose sixths are numbered from red."""
-    red, green, blue = images.split(1, 1)
-    high, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
-    chroma = (high - low).clamp_(min=1e-6)
-    hue = torch.where(high == green, 2 + (blue - red) / chroma, 4 + (red - green) / chroma)
-    hue = torch.where(high == red, (green - blue) / chroma, hue) + 6 * turn
-    at = hue + torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None]
-    at = at - 6 * (at / 6).floor_()
-    return high - chroma * torch.minimum(at, 4 - at).clamp_(0, 1)
-
-
-ADJUSTMENTS: tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], ...] = (
-    lambda images, factor: _blend(images, factor, 0),  # brightness
-    _contrast,
-    lambda images, factor: _blend(images, factor, grey(images)),  # saturation
-    _hue,
+ADJUSTMENTS: tuple[Callable[[torch.Tensor, float], None], ...] = (  # of an image [3, S, S] float32 from 0 to 255
+    lambda image, share: blend(image, share, 0.0),  # brightness
+    adjust_contrast,
+    lambda image, share: blend(image, share, grey(image)),  # saturation
+    turn_hue,
 )
 
 
@@ -784,14 +788,10 @@ class Views:
         for (_, i, _), image in zip(wanted, images, strict=True):
             if not self.digests[i].any():
                 self.digests[i] = np.frombuffer(digest(image.numpy().tobytes()), np.uint8)
-        seeds = torch.tensor([derive_seed(kind, self.digests[i].tobytes(), draw) for kind, i, draw in wanted])
+        seeds = [derive_seed(kind, self.digests[i].tobytes(), draw) for kind, i, draw in wanted]
         prepare = self.images.prepare
         augment = AUGMENTATIONS["weak" if wanted[0][0] == "weak" else prepare.augmentation]
-        at_once = len(images)
-        if self.device.type == "cpu":  # as many as a processor's cache holds
-            at_once = max(torch.get_num_threads(), 2**18 // prepare.size**2)
-        parts = zip(images.to(self.device).split(at_once), seeds.split(at_once), strict=True)
-        return torch.cat([augment(part, Draws(some.tolist()), mirror=prepare.mirror) for part, some in parts])
+        return augment(images.to(self.device), Draws(seeds), mirror=prepare.mirror)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
