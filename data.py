@@ -574,7 +574,7 @@ def parts(images: torch.Tensor) -> Iterator[slice]:
     """A batch in parts that a processor's cache holds; on another device as it is."""
     at_once = len(images)
     if images.device.type == "cpu":
-        at_once = max(torch.get_num_threads(), 2**17 // images[0, 0].numel())
+        at_once = max(torch.get_num_threads(), 2**17 // images.shape[-1] ** 2)
     return (slice(start, start + at_once) for start in range(0, len(images), at_once))
 
 
@@ -714,41 +714,45 @@ ADJUSTMENTS: tuple[Callable[[torch.Tensor, float], None], ...] = (  # of an imag
 
 
 def randaugment(images: torch.Tensor, draws: Draws, *, mirror: bool) -> torch.Tensor:
-    """The paper's: a weak view, two of RandAugment's operations, at 10 of 30, and Cutout."""
-    from torchvision.transforms import v2  # here alone, because that takes seconds
-    from torchvision.transforms.v2 import functional as vision
-
+    """The paper's: a weak view, two of RandAugment's operations, and Cutout."""
     size = images.shape[-1]
-    bilinear = {"interpolation": v2.InterpolationMode.BILINEAR}
-    still = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0], **bilinear}
-    shear, far = math.degrees(math.atan(0.1)), int(size * 50 / 331)
-    operations: list[Callable[[torch.Tensor, int], torch.Tensor]] = [
-        lambda x, sign: x,
-        lambda x, sign: vision.affine(x, **still | {"shear": [sign * shear, 0.0], "center": [0, 0]}),
-        lambda x, sign: vision.affine(x, **still | {"shear": [0.0, sign * shear], "center": [0, 0]}),
-        lambda x, sign: vision.affine(x, **still | {"translate": [sign * far, 0]}),
-        lambda x, sign: vision.affine(x, **still | {"translate": [0, sign * far]}),
-        lambda x, sign: vision.rotate(x, sign * 10.0, **bilinear),
-        lambda x, sign: vision.adjust_brightness(x, 1 + sign * 0.3),
-        lambda x, sign: vision.adjust_saturation(x, 1 + sign * 0.3),
-        lambda x, sign: vision.adjust_contrast(x, 1 + sign * 0.3),
-        lambda x, sign: vision.adjust_sharpness(x, 1 + sign * 0.3),
-        lambda x, sign: vision.posterize(x, 7),
-        lambda x, sign: vision.solarize(x, 170),
-        lambda x, sign: vision.autocontrast(x),
-        lambda x, sign: vision.equalize(x),
-    ]
-    views = weak(images, draws, mirror=mirror)
+    views, possible = weak(images, draws, mirror=mirror), operations(size)
     for _ in range(2):
-        chosen, sign = draws.whole(0, len(operations) - 1, 1)[:, 0], 2 * draws.whole(0, 1, 1)[:, 0] - 1
+        chosen, sign = draws.whole(0, len(possible) - 1, 1)[:, 0], 2 * draws.whole(0, 1, 1)[:, 0] - 1
         for which, way in set(zip(chosen.tolist(), sign.tolist(), strict=True)):
             rows = np.flatnonzero((chosen == which) & (sign == way))
-            views[rows] = operations[which](views[rows], way)
+            views[rows] = possible[which](views[rows], way)
     side = (size * np.sqrt(draws.uniform(0.02, 0.25, 1))).round()
     start = np.floor(draws.uniform(0, 1, 2) * (size - side + 1))[:, :, None]
     rows, columns = ((start <= np.arange(size)) & (np.arange(size) < start + side[:, None])).transpose(1, 0, 2)
     erased = torch.from_numpy(rows[:, None, :, None] & columns[:, None, None, :]).to(views.device)
     return views.masked_fill_(erased, 127)
+
+
+def operations(size: int) -> list[Callable[[torch.Tensor, int], torch.Tensor]]:
+    """RandAugment's, at magnitude 10 of 30: of [n, 3, S, S] uint8, and 1 or -1 for the way that it goes."""
+    from torchvision.transforms.v2 import InterpolationMode  # here alone: it takes seconds
+    from torchvision.transforms.v2 import functional as vision
+
+    bilinear = {"interpolation": InterpolationMode.BILINEAR}
+    shear, far = math.degrees(math.atan(0.1)), int(size * 50 / 331)
+    corner = {"center": [0, 0], **bilinear}
+    return [
+        lambda x, way: x,
+        lambda x, way: vision.affine(x, 0.0, [0, 0], 1.0, [way * shear, 0.0], **corner),
+        lambda x, way: vision.affine(x, 0.0, [0, 0], 1.0, [0.0, way * shear], **corner),
+        lambda x, way: vision.affine(x, 0.0, [way * far, 0], 1.0, [0.0, 0.0], **bilinear),
+        lambda x, way: vision.affine(x, 0.0, [0, way * far], 1.0, [0.0, 0.0], **bilinear),
+        lambda x, way: vision.rotate(x, way * 10.0, **bilinear),
+        lambda x, way: vision.adjust_brightness(x, 1 + way * 0.3),
+        lambda x, way: vision.adjust_saturation(x, 1 + way * 0.3),
+        lambda x, way: vision.adjust_contrast(x, 1 + way * 0.3),
+        lambda x, way: vision.adjust_sharpness(x, 1 + way * 0.3),
+        lambda x, way: vision.posterize(x, 7),
+        lambda x, way: vision.solarize(x, 170),
+        lambda x, way: vision.autocontrast(x),
+        lambda x, way: vision.equalize(x),
+    ]
 
 
 AUGMENTATIONS = {"weak": weak, "transfer": transfer, "randaugment": randaugment}
