@@ -737,6 +737,13 @@ def operations(size: int) -> list[Callable[[torch.Tensor, int], torch.Tensor]]:
     bilinear = {"interpolation": InterpolationMode.BILINEAR}
     shear, far = math.degrees(math.atan(0.1)), int(size * 50 / 331)
     corner = {"center": [0, 0], **bilinear}
+
+    def contrast(x: torch.Tensor, way: int) -> torch.Tensor:
+        views = x.float()
+        for view in views:  # torchvision's mean depends on how a sum is divided among threads
+            adjust_contrast(view, 1 + way * 0.3)
+        return views.to(torch.uint8)
+
     return [
         lambda x, way: x,
         lambda x, way: vision.affine(x, 0.0, [0, 0], 1.0, [way * shear, 0.0], **corner),
@@ -746,7 +753,7 @@ def operations(size: int) -> list[Callable[[torch.Tensor, int], torch.Tensor]]:
         lambda x, way: vision.rotate(x, way * 10.0, **bilinear),
         lambda x, way: vision.adjust_brightness(x, 1 + way * 0.3),
         lambda x, way: vision.adjust_saturation(x, 1 + way * 0.3),
-        lambda x, way: vision.adjust_contrast(x, 1 + way * 0.3),
+        contrast,
         lambda x, way: vision.adjust_sharpness(x, 1 + way * 0.3),
         lambda x, way: vision.posterize(x, 7),
         lambda x, way: vision.solarize(x, 170),
