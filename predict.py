@@ -175,7 +175,7 @@ class Stream:
         return self.decoded[i]
 
     def batch(self, rows: images.Rows) -> torch.Tensor:
-        return torch.stack([self.decoded[int(i)] for i in rows])
+        return torch.stack([self[int(i)] for i in rows])
 
     def batches(self, at_once: int) -> Iterator[tuple[np.ndarray, Unreadable]]:
         """The indices of some images that are decoded, and the files among them that cannot be, with the reasons."""
