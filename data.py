@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -19,16 +20,15 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from distributed import share
-from images import STORE_BYTES, UNKNOWN, DecodedImages, Index, check_images, digest, find_images
+from images import STORE_BYTES, UNKNOWN, DecodedImages, Index, Rows, check_images, digest, find_images
 from utils import (
     BOM,
     CheckpointError,
@@ -39,10 +39,8 @@ from utils import (
     csv_bytes,
     derive_seed,
     first_few,
-    seeded,
 )
 
-Rows = Sequence[int] | np.ndarray  # of images, by their places in the index
 FEWEST_PER_CLASS = 4  # a validation and a test image, and two to train on
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -537,164 +535,274 @@ def _describe(index: Index, split: Split, changes: Sequence[str]) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Augmentation: uint8 in, uint8 out, before any normalisation (the network's first layer does that)
+# Augmentation: [B, 3, S, S] uint8 in and out, before any normalisation (the network's first layer does that), on the
+# device where the images are. What is drawn for a view depends on its seed alone, and no bit of it on what else is in
+# the batch or on the number of threads: sums are of whole numbers, and whatever is rounded is rounded in one way.
+#
+# Whoever changes what a view looks like raises ``images.Preparation.version``, by which kept features are known.
 
 
-def weak_view(size: int, *, mirror: bool) -> v2.Transform:
-    """A shift by up to an eighth and, where a mirror image keeps its class, a flip (FixMatch, section 2.3)."""
-    return v2.Compose([v2.RandomHorizontalFlip()] * mirror + [Shift(size // 8)])
+class Draws:
+    """The random numbers of a batch's views, all at once: those of each view follow from its seed, and from how many
+    were drawn before them (SplitMix64: Steele, Lea and Flood, 2014)."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.state: np.ndarray = np.array(seeds, dtype=np.uint64)
+
+    def bits(self, n: int) -> np.ndarray:
+        """[B, n] uint64."""
+        x: np.ndarray = self.state[:, None] + np.arange(1, n + 1, dtype=np.uint64) * 0x9E3779B97F4A7C15
+        self.state = x[:, -1]
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+        return x ^ (x >> 31)
+
+    def uniform(self, low: float, high: float, n: int) -> np.ndarray:
+        """[B, n] float64, from ``low`` to below ``high``."""
+        return low + (high - low) * ((self.bits(n) >> 11) * 2.0**-53)
+
+    def whole(self, low: int, high: int, n: int) -> np.ndarray:
+        """[B, n] int64, from ``low`` to ``high``."""
+        return np.floor(self.uniform(low, high + 1, n)).astype(np.int64)
+
+    def chance(self, p: float) -> np.ndarray:
+        """[B] bool."""
+        return self.uniform(0, 1, 1)[:, 0] < p
 
 
-def strong_view(augmentation: str, size: int, *, mirror: bool) -> v2.Transform:
-    """The original project's augmentations (``transfer``), or the paper's RandAugment with Cutout (``randaugment``).
-
-    Whoever changes what a view looks like raises ``images.Preparation.version``, by which kept features are known.
-    """
-    if augmentation == "transfer":
-        return v2.Compose(
-            [v2.RandomHorizontalFlip()] * mirror
-            + [
-                v2.RandomApply([v2.ColorJitter(0.1, 0.1, 0.1, 0.1)], p=0.2),
-                Affine((-15, 20), translate=(0.1, 0.1), scale=(0.7, 1.2)),
-                v2.RandomApply([Affine(0, shear=(30, 50))], p=0.3),
-                Perspective(0.5, p=0.3),
-                v2.RandomGrayscale(p=0.1),
-                v2.RandomApply([AdditiveNoise(0.1)], p=0.2),
-            ]
-        )
-    if augmentation != "randaugment":
-        raise ValueError(f"no such augmentation: {augmentation}")
-    return v2.Compose(
-        [
-            weak_view(size, mirror=mirror),
-            v2.RandAugment(num_ops=2, magnitude=10, interpolation=v2.InterpolationMode.BILINEAR),
-            v2.RandomErasing(p=1.0, scale=(0.02, 0.25), ratio=(1.0, 1.0), value=127),
-        ]
-    )
+def parts(images: torch.Tensor) -> Iterator[slice]:
+    """A batch in parts that a processor's cache holds; on another device as it is."""
+    at_once = len(images)
+    if images.device.type == "cpu":
+        at_once = max(torch.get_num_threads(), 2**17 // images.shape[-1] ** 2)
+    return (slice(start, start + at_once) for start in range(0, len(images), at_once))
 
 
-class AdditiveNoise(v2.Transform):
-    """Gaussian noise of a standard deviation given as a fraction of full scale."""
-
-    def __init__(self, sigma: float) -> None:
-        super().__init__()
-        self.sigma = sigma
-
-    def transform(self, inpt: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
-        noise = torch.randn(inpt.shape) * (255 * self.sigma)
-        return (inpt + noise).round_().clamp_(0, 255).to(torch.uint8)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# torchvision's transforms, the same draws and pixels in a third to a half of the time: with fresh views and a fast
-# backbone they would take a fifth of a step
-
-
-class Shift(v2.Transform):
-    """A shift by up to ``most`` pixels each way that fills up with the image's reflection: ``v2.RandomCrop`` after
-    padding, without making what is not shown."""
-
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self.most = most
-
-    def make_params(self, flat_inputs: list[torch.Tensor]) -> dict[str, int]:
-        return {way: int(torch.randint(0, 2 * self.most + 1, ())) - self.most for way in ("up", "left")}
-
-    def transform(self, inpt: torch.Tensor, params: dict[str, int]) -> torch.Tensor:
-        return _shifted(_shifted(inpt, -2, params["up"]), -1, params["left"])
+def weak(images: torch.Tensor, draws: Draws, *, mirror: bool) -> torch.Tensor:
+    """A shift by up to an eighth that fills up with the image's reflection and, where a mirror image keeps its class, a
+    flip (FixMatch, section 2.3)."""
+    size = images.shape[-1]
+    flip = draws.chance(0.5) & mirror
+    at = np.abs(draws.whole(-(size // 8), size // 8, 2)[:, :, None] + np.arange(size))
+    rows, columns = np.minimum(at, 2 * (size - 1) - at).transpose(1, 0, 2)  # [B, S] each
+    columns = np.where(flip[:, None], size - 1 - columns, columns)
+    views = torch.empty_like(images)
+    for part in parts(images):
+        places = torch.from_numpy(rows[part, :, None] * size + columns[part, None]).to(images.device)  # [n, S, S]
+        seen = images[part].flatten(2).gather(2, places.flatten(1)[:, None].expand(-1, 3, -1))
+        views[part] = seen.view_as(views[part])
+    return views
 
 
-def _shifted(image: torch.Tensor, dim: int, by: int) -> torch.Tensor:
-    """An image moved against ``dim`` by a number of pixels, which may be negative."""
-    n = image.shape[dim]
-    if by < 0:
-        return torch.cat([image.narrow(dim, 1, -by).flip(dim), image.narrow(dim, 0, n + by)], dim)
-    if by > 0:
-        return torch.cat([image.narrow(dim, by, n - by), image.narrow(dim, n - 1 - by, by).flip(dim)], dim)
-    return image
+def transfer(images: torch.Tensor, draws: Draws, *, mirror: bool) -> torch.Tensor:
+    """The original project's augmentations, in its order: colours, then geometry, then greyscale and noise."""
+    drawn = Transfer(draws, images.shape[-1], mirror=mirror)
+    maps, views = drawn.maps(), torch.empty_like(images)
+    generator = torch.Generator()
+    for part in parts(images):
+        seen = images[part].float()
+        for row in np.flatnonzero(drawn.jitter[part]):
+            for which in drawn.order[part][row]:
+                ADJUSTMENTS[which](seen[row], float(drawn.factors[part][row, which]))
+        seen = warp(seen, maps[part])
+        for row in np.flatnonzero(drawn.grey[part]):
+            seen[row] = grey(seen[row])
+        for row in np.flatnonzero(drawn.noisy[part]):
+            noise = torch.randn(seen.shape[1:], generator=generator.manual_seed(int(drawn.noise[part][row])))
+            seen[row].add_(noise.mul_(0.1 * 255).to(images.device)).clamp_(0, 255)
+        views[part] = seen.round_().to(torch.int32)  # a fifth of the time that it takes at once
+    return views
 
 
-class Affine(v2.RandomAffine):
-    """``v2.RandomAffine`` of square images, bilinear, black where there is nothing."""
+class Transfer:
+    """What is drawn for strong views of the original project's kind. Their geometry is one projective map, so that a
+    view is interpolated once; what one part moves out of the frame, another may bring back."""
 
-    def transform(self, inpt: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
-        angle, shear = math.radians(params["angle"]), math.radians(params["shear"][0])  # along x alone
-        sine, cosine = math.sin(angle), math.cos(angle)
-        there = np.eye(3)
-        there[:2, :2] = params["scale"] * np.array([[cosine, -sine], [sine, cosine]]) @ [[1, -math.tan(shear)], [0, 1]]
-        there[:2, 2] = params["translate"]
-        return warp(inpt, np.linalg.inv(there))
+    def __init__(self, draws: Draws, size: int, *, mirror: bool) -> None:
+        self.size = size
+        self.flip = draws.chance(0.5) & mirror  # [B] bool
+        self.jitter = draws.chance(0.2)  # [B] bool
+        self.order = draws.bits(4).argsort(1)  # [B, 4] int64: which of ADJUSTMENTS comes when
+        self.factors = np.array([1, 1, 1, 0]) + draws.uniform(-0.1, 0.1, 4)  # [B, 4]: how far each goes
+        self.angle = np.radians(draws.uniform(-15, 20, 1)[:, 0])  # [B], clockwise
+        self.shift = draws.uniform(-0.1 * size, 0.1 * size, 2).round()  # [B, 2] pixels, to the right and down
+        self.scale = draws.uniform(0.7, 1.2, 1)[:, 0]  # [B]
+        self.shear = draws.chance(0.3) * np.radians(draws.uniform(30, 50, 1)[:, 0])  # [B], 0 where there is none
+        moved = draws.chance(0.3)[:, None, None]
+        self.corners = moved * draws.whole(0, size // 4, 8).reshape(-1, 4, 2)  # [B, 4, 2] pixels inwards, clockwise
+        self.grey = draws.chance(0.1)  # [B] bool
+        self.noisy = draws.chance(0.2)  # [B] bool
+        self.noise = draws.bits(1)[:, 0]  # [B] uint64: its seed
+
+    def maps(self) -> np.ndarray:
+        """From a view's pixels to its image's, [B, 3, 3], as :func:`warp` takes them."""
+        flip = _matrices(1 - 2 * self.flip, 0, 0, 0, 1, 0, 0, 0, 1)
+        cosine, sine = self.scale * np.cos(self.angle), self.scale * np.sin(self.angle)
+        spin = _matrices(cosine, -sine, self.shift[:, 0], sine, cosine, self.shift[:, 1], 0, 0, 1)
+        shear = _matrices(1, -np.tan(self.shear), 0, 0, 1, 0, 0, 0, 1)
+        square = np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
+        before = square * (self.size - 1) - self.size / 2  # as torchvision has them, half a pixel from where they are
+        after = before + (1 - 2 * square) * self.corners
+        perspective = _basis(after) @ np.linalg.inv(_basis(before[None]))
+        return np.linalg.inv(perspective @ shear @ spin @ flip)
 
 
-class Perspective(v2.RandomPerspective):
-    """``v2.RandomPerspective`` of square images, bilinear, black where there is nothing."""
-
-    def transform(self, inpt: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
-        to_corner, to_centre = np.eye(3), np.eye(3)
-        to_corner[:2, 2] = inpt.shape[-1] / 2
-        to_centre[:2, 2] = -inpt.shape[-1] / 2
-        return warp(inpt, to_centre @ np.append(params["coefficients"], 1).reshape(3, 3) @ to_corner)
+def _matrices(*entries: np.ndarray | int) -> np.ndarray:
+    """[B, 3, 3] of their entries row by row, each [B] or the same for all."""
+    return np.stack(np.broadcast_arrays(*entries), -1).reshape(-1, 3, 3).astype(np.float64)
 
 
-def warp(image: torch.Tensor, matrix: np.ndarray) -> torch.Tensor:
-    """An image seen through a projective map, bilinear, black where there is nothing.
+def _basis(points: np.ndarray) -> np.ndarray:
+    """The projective maps [B, 3, 3] that take the three axes and (1, 1, 1) to four points each, [B, 4, 2]."""
+    first, last = np.split(np.concatenate([points, np.ones_like(points[..., :1])], -1).transpose(0, 2, 1), [3], -1)
+    return first * np.linalg.solve(first, last).transpose(0, 2, 1)
+
+
+def warp(images: torch.Tensor, maps: np.ndarray) -> torch.Tensor:
+    """Images seen through projective maps, bilinear, black where there is nothing.
 
     Args:
-        image: [C, S, S] uint8.
-        matrix: [3, 3], from homogeneous coordinates of the result's pixels to those of the image's, both from the
+        images: [B, C, S, S] float32.
+        maps: [B, 3, 3], from homogeneous coordinates of a result's pixels to those of its image's, both from the
             centre, in pixels.
     """
-    size = image.shape[-1]
-    at = torch.arange(size) - (size - 1) / 2
-    scaled = np.diag([2 / size, 2 / size, 1]) @ matrix  # the image from -1 to 1
-    x, y, w = (torch.add(a * at, (b * at + c)[:, None]) for a, b, c in scaled.tolist())
-    grid = torch.stack([x / w, y / w], -1)
-    strips = math.gcd(torch.get_num_threads(), size)  # images of a batch go to different threads, parts of one do not
-    grid = grid.view(strips, size // strips, size, 2)
-    seen = F.grid_sample(image.float().expand(strips, -1, -1, -1), grid, align_corners=False)
-    return seen.round_().to(torch.uint8).transpose(0, 1).reshape(image.shape)
+    size = images.shape[-1]
+    at = (torch.arange(size) - (size - 1) / 2).to(images.device)
+    scaled = torch.from_numpy(np.diag([2 / size, 2 / size, 1]) @ maps).float().to(images.device)  # images from -1 to 1
+    x, y, one = scaled[..., None].unbind(2)  # [B, 3, 1] each
+    seen = (x * at)[:, :, None, :] + (y * at + one)[:, :, :, None]  # [B, 3, S, S]
+    grid = seen[:, :2].div_(seen[:, 2:]).permute(0, 2, 3, 1)
+    return F.grid_sample(images, grid, align_corners=False)
 
+
+def grey(image: torch.Tensor) -> torch.Tensor:
+    """[S, S]"""
+    red, green, blue = image
+    return (0.2989 * red).add_(0.587 * green).add_(0.114 * blue)
+
+
+def blend(image: torch.Tensor, share: float, other: torch.Tensor | float) -> None:
+    image.mul_(share).add_((1 - share) * other).clamp_(0, 255)
+
+
+def adjust_contrast(image: torch.Tensor, share: float) -> None:
+    levels = grey(image).to(torch.int32)
+    blend(image, share, levels.sum() / levels.numel())
+
+
+def turn_hue(image: torch.Tensor, turn: float) -> None:
+    """Turn the hue by a share of the circle, of which ``at`` is the place in sixths from red, times the chroma. Each
+    channel is less than the highest by as much as that is far from its own (en.wikipedia.org/wiki/HSL_and_HSV)."""
+    red, green, blue = image
+    high = torch.maximum(torch.maximum(red, green), blue)
+    chroma = high - torch.minimum(torch.minimum(red, green), blue)
+    two, three = 2 * chroma, 3 * chroma
+    at = (red - green).add_(two).add_(two)  # as if blue were the highest; then where green is, and where red is
+    at += (green - high).sign_().add_(1) * (blue - red).add_(two).sub_(at)
+    at += (red - high).sign_().add_(1) * (green - blue).sub_(at)
+    for channel, start in zip((red, green, blue), (0, -2, -4), strict=True):
+        far = ((6 * turn + start) * chroma).add_(at).abs_().sub_(three).abs_()
+        torch.sub(high, torch.minimum(far.neg_().add_(two).clamp_(min=0), chroma), out=channel)
+
+
+ADJUSTMENTS: tuple[Callable[[torch.Tensor, float], None], ...] = (  # of an image [3, S, S] float32 from 0 to 255
+    lambda image, share: blend(image, share, 0.0),  # brightness
+    adjust_contrast,
+    lambda image, share: blend(image, share, grey(image)),  # saturation
+    turn_hue,
+)
+
+
+def randaugment(images: torch.Tensor, draws: Draws, *, mirror: bool) -> torch.Tensor:
+    """The paper's: a weak view, two of RandAugment's operations, and Cutout."""
+    size = images.shape[-1]
+    views, possible = weak(images, draws, mirror=mirror), operations(size)
+    for _ in range(2):
+        chosen, sign = draws.whole(0, len(possible) - 1, 1)[:, 0], 2 * draws.whole(0, 1, 1)[:, 0] - 1
+        for which, way in set(zip(chosen.tolist(), sign.tolist(), strict=True)):
+            rows = np.flatnonzero((chosen == which) & (sign == way))
+            views[rows] = possible[which](views[rows], way)
+    side = (size * np.sqrt(draws.uniform(0.02, 0.25, 1))).round()
+    start = np.floor(draws.uniform(0, 1, 2) * (size - side + 1))[:, :, None]
+    rows, columns = ((start <= np.arange(size)) & (np.arange(size) < start + side[:, None])).transpose(1, 0, 2)
+    erased = torch.from_numpy(rows[:, None, :, None] & columns[:, None, None, :]).to(views.device)
+    return views.masked_fill_(erased, 127)
+
+
+def operations(size: int) -> list[Callable[[torch.Tensor, int], torch.Tensor]]:
+    """RandAugment's, at magnitude 10 of 30: of [n, 3, S, S] uint8, and 1 or -1 for the way that it goes."""
+    from torchvision.transforms.v2 import InterpolationMode  # here alone: it takes seconds
+    from torchvision.transforms.v2 import functional as vision
+
+    bilinear = {"interpolation": InterpolationMode.BILINEAR}
+    shear, far = math.degrees(math.atan(0.1)), int(size * 50 / 331)
+    corner = {"center": [0, 0], **bilinear}
+
+    def contrast(x: torch.Tensor, way: int) -> torch.Tensor:
+        views = x.float()
+        for view in views:  # torchvision's mean depends on how a sum is divided among threads
+            adjust_contrast(view, 1 + way * 0.3)
+        return views.to(torch.uint8)
+
+    return [
+        lambda x, way: x,
+        lambda x, way: vision.affine(x, 0.0, [0, 0], 1.0, [way * shear, 0.0], **corner),
+        lambda x, way: vision.affine(x, 0.0, [0, 0], 1.0, [0.0, way * shear], **corner),
+        lambda x, way: vision.affine(x, 0.0, [way * far, 0], 1.0, [0.0, 0.0], **bilinear),
+        lambda x, way: vision.affine(x, 0.0, [0, way * far], 1.0, [0.0, 0.0], **bilinear),
+        lambda x, way: vision.rotate(x, way * 10.0, **bilinear),
+        lambda x, way: vision.adjust_brightness(x, 1 + way * 0.3),
+        lambda x, way: vision.adjust_saturation(x, 1 + way * 0.3),
+        contrast,
+        lambda x, way: vision.adjust_sharpness(x, 1 + way * 0.3),
+        lambda x, way: vision.posterize(x, 7),
+        lambda x, way: vision.solarize(x, 170),
+        lambda x, way: vision.autocontrast(x),
+        lambda x, way: vision.equalize(x),
+    ]
+
+
+AUGMENTATIONS = {"weak": weak, "transfer": transfer, "randaugment": randaugment}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Views
 
 
 class Views:
-    """The source of network inputs: ``views(kind, indices, draws)`` gives [B, 3, S, S] uint8.
+    """The source of network inputs: ``views(kind, indices, draws)`` gives [B, 3, S, S] uint8, made on ``device``.
 
     ``kind`` is ``plain`` (for evaluation), ``weak`` or ``strong``. The same pixels, kind and draw give the same view,
     whatever else is in the batch and whatever the image is called. With ``keep``, up to ``STORE_BYTES`` of them stay in
     memory for when they are drawn again.
     """
 
-    def __init__(self, images: DecodedImages, *, keep: bool = False) -> None:
-        prepare = images.prepare
+    def __init__(self, images: DecodedImages, *, keep: bool = False, device: torch.device | str = "cpu") -> None:
+        self.images, self.device = images, torch.device(device)
         self.kept: dict[tuple[str, int, int], torch.Tensor] = {}
-        self.most = STORE_BYTES // (3 * prepare.size**2) if keep else 0
-        self.images = images
+        self.most = STORE_BYTES // (3 * images.prepare.size**2) if keep else 0
         self.digests = np.zeros((len(images), 16), np.uint8)  # of the pixels, once they are known
-        self.transforms = {
-            "weak": weak_view(prepare.size, mirror=prepare.mirror),
-            "strong": strong_view(prepare.augmentation, prepare.size, mirror=prepare.mirror),
-        }
 
     def __call__(self, kind: str, indices: Rows, draws: Rows) -> torch.Tensor:
-        return torch.stack([self._one(kind, int(i), int(draw)) for i, draw in zip(indices, draws, strict=True)])
-
-    def _one(self, kind: str, i: int, draw: int) -> torch.Tensor:
-        image = self.images[i]
         if kind == "plain":
-            return image
-        view = self.kept.get((kind, i, draw))
-        if view is None:
+            return self.images.batch(indices).to(self.device)
+        wanted = [(kind, int(i), int(draw)) for i, draw in zip(indices, draws, strict=True)]
+        if not self.most:
+            return self._made(wanted)
+        new = [each for each in dict.fromkeys(wanted) if each not in self.kept]
+        made = dict(zip(new, self._made(new), strict=True)) if new else {}
+        views = torch.stack([made[each] if each in made else self.kept[each] for each in wanted])
+        self.kept |= itertools.islice(made.items(), self.most - len(self.kept))
+        return views
+
+    def _made(self, wanted: Sequence[tuple[str, int, int]]) -> torch.Tensor:
+        images = self.images.batch([i for _, i, _ in wanted])
+        for (_, i, _), image in zip(wanted, images, strict=True):
             if not self.digests[i].any():
                 self.digests[i] = np.frombuffer(digest(image.numpy().tobytes()), np.uint8)
-            with seeded(derive_seed(kind, self.digests[i].tobytes(), draw)):
-                view = self.transforms[kind](image)
-            if len(self.kept) < self.most:
-                self.kept[kind, i, draw] = view
-        return view
+        seeds = [derive_seed(kind, self.digests[i].tobytes(), draw) for kind, i, draw in wanted]
+        prepare = self.images.prepare
+        augment = AUGMENTATIONS["weak" if wanted[0][0] == "weak" else prepare.augmentation]
+        return augment(images.to(self.device), Draws(seeds), mirror=prepare.mirror)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

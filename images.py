@@ -22,10 +22,9 @@ import numpy as np
 import PIL
 import psutil
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
 
 from utils import (
     CheckpointError,
@@ -45,6 +44,7 @@ UNREAD_SUFFIXES = frozenset(  # of images too, but nothing here reads them
     ".jxl .cr2 .cr3 .nef .nrw .arw .srf .dng .orf .raf .rw2 .pef .srw .psd .svg .exr .hdr .tga .dcm .xcf".split()
 )
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")  # whatever a file's name says
+Rows = Sequence[int] | np.ndarray  # of images, by their places in the index
 UNKNOWN = -1  # the label of an image that nobody labelled
 STORE_BYTES = 2**30  # of decoded images in memory: what a run needs does not grow with the folder
 MOST_PIXELS = 178_956_970  # of one image, half a gigabyte decoded: more is taken for a decompression bomb
@@ -731,18 +731,19 @@ class Preparation:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     interpolation: str = "bicubic"
-    version: int = 1  # raised whenever the same fields come to mean other pixels
+    version: int = 2  # raised whenever the same fields come to mean other pixels
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """An open image's pixels, [3, size, size] uint8."""
         image.draft("RGB", (self.short_side, self.short_side))  # a large JPEG is decoded at a fraction of its size
         ImageOps.exif_transpose(image, in_place=True)
         image = central_square(image)
-        pixels = F.pil_to_tensor(to_rgb(image, self.value_range))
+        pixels = torch.from_numpy(np.array(to_rgb(image, self.value_range))).permute(2, 0, 1)
         if pixels.shape[1] != self.short_side:  # tensors are resized in a fifth of Pillow's time
             side = [self.short_side, self.short_side]
-            pixels = F.resize(pixels, side, v2.InterpolationMode(self.interpolation), antialias=True)
-        return F.center_crop(pixels, [self.size, self.size])
+            pixels = F.interpolate(pixels[None], side, mode=self.interpolation, antialias=True)[0]
+        start = round((self.short_side - self.size) / 2)
+        return pixels[:, start : start + self.size, start : start + self.size]
 
 
 def prepare_for(
@@ -837,6 +838,8 @@ class DecodedImages(Protocol):
 
     def __getitem__(self, i: int) -> torch.Tensor: ...
 
+    def batch(self, rows: Rows) -> torch.Tensor: ...  # [B, 3, size, size]
+
 
 class Images(Dataset):
     """Decoded images by index, [3, size, size] uint8; each is decoded once if all fit in ``STORE_BYTES`` and in a
@@ -862,13 +865,17 @@ class Images(Dataset):
         return self.__dict__ | {"_store": None}
 
     def __getitem__(self, i: int) -> torch.Tensor:
+        return self.batch([i])[0]
+
+    def batch(self, rows: Rows) -> torch.Tensor:
         if self._store is None:
-            return self._decode(i)
+            return torch.stack([self._decode(i) for i in rows])
         pixels, present = self._store
-        if not present[i]:
+        rows = np.asarray(rows)
+        for i in rows[present[rows] == 0]:
             pixels[i] = self._decode(i).numpy()
             present[i] = 1
-        return torch.from_numpy(pixels[i])
+        return torch.from_numpy(pixels).index_select(0, torch.from_numpy(rows))
 
     def _decode(self, i: int) -> torch.Tensor:
         if self.index.pixels is not None:

@@ -174,6 +174,9 @@ class Stream:
     def __getitem__(self, i: int) -> torch.Tensor:
         return self.decoded[i]
 
+    def batch(self, rows: images.Rows) -> torch.Tensor:
+        return torch.stack([self[int(i)] for i in rows])
+
     def batches(self, at_once: int) -> Iterator[tuple[np.ndarray, Unreadable]]:
         """The indices of some images that are decoded, and the files among them that cannot be, with the reasons."""
         parts = iter(np.split(np.arange(len(self.index)), range(at_once, len(self.index), at_once)))

@@ -95,19 +95,6 @@ def seed_torch(*parts: Any) -> None:
     torch.manual_seed(derive_seed(*parts))
 
 
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """torch's CPU generator seeded within the block and put back after it: a draw of its own."""
-    import torch
-
-    state = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(state)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Device
 

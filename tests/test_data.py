@@ -1,5 +1,7 @@
-"""Finding, splitting, decoding, augmenting: the fast transforms draw and show what torchvision's do."""
+"""Finding, splitting, decoding, augmenting: views show what torchvision's transforms in sequence show."""
 
+import itertools
+import math
 import os
 import shutil
 import sys
@@ -8,11 +10,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as vision
 
 import data
 import images
@@ -169,20 +173,47 @@ def test_unusual_images_are_read_as_a_viewer_shows_them(tmp_path):
     assert int(turned[0, -2, 8]) > 215
 
 
+@pytest.mark.parametrize("size", [32, 97])
 @pytest.mark.parametrize("augmentation", ["transfer", "randaugment"])
-def test_a_view_depends_on_image_and_draw_alone(colours, augmentation):
-    prepare = images.Preparation(32, 37, augmentation=augmentation)
+def test_a_view_depends_on_image_and_draw_alone(colours, augmentation, size):
+    prepare = images.Preparation(size, size, augmentation=augmentation)
     views = data.Views(images.Images(images.find_images(str(colours)), prepare))
-    torch.manual_seed(1)
-    together = views("strong", [0, 1, 2, 3], [7, 7, 8, 9])
-    torch.manual_seed(2)
+    rows = np.arange(60)
+    draws = rows // 3
+    threads = torch.get_num_threads()
+    try:
+        for kind in ("weak", "strong"):
+            alone = torch.cat([views(kind, [i], [draw]) for i, draw in zip(rows, draws, strict=True)])
+            for n in (1, 2, 3):
+                torch.set_num_threads(n)
+                torch.manual_seed(n)
+                assert torch.equal(views(kind, rows, draws), alone)
+                assert torch.equal(
+                    views(kind, rows[::-7].tolist(), draws[::-7].tolist()), alone[torch.arange(59, -1, -7)]
+                )
+            assert not torch.equal(views(kind, [2], [9]), views(kind, [2], [8]))
+            assert alone.shape == (60, 3, size, size)
+            assert alone.dtype == torch.uint8
+    finally:
+        torch.set_num_threads(threads)
+    torch.manual_seed(3)
     state = torch.get_rng_state()
-    alone = views("strong", [2], [8])
+    views("strong", rows, draws)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(together[2:3], alone)
-    assert not torch.equal(views("strong", [2], [9]), alone)
-    assert together.shape == (4, 3, 32, 32)
-    assert together.dtype == torch.uint8
+
+
+def test_kept_views_are_made_once_and_no_others(colours, monkeypatch):
+    prepare = images.Preparation(16, 18)
+    source = images.Images(images.find_images(str(colours)), prepare)
+    wanted = ("strong", [3, 5, 3, 3], [0, 1, 1, 0])
+    expected = data.Views(source)(*wanted)
+    monkeypatch.setattr(data, "STORE_BYTES", 2 * 3 * 16**2)
+    views = data.Views(source, keep=True)
+    assert torch.equal(views(*wanted), expected)
+    views.images = None  # nothing more can be made
+    assert torch.equal(views("strong", [5, 3, 3], [1, 0, 0]), expected[[1, 0, 3]])
+    with pytest.raises(AttributeError):
+        views("strong", [3], [1])
 
 
 def test_evaluation_views_are_the_decoded_image(colours):
@@ -192,67 +223,171 @@ def test_evaluation_views_are_the_decoded_image(colours):
     assert torch.equal(views("plain", [5], [0])[0], images.decode(index.file(5), prepare))
 
 
-BILINEAR = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": None}  # without a fill: black
-SPIN = {"degrees": (-15, 20), "translate": (0.1, 0.1), "scale": (0.7, 1.2)}
-SHEAR = {"degrees": 0, "shear": (30, 50)}
+def pictures(n: int, size: int) -> torch.Tensor:
+    """Smooth and colourful, [n, 3, S, S] uint8."""
+    coarse = torch.rand(n, 3, 6, 6, generator=torch.Generator().manual_seed(size))
+    return (255 * F.interpolate(coarse, (size, size), mode="bilinear", align_corners=True)).to(torch.uint8)
 
 
-def picture(size: int) -> torch.Tensor:
-    return torch.randint(256, (3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+@pytest.mark.parametrize("size", [16, 33])
+@pytest.mark.parametrize("mirror", [True, False])
+def test_a_weak_view_is_a_crop_of_the_padded_image_mirrored_only_where_it_may_be(colours, size, mirror):
+    prepare = images.Preparation(size, size, mirror=mirror)
+    views = data.Views(images.Images(images.find_images(str(colours)), prepare))
+    most, rows = size // 8, np.arange(60)
+    seen = Counter()
+    for draw in range(4):
+        for image, view in zip(views("plain", rows, rows), views("weak", rows, rows + draw), strict=True):
+            padded = vision.pad(image, [most] * 4, padding_mode="reflect")
+            crops = {}
+            for top, left in itertools.product(range(2 * most + 1), repeat=2):
+                crop = padded[:, top : top + size, left : left + size]
+                crops[crop.numpy().tobytes()] = (top, left, False)
+            for top, left in itertools.product(range(2 * most + 1), repeat=2):
+                crop = padded.flip(-1)[:, top : top + size, left : left + size]
+                crops[crop.numpy().tobytes()] = (top, left, True)
+            seen[crops[view.numpy().tobytes()]] += 1
+    assert {top for top, _, _ in seen} == {left for _, left, _ in seen} == set(range(2 * most + 1))
+    mirrored = sum(count for (*_, flipped), count in seen.items() if flipped)
+    assert 85 <= mirrored <= 155 if mirror else mirrored == 0  # of 240
 
 
-def drawn(transform: v2.Transform, image: torch.Tensor, seed: int) -> torch.Tensor:
-    torch.manual_seed(seed)
-    return transform(image)
+def moved_by_torchvision(image: torch.Tensor, drawn: data.Transfer, i: int) -> torch.Tensor:
+    bilinear = {"interpolation": vision.InterpolationMode.BILINEAR}
+    far = image.shape[-1] - 1
+    if drawn.flip[i]:
+        image = vision.horizontal_flip(image)
+    shift = drawn.shift[i].astype(int).tolist()
+    image = vision.affine(image, math.degrees(drawn.angle[i]), shift, float(drawn.scale[i]), [0.0, 0.0], **bilinear)
+    if drawn.shear[i]:
+        image = vision.affine(image, 0.0, [0, 0], 1.0, [math.degrees(drawn.shear[i]), 0.0], **bilinear)
+    if drawn.corners[i].any():
+        (a, b), (c, d), (e, f), (g, h) = drawn.corners[i].tolist()
+        start = [[0, 0], [far, 0], [far, far], [0, far]]
+        end = [[a, b], [far - c, d], [far - e, far - f], [g, far - h]]
+        image = vision.perspective(image, start, end, **bilinear)
+    return image
 
 
-@pytest.mark.parametrize("size", [32, 97])
-def test_a_shift_is_a_crop_of_the_padded_image(size):
-    image, most = picture(size), size // 8
-    crop = v2.RandomCrop(size, padding=most, padding_mode="reflect")
-    for seed in range(30):
-        assert torch.equal(drawn(data.Shift(most), image, seed), drawn(crop, image, seed))
+def seen_by_torchvision(image: torch.Tensor, drawn: data.Transfer, i: int) -> torch.Tensor:
+    adjust = (vision.adjust_brightness, vision.adjust_contrast, vision.adjust_saturation, vision.adjust_hue)
+    for which in drawn.order[i] if drawn.jitter[i] else ():
+        image = adjust[which](image, float(drawn.factors[i, which]))
+    image = moved_by_torchvision(image, drawn, i)
+    if drawn.grey[i]:
+        image = vision.rgb_to_grayscale(image, 3)
+    if drawn.noisy[i]:
+        noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(int(drawn.noise[i])))
+        image = (image + 25.5 * noise).round().clamp(0, 255).to(torch.uint8)
+    return image
 
 
-@pytest.mark.parametrize("size", [32, 97])
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        (data.Affine(**SPIN), v2.RandomAffine(**SPIN, **BILINEAR)),
-        (data.Affine(**SHEAR), v2.RandomAffine(**SHEAR, **BILINEAR)),
-        (data.Perspective(0.5, p=1), v2.RandomPerspective(0.5, p=1, **BILINEAR)),
-    ],
-)
-def test_a_warp_shows_what_torchvision_shows(ours, theirs, size):
-    image = picture(size)
-    differences = torch.stack(
-        [drawn(ours, image, seed).int() - drawn(theirs, image, seed).int() for seed in range(20)]
-    ).abs()
-    assert differences.max() <= 1
-    assert (differences > 0).float().mean() < 1e-3
+@pytest.mark.parametrize("size", [32, 97, 224])
+def test_one_map_shows_what_torchvisions_transforms_in_sequence_show(size):
+    """A ramp shows where each pixel is from."""
+    n = 60
+    drawn = data.Transfer(data.Draws(range(n)), size, mirror=True)
+    y, x = torch.meshgrid(torch.arange(size) + 1.0, torch.arange(size) + 1.0, indexing="ij")
+    ramps = torch.stack([x, y, torch.ones(size, size)]).expand(n, -1, -1, -1)
+    ours = data.warp(ramps, drawn.maps())
+    theirs = torch.stack([moved_by_torchvision(image, drawn, i) for i, image in enumerate(ramps)])
+    inside = theirs[:, 2] > 0.9999
+    assert inside.float().mean() > 0.5
+    assert (ours[:, 2][inside] > 0.999).all()
+    assert (ours - theirs)[:, :2].abs().amax(1)[inside].max() < 0.1  # pixels
+    assert (theirs[:, 2] <= ours[:, 2] + 0.5).all()  # it shows no less of the image
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_a_strong_view_shows_what_torchvisions_transforms_in_sequence_show(size):
+    n = 60
+    plain = pictures(n, size)
+    drawn = data.Transfer(data.Draws(range(n)), size, mirror=True)
+    ours = data.transfer(plain, data.Draws(range(n)), mirror=True).int()
+    theirs = torch.stack([seen_by_torchvision(image, drawn, i) for i, image in enumerate(plain)]).int()
+    there = torch.ones(1, size, size)
+    inside = torch.stack([moved_by_torchvision(there, drawn, i) for i in range(n)]) > 0.9999
+    differences = (ours - theirs).abs().masked_fill_(~inside, 0)
+    means = differences.sum((1, 2, 3)) / (3 * inside.sum((1, 2, 3)))
+    assert means.max() < 3
+    assert means.mean() < 1
+    some = means[drawn.noisy], means[drawn.grey], means[drawn.jitter], means[drawn.shear > 0]
+    assert all(len(each) for each in some)
+
+
+def test_every_part_of_a_strong_view_happens_as_often_as_it_should():
+    n = 20_000
+    drawn = data.Transfer(data.Draws(range(n)), 224, mirror=True)
+    parts = {
+        **{0.5: [drawn.flip], 0.1: [drawn.grey], 0.2: [drawn.jitter, drawn.noisy]},
+        0.3: [drawn.shear > 0, drawn.corners.any((1, 2))],
+    }
+    for p, each in parts.items():
+        for happened in each:
+            assert abs(happened.mean() - p) < 4 * math.sqrt(p * (1 - p) / n)
+    ranges = (
+        (drawn.factors[:, :3], 0.9, 1.1),
+        (drawn.factors[:, 3], -0.1, 0.1),
+        (np.degrees(drawn.angle), -15, 20),
+        (drawn.shift, -22, 22),
+        (drawn.scale, 0.7, 1.2),
+        (np.degrees(drawn.shear[drawn.shear > 0]), 30, 50),
+        (drawn.corners[drawn.corners.any((1, 2))], 0, 56),
+    )
+    for values, low, high in ranges:
+        assert low <= values.min() < low + 0.01 * (high - low)
+        assert high - 0.01 * (high - low) < values.max() <= high
+        assert abs(values.mean() - (low + high) / 2) < 4 * (high - low) / math.sqrt(12 * len(values)) + 1e-9
+    orders = Counter(map(tuple, drawn.order.tolist()))
+    assert len(orders) == 24
+    assert all(abs(count / n - 1 / 24) < 4 * math.sqrt(1 / 24 / n) for count in orders.values())
+    rows = np.stack([drawn.flip, drawn.jitter, drawn.angle, drawn.scale, drawn.shift[:, 0], drawn.grey, drawn.noisy])
+    neighbours = np.corrcoef(np.concatenate([rows[:, 1:], rows[:, :-1]]))  # of other seeds, too
+    assert np.abs(neighbours - np.eye(14)).max() < 5 / math.sqrt(n)
+
+
+def test_a_strong_view_is_a_mirror_image_only_where_it_may_be():
+    for mirror, share in ((True, 0.5), (False, 0.0)):
+        maps = data.Transfer(data.Draws(range(1000)), 64, mirror=mirror).maps()
+        assert (np.linalg.det(maps) < 0).mean() == pytest.approx(share, abs=0.06)
 
 
 def test_a_warp_by_hand():
-    image = picture(8)
+    image = torch.randint(256, (1, 3, 8, 8), generator=torch.Generator().manual_seed(0)).float()
     right = np.array([[1.0, 0, -2], [0, 1, 0], [0, 0, 1]])  # a pixel shows what is two to its left
-    assert torch.equal(data.warp(image, right)[:, :, 2:], image[:, :, :-2])
-    assert not data.warp(image, right)[:, :, :2].any()
-    assert torch.equal(data.warp(image, np.diag([-1.0, -1, 1])), image.flip(1, 2))
-    assert torch.equal(data.warp(image, np.diag([3.0, 3, 3])), image)  # homogeneous: any multiple is the same
+    maps = np.stack([right, np.diag([-1.0, -1, 1]), np.diag([3.0, 3, 3])])
+    moved, turned, same = data.warp(image.expand(3, -1, -1, -1), maps).round()
+    assert torch.equal(moved[:, :, 2:], image[0, :, :, :-2])
+    assert not moved[:, :, :2].any()
+    assert torch.equal(turned, image[0].flip(1, 2))
+    assert torch.equal(same, image[0])  # homogeneous: any multiple is the same
 
 
-def test_the_number_of_threads_changes_no_pixel():
-    image, transform = picture(48), data.strong_view("transfer", 48, mirror=True)
-    threads = torch.get_num_threads()
-    try:
-        views = []
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            views.append(torch.stack([drawn(transform, image, seed) for seed in range(20)]))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(views[0], views[1])
-    assert torch.equal(views[0], views[2])
+@pytest.mark.parametrize("size", [16, 97])
+def test_randaugments_operations_are_torchvisions(size):
+    image = pictures(1, size)
+    ours = [operation(image.clone(), way).int() for operation in data.operations(size) for way in (1, -1)]
+    theirs = v2.RandAugment(num_ops=1, magnitude=10, interpolation=v2.InterpolationMode.BILINEAR)
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(300):
+        view = theirs(image)
+        differences = [int((view - each).abs().max()) for each in ours]
+        assert min(differences) <= 1
+        seen.add(differences.index(min(differences)) // 2)
+    assert seen == set(range(14))
+
+
+def test_cutout_takes_a_square_of_a_fiftieth_to_a_quarter():
+    n, size = 400, 32
+    views = data.randaugment(torch.zeros(n, 3, size, size, dtype=torch.uint8), data.Draws(range(n)), mirror=True)
+    assert set(views.unique().tolist()) == {0, 127}  # black stays black in any operation
+    cut = (views[:, 0] == 127).numpy()
+    height, width = cut.any(2).sum(1), cut.any(1).sum(1)
+    assert (height == width).all()
+    assert (cut.sum((1, 2)) == height * width).all()
+    assert (height.min(), height.max()) == (5, 16)
+    assert cut.any(0).mean() > 0.95  # wherever it may be
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(colours):

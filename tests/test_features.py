@@ -108,10 +108,11 @@ def test_everything_that_matters_is_in_the_key(parts, tmp_path, colours):
     folders.add(opened((views, halves, fingerprint), tmp_path)[0].folder)
     digits = data.Views(images.Images(images.find_images("digits"), images.Preparation(16, 18)))
     folders.add(opened((digits, encoder, fingerprint), tmp_path)[0].folder)
-    for other in ({"short_side": 20}, {"mirror": False}, {"value_range": (0.0, 1.0)}, {"mean": (0.0, 0.0, 0.0)}):
+    others = {"short_side": 20, "mirror": False, "value_range": (0.0, 1.0), "mean": (0.0, 0.0, 0.0), "version": 1}
+    for other in ({name: value} for name, value in others.items()):
         changed = data.Views(images.Images(views.images.index, dataclasses.replace(views.images.prepare, **other)))
         folders.add(opened((changed, encoder, fingerprint), tmp_path)[0].folder)
-    assert len(folders) == 8
+    assert len(folders) == 9
     paper = data.Views(images.Images(views.images.index, images.Preparation(16, 18, augmentation="randaugment")))
     shared = opened((paper, encoder, fingerprint), tmp_path)[0]
     shared("strong", [0], [0])
