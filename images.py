@@ -22,10 +22,9 @@ import numpy as np
 import PIL
 import psutil
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
 
 from utils import (
     CheckpointError,
@@ -737,12 +736,12 @@ class Preparation:
         """An open image's pixels, [3, size, size] uint8."""
         image.draft("RGB", (self.short_side, self.short_side))  # a large JPEG is decoded at a fraction of its size
         ImageOps.exif_transpose(image, in_place=True)
-        image = central_square(image)
-        pixels = F.pil_to_tensor(to_rgb(image, self.value_range))
-        if pixels.shape[1] != self.short_side:  # tensors are resized in a fifth of Pillow's time
-            side = [self.short_side, self.short_side]
-            pixels = F.resize(pixels, side, v2.InterpolationMode(self.interpolation), antialias=True)
-        return F.center_crop(pixels, [self.size, self.size])
+        image = to_rgb(central_square(image), self.value_range)
+        pixels = torch.from_numpy(np.array(image)[None]).permute(0, 3, 1, 2)  # [1, 3, side, side]
+        if image.width != self.short_side:  # tensors are resized in a fifth of Pillow's time
+            pixels = F.interpolate(pixels, self.short_side, mode=self.interpolation, antialias=True)
+        start = round((self.short_side - self.size) / 2)
+        return pixels[0, :, start : start + self.size, start : start + self.size]
 
 
 def prepare_for(

@@ -163,11 +163,16 @@ def test_what_the_centre_crop_does_not_keep_is_never_made(tmp_path):
     """A picture of two rows would be resized to seven million columns."""
     Image.fromarray(scene(2, 60_000, 0)).save(tmp_path / "line.png")
     sizes = []
-    resize = images.F.resize
+    resize = images.F.interpolate
+
+    def noted(x, *rest, **more):
+        sizes.append(x.shape)
+        return resize(x, *rest, **more)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images.F, "resize", lambda x, *rest, **more: (sizes.append(x.shape), resize(x, *rest, **more))[1])
+        patch.setattr(images.F, "interpolate", noted)
         assert images.decode(tmp_path / "line.png", images.Preparation(224, 256)).shape == (3, 224, 224)
-    assert sizes == [(3, 2, 2)]
+    assert sizes == [(1, 3, 2, 2)]
 
 
 def test_an_image_that_is_brighter_than_another_stays_so_in_any_depth(tmp_path):
