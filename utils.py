@@ -92,7 +92,11 @@ def seed_torch(*parts: Any) -> None:
     """Seed torch's global generators from ``parts``. Nothing here draws from Python's or NumPy's."""
     import torch
 
-    torch.manual_seed(derive_seed(*parts))
+    seed = derive_seed(*parts)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # there that would note for later, with a stack trace each, what accelerators are to be seeded with
+        torch.default_generator.manual_seed(seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

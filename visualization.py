@@ -32,7 +32,6 @@ from matplotlib import font_manager
 from matplotlib.rcsetup import cycler
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
 import metrics
 import utils
@@ -239,7 +238,8 @@ def draw_curves(history: list[dict[str, str]], title: str, path: Path) -> Path:
 def _save(figure: plt.Figure, path: Path) -> Path:
     content = io.BytesIO()
     try:
-        figure.savefig(content, bbox_inches="tight", pad_inches=0.12)
+        quick = {"compress_level": 4}  # half the time of the usual 6, and one per cent more bytes
+        figure.savefig(content, bbox_inches="tight", pad_inches=0.12, pil_kwargs=quick)
     finally:
         plt.close(figure)
     utils.write_atomically(path, content.getvalue())
@@ -261,7 +261,9 @@ def draw_confusion(
         truth, predicted: [N] names of classes.
     """
     n = len(classes)
-    counts = confusion_matrix(truth, predicted, labels=list(classes))
+    place = {name: i for i, name in enumerate(classes)}
+    rows, columns = np.array([[place[name] for name in names] for names in (truth, predicted)], dtype=np.int64)
+    counts = metrics.confusion(rows, columns, n)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     names, key = drawable(classes)
     title, *names = _lettered(title, *(shortened(name, 28) for name in names))
@@ -272,11 +274,9 @@ def draw_confusion(
     font = 9 if n <= 20 else 6.5
     wide = 0.085 * longest * font / 9  # inches of the longest name
     figure, ax = plt.subplots(figsize=(side + margin + 1.6, side + margin + 0.9), layout="constrained")
-    display = ConfusionMatrixDisplay(shares, display_labels=names)
-    display.plot(
-        ax=ax, include_values=False, cmap="Blues", xticks_rotation=90 if wide > 0.9 * side / n else 0, colorbar=False
-    )
-    display.im_.set_clim(0, 1)
+    shades = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    ax.set_xticks(range(n), names, rotation=90 if wide > 0.9 * side / n else 0)
+    ax.set_yticks(range(n), names)
     for i, j in zip(*np.nonzero(counts), strict=True):
         text = f"{counts[i, j]}" + (f"\n{shares[i, j]:.0%}" if n <= 20 else "")
         ax.text(
@@ -290,7 +290,7 @@ def draw_confusion(
     ax.set(xlabel=f"predicted{key}", ylabel="true")
     ax.tick_params(labelsize=font)
     ax.grid(False)
-    figure.colorbar(display.im_, ax=ax, label="share of the true class", shrink=min(1.0, 5 / side), aspect=30)
+    figure.colorbar(shades, ax=ax, label="share of the true class", shrink=min(1.0, 5 / side), aspect=30)
     return _save(figure, path)
 
 
@@ -338,20 +338,17 @@ def draw_images(images: np.ndarray, captions: Sequence[str], title: str, path: P
     columns = min(columns, max(len(images), 4))  # four are as wide as a title
     rows = -(-len(images) // columns)
     title, *captions = _lettered(title, *captions)
-    lines = max(caption.count("\n") + 1 for caption in captions)
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(1.6 * columns, (1.72 + 0.14 * lines) * rows + 0.4),
-        layout="constrained",
-        squeeze=False,
-    )
-    for ax in axes.flat:
-        ax.axis("off")
-    for ax, image, caption in zip(axes.flat, images, captions, strict=False):
-        ax.imshow(image, interpolation="nearest" if image.shape[0] < 64 else None)
-        ax.set_title(caption, fontsize=7, y=1.02)  # at a place that need not be searched for
-    _fit([ax.title for ax in axes.flat], 1.5)
+    side, width = 1.5, 1.6  # inches of an image, and from one to the next
+    height = side + 0.22 + 0.14 * max(caption.count("\n") + 1 for caption in captions)
+    figure, ax = plt.subplots(figsize=(width * columns, height * rows + 0.4), layout="constrained")
+    smooth = images.shape[1] >= 64
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left, bottom = i % columns * width, (i // columns + 1) * height
+        ax.imshow(image, interpolation=None if smooth else "nearest", extent=(left, left + side, bottom, bottom - side))
+        ax.text(left + side / 2, bottom - side - 0.03, caption, ha="center", va="bottom", fontsize=7)
+    ax.set(xlim=(0, columns * width - (width - side)), ylim=(rows * height, 0.18))
+    ax.axis("off")  # one for all: those of their own would take longer to make than all else
+    _fit(ax.texts, side)
     figure.suptitle(textwrap.fill(title, 15 * columns))
     return _save(figure, path)
 

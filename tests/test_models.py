@@ -1,8 +1,10 @@
 """Backbones, freezing, learners."""
 
+import copy
 import functools
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -55,6 +57,50 @@ def test_efficientnet_lite0_knows_imagenet_from_its_package():
     assert torch.equal(state["conv_stem.weight"], packaged["_conv_stem.weight"])
     assert torch.equal(state["bn2.running_var"], packaged["_bn1.running_var"])
     assert torch.equal(state["blocks.6.0.conv_pwl.weight"], packaged["_blocks.15._project_conv.weight"])
+
+
+@pytest.mark.parametrize("size", [64, 33])
+def test_efficientnet_lite0_is_timms_bit_for_bit(size):
+    theirs, ours = timm.create_model("tf_efficientnet_lite0"), models.EfficientNetLite0()
+    assert [*ours.state_dict()] == [*theirs.state_dict()]
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    for network in (theirs, ours):
+        network.train()(x).square().mean().backward()
+    for a, b in zip(theirs.parameters(), ours.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+    with torch.no_grad():
+        assert torch.equal(theirs.eval()(x), ours.eval()(x))  # with the statistics that training has left
+
+
+def test_efficientnet_lite0_begins_with_weights_that_keep_the_scale_of_what_they_see():
+    weights = {name: p for name, p in models.EfficientNetLite0().named_parameters() if p.ndim == 4}
+    assert len(weights) == 49
+    for name, weight in weights.items():
+        each_way = weight[0, 0].numel() * (1 if "conv_dw" in name else len(weight))
+        assert weight.std().item() == pytest.approx((2 / each_way) ** 0.5, rel=0.15), name
+
+
+def test_the_optimiser_steps_as_pytorchs_and_goes_on_from_its_state():
+    def trained(optimizer, steps, network=None, state=None):
+        torch.manual_seed(0)
+        network = network or nn.Linear(5, 3)
+        optimizer = optimizer(network.parameters(), lr=0.1, weight_decay=0.1)
+        if state:
+            optimizer.load_state_dict(state)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            assert all(p.grad is None for p in network.parameters())
+            network(torch.ones(2, 5)).square().sum().backward()
+            optimizer.step()
+        return network, optimizer
+
+    whole, _ = trained(torch.optim.AdamW, 4)
+    half, optimizer = trained(models.AdamW, 2)
+    assert not torch.equal(half.weight, whole.weight)
+    for each in (torch.optim.AdamW, models.AdamW):
+        network, _ = trained(each, 2, *copy.deepcopy((half, optimizer.state_dict())))
+        assert torch.equal(network.weight, whole.weight)
 
 
 def test_normalisation_is_part_of_the_network():

@@ -1,12 +1,13 @@
 """The files around the code keep their promises."""
 
+import os
 import re
 import runpy
 import subprocess
 import sys
 import tomllib
 
-from conftest import ROOT
+from conftest import ROOT, make_folder
 
 
 def requirements(name):
@@ -90,3 +91,28 @@ def test_modules_do_nothing_at_import_time():
     code = f"import {', '.join(names)}; import sys; assert 'timm' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_a_training_has_imported_by_its_first_step_what_it_needs_and_nothing_else(tmp_path):
+    """Each of these takes as long to import as seconds of training."""
+    make_folder(tmp_path / "data", images=12, size=32)
+    code = f"""
+import runpy, sys
+import models
+
+late = {{"torchvision", "timm", "sklearn", "scipy", "torch._dynamo", "matplotlib", "optuna", "sqlalchemy", "jinja2"}}
+update = models.Learner.update
+
+def first(*step):
+    update(*step)
+    print("imported:", sorted(late.intersection(sys.modules)))
+    sys.exit()
+
+models.Learner.update = first
+sys.argv[1:] = "--data_dir data --img_size 32 --cache_gb 0 --device cpu".split()
+runpy.run_path({str(ROOT / "MPL.py")!r}, run_name="__main__")
+"""
+    command = [sys.executable, "-c", code]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "imported: []" in done.stdout, done.stdout + done.stderr
