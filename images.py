@@ -47,6 +47,7 @@ UNREAD_SUFFIXES = frozenset(  # of images too, but nothing here reads them
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")  # whatever a file's name says
 UNKNOWN = -1  # the label of an image that nobody labelled
 STORE_BYTES = 2**30  # of decoded images in memory: what a run needs does not grow with the folder
+LOADED_BYTES = 2**27  # of those that stay for a while where not all fit
 MOST_PIXELS = 178_956_970  # of one image, half a gigabyte decoded: more is taken for a decompression bomb
 MOST_BYTES = 2**30  # of one file
 EVALUATION_RESIZE = 256 / 224  # the short side before the centre crop, in sides of the crop
@@ -837,10 +838,13 @@ class DecodedImages(Protocol):
 
     def __getitem__(self, i: int) -> torch.Tensor: ...
 
+    def load(self, rows: np.ndarray) -> None:
+        """Decode these images in threads, if they are not there yet."""
+
 
 class Images(Dataset):
     """Decoded images by index, [3, size, size] uint8; each is decoded once if all fit in ``STORE_BYTES`` and in a
-    quarter of the free memory.
+    quarter of the free memory. If not, those stay for a while that were loaded last.
 
     The store is shared anonymous memory: loader workers that are forked fill and read the same one. Those that are
     spawned decode for themselves.
@@ -850,6 +854,7 @@ class Images(Dataset):
         self.index, self.prepare = index, prepare
         size = prepare.size
         self._store: tuple[np.ndarray, np.ndarray] | None = None  # the pixels, and whether they are there yet
+        self._loaded: dict[int, torch.Tensor] = {}  # in place of a store
         n_bytes = len(index) * 3 * size * size
         if n_bytes <= min(STORE_BYTES, psutil.virtual_memory().available / 4):
             pixels = np.frombuffer(mmap.mmap(-1, n_bytes), np.uint8).reshape(len(index), 3, size, size)
@@ -859,11 +864,36 @@ class Images(Dataset):
         return len(self.index)
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_store": None}
+        return self.__dict__ | {"_store": None, "_loaded": {}}
+
+    def load(self, rows: np.ndarray) -> None:
+        """Decode these images in threads, if they are not there yet. Only one thread at a time may ask for it.
+
+        Raises:
+            DataError: one cannot be read as an image; the first such.
+        """
+        wanted = dict.fromkeys(rows.tolist())
+        missing = [i for i in wanted if (i not in self._loaded if self._store is None else not self._store[1][i])]
+        threads = min(torch.get_num_threads(), len(missing))
+        if threads:
+            shares = np.array_split(missing, threads)  # to hand over every image by itself would take longer
+            with ThreadPoolExecutor(threads) as pool:
+                decoded = [image for images in pool.map(self._all_of, shares) for image in images]
+            if self._store is None:
+                self._loaded |= zip(missing, decoded, strict=True)
+        if self._store is None:
+            for i in wanted:
+                self._loaded[i] = self._loaded.pop(i)  # to the end
+            for i in [*self._loaded][: -max(len(wanted), LOADED_BYTES // (3 * self.prepare.size**2))]:
+                del self._loaded[i]
+
+    def _all_of(self, rows: np.ndarray) -> list[torch.Tensor]:
+        return [self[i] for i in rows.tolist()]
 
     def __getitem__(self, i: int) -> torch.Tensor:
         if self._store is None:
-            return self._decode(i)
+            loaded = self._loaded.get(i)
+            return self._decode(i) if loaded is None else loaded
         pixels, present = self._store
         if not present[i]:
             pixels[i] = self._decode(i).numpy()

@@ -174,6 +174,9 @@ class Stream:
     def __getitem__(self, i: int) -> torch.Tensor:
         return self.decoded[i]
 
+    def load(self, rows: np.ndarray) -> None:
+        """They are there, or nobody asks for them."""
+
     def batches(self, at_once: int) -> Iterator[tuple[np.ndarray, Unreadable]]:
         """The indices of some images that are decoded, and the files among them that cannot be, with the reasons."""
         parts = iter(np.split(np.arange(len(self.index)), range(at_once, len(self.index), at_once)))
@@ -219,7 +222,10 @@ def label_folder(stream: Stream, learners: Mapping[str, Learner], inputs: Inputs
     def write(file: BinaryIO) -> None:
         file.write(utils.BOM + utils.csv_bytes([prediction_header(index.classes, learners)]))
         batches = stream.batches(AT_ONCE)
-        for rows, unreadable in utils.progress(batches, "labelled", -(-len(index) // AT_ONCE)):
+        shown = utils.progress(
+            batches, "labelled", len(index), unit="images", count=lambda each: len(each[0]) + len(each[1])
+        )
+        for rows, unreadable in shown:
             bad.extend(unreadable)
             if not len(rows):
                 continue
