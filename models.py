@@ -444,7 +444,8 @@ class OnnxNetwork:
             if isinstance(module, Normalize):
                 module.memory_format = torch.contiguous_format
         content = io.BytesIO()
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        torch._C._jit_set_onnx_log_enabled(False)  # it would print the whole network where it fails
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the converter about itself
             example = torch.zeros(ONNX_CHUNK, 3, img_size, img_size, dtype=torch.uint8)
             # The newer converter (dynamo=True) takes four times as long.

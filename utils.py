@@ -508,7 +508,7 @@ def progress(items: Iterable[T], what: str, total: int, *, unit: str, count: Cal
             if not interactive() and time.monotonic() - said > SILENT_SECONDS:
                 said = time.monotonic()
                 rate = done / (said - began)
-                left = f", {(total - done) / rate / 60:.0f} min left" if rate else ""
+                left = f", {tqdm.format_interval((total - done) / rate)} left" if rate else ""
                 print(f"{what} {done / total:.0%} ({rate:.3g} {unit} a second{left})", flush=True)
             yield item
             done += count(item)
