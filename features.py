@@ -9,17 +9,21 @@ grown, takes over their rows. A row torn by a crash fails its checksum and is co
 one file: they write the same numbers.
 """
 
+import collections
 import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
 import os
 import platform
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import psutil
@@ -31,7 +35,9 @@ from images import DecodedImages, Preparation
 from models import Architecture, Encoder
 from utils import ResourceError, cache_folder, progress, write_atomically
 
+T = TypeVar("T")
 GIB = 2**30
+AT_ONCE = 64  # views
 TAG = "CACHEDIR.TAG"  # marks a folder that this cache has made, for backup programs also (bford.info/cachedir)
 TAGGED = b"""Signature: 8a477f597d28d172789f06886806bc55
 # Features of images, kept by TransferMPL. They may be removed: what is needed is computed again.
@@ -41,6 +47,30 @@ TOUCH_SECONDS = 3600.0  # how often a run says that it still uses a folder
 DIGESTS = "images"  # the file that says whose features a folder holds: the images' digests in the order of the rows
 
 
+def ahead(items: Iterator[T], most: int = 2) -> Iterator[T]:
+    """The items, made in a thread of their own while those before them are used: up to ``most`` of them. An error in
+    making one is raised in its place."""
+    thread = ThreadPoolExecutor(1)
+    try:
+        asked = collections.deque(thread.submit(next, items, None) for _ in range(most))
+        while (item := asked.popleft().result()) is not None:
+            asked.append(thread.submit(next, items, None))
+            yield item
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
+@dataclasses.dataclass
+class Request:
+    """Features that are asked for: of which views, and what is there already."""
+
+    kind: str
+    indices: np.ndarray  # [n] int64
+    draws: np.ndarray  # [n] int64
+    missing: np.ndarray  # [m] int64, places of those that are not there
+    features: np.ndarray | None = None  # [n, D] float32, if any can be
+
+
 class FeatureSource:
     """``source(kind, indices, draws)`` gives features [B, D] float32: views through the frozen backbone, not kept."""
 
@@ -48,7 +78,42 @@ class FeatureSource:
         self.views, self.encoder = views, encoder
 
     def __call__(self, kind: str, indices: Rows, draws: Rows) -> torch.Tensor:
-        return self.encoder(self.views(kind, indices, draws))
+        request = self._look_up(kind, indices, draws)
+        return next(self._answers(iter([request]))) if len(request.missing) else self._answer(request, [])
+
+    def each(self, wanted: Iterable[tuple[str, Rows, Rows]]) -> Iterator[torch.Tensor]:
+        """The features of one request after another, as calling gives them, without a pause between two."""
+        return self._answers(itertools.starmap(self._look_up, wanted))
+
+    def expect(self, rows: np.ndarray, n_views: int) -> None:
+        """Say that as many views of each of these images will be asked for."""
+        self.encoder.expect(len(rows) * n_views)
+
+    def _answers(self, requests: Iterator[Request]) -> Iterator[torch.Tensor]:
+        """While the backbone looks at some views, the next are made."""
+        fresh: list[torch.Tensor] = []
+        for request, views in ahead(self._views_of(requests)):
+            if views is not None:
+                fresh.append(self.encoder(views))
+            else:
+                yield self._answer(request, fresh)
+                fresh = []
+
+    def _views_of(self, requests: Iterator[Request]) -> Iterator[tuple[Request, torch.Tensor | None]]:
+        """What is missing of each request, a part at a time, and after the last None."""
+        for request in requests:
+            for start in range(0, len(request.missing), AT_ONCE):
+                part = request.missing[start : start + AT_ONCE]
+                yield request, self.views(request.kind, request.indices[part], request.draws[part])
+            yield request, None
+
+    def _look_up(self, kind: str, indices: Rows, draws: Rows) -> Request:
+        indices, draws = np.asarray(indices), np.asarray(draws)
+        return Request(kind, indices, draws, np.arange(len(indices)))
+
+    def _answer(self, request: Request, fresh: list[torch.Tensor]) -> torch.Tensor:
+        """All features of a request, with those that were missing."""
+        return torch.cat(fresh) if fresh else torch.empty(0, self.encoder.n_features, device=self.encoder.device)
 
 
 class FeatureCache(FeatureSource):
@@ -74,7 +139,20 @@ class FeatureCache(FeatureSource):
         self.tables: dict[str, np.ndarray | None] = {}  # None: not kept
         self.verified: dict[str, np.ndarray] = {}
 
-    def __call__(self, kind: str, indices: Rows, draws: Rows) -> torch.Tensor:
+    def expect(self, rows: np.ndarray, n_views: int) -> None:
+        """Say that as many views of each of these images will be asked for. Those of images that other folders hold are
+        taken for kept; what this one holds does not matter, so that a run that goes on computes as it did before."""
+        digests = np.unique(self.rows[rows])
+        super().expect(np.setdiff1d(self.digests[digests], self._digests_of_others()), n_views)
+
+    def _digests_of_others(self) -> np.ndarray:
+        known = [np.empty(0, "S16")]
+        for other in self.others:
+            with contextlib.suppress(OSError, ValueError):
+                known.append(np.fromfile(other / DIGESTS, "S16"))
+        return np.concatenate(known)
+
+    def _look_up(self, kind: str, indices: Rows, draws: Rows) -> Request:
         if time.monotonic() - self.touched > TOUCH_SECONDS:
             with contextlib.suppress(OSError):
                 self.user.touch()
@@ -86,19 +164,23 @@ class FeatureCache(FeatureSource):
         for draw in np.unique(draws):
             here = draws == draw
             missing[here], features[here] = self._read(self._table(kind, draw), rows[here])
-        if missing.any():
-            fresh = super().__call__(kind, indices[missing], draws[missing])
-            exact = fresh.cpu().numpy()
+        return Request(kind, indices, draws, np.flatnonzero(missing), features)
+
+    def _answer(self, request: Request, fresh: list[torch.Tensor]) -> torch.Tensor:
+        assert request.features is not None
+        if fresh:
+            exact = torch.cat(fresh).cpu().numpy()
             with np.errstate(over="ignore"):
                 rounded = exact.astype(np.float16)
             keep = np.all(np.isfinite(rounded), axis=1)  # beyond 65,504 there is no float16: such features are not kept
-            features[missing] = np.where(keep[:, None], rounded, exact)
-            for i, row, finite in zip(np.flatnonzero(missing), rounded, keep, strict=True):
-                table = self.tables[self._table(kind, draws[i])]
+            request.features[request.missing] = np.where(keep[:, None], rounded, exact)
+            rows = self.rows[request.indices]
+            for i, row, finite in zip(request.missing, rounded, keep, strict=True):
+                table = self.tables[self._table(request.kind, request.draws[i])]
                 if table is not None and finite:
                     table["features"][rows[i]] = row
                     table["check"][rows[i]] = _check(row)
-        return torch.from_numpy(features).to(self.encoder.device)
+        return torch.from_numpy(request.features).to(self.encoder.device)
 
     def _read(self, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which rows of a table are missing, [n] bool, and the rows, [n, D] float16."""
@@ -326,25 +408,41 @@ class Inputs:
             for step in range(start, stop):
                 yield schedule.batch(step, labels, self.source).labels_to(self.device)
         else:
+            if isinstance(self.encode, Encoder):
+                self.encode.expect(stop * (schedule.batch_size + 2 * schedule.unlabeled_batch_size))
             pin = self.device.type in ("cuda", "xpu")
             for batch in fresh_batches(schedule, labels, self.views, start, stop, num_workers=num_workers, pin=pin):
                 yield batch.to(self.device, self.encode)
 
-    def average(self, rows: np.ndarray, n_views: int, weak_weight: int = 3, chunk: int = 256) -> torch.Tensor:
+    def average(self, rows: np.ndarray, n_views: int, weak_weight: int = 3) -> torch.Tensor:
         """The mean of each image's features over ``n_views`` weak and as many strong views [n, D], the weak ones
         more."""
         views = range(n_views)
         wanted = [("weak", v, weak_weight) for v in views] + [("strong", v, 1) for v in views]
 
         def mean(rows: np.ndarray) -> list[torch.Tensor]:
-            chunks = np.array_split(rows, -(-len(rows) // chunk))
-            means = []
-            for part in progress(chunks, "features", len(chunks)):
-                weighted = [weight * self.source(kind, part, np.full(len(part), v)) for kind, v, weight in wanted]
-                means.append((sum(weighted, start=torch.zeros(())) / sum(weight for *_, weight in wanted)).cpu())
+            parts = np.array_split(rows, -(-len(rows) // AT_ONCE))
+            total = len(rows) * len(wanted)
+            asked = ((kind, part, np.full(len(part), v)) for part in parts for kind, v, _ in wanted)
+            if isinstance(self.source, FeatureSource):
+                self.source.expect(rows, len(wanted))
+                features = self.source.each(asked)
+            else:
+                features = itertools.starmap(self.source, asked)
+            means, sum_ = [], torch.zeros(())
+            for k, some in enumerate(progress(features, "features", total, unit="views", count=len)):
+                place = k % len(wanted)
+                sum_ = wanted[place][2] * some + (sum_ if place else 0)
+                if place == len(wanted) - 1:
+                    means.append((sum_ / sum(weight for *_, weight in wanted)).cpu())
             return [torch.cat(means)]
 
         return gathered(mean, rows, self.device)[0]
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of what computes features, if it is not PyTorch."""
+        return self.encode.versions if isinstance(self.encode, Encoder) else {}
 
 
 def open_inputs(
@@ -372,7 +470,7 @@ def open_inputs(
     made = Views(images, keep=fingerprint is None and views > 0)
     if fingerprint is None:
         return Inputs(made, lambda *wanted: made(*wanted).to(device), lambda views: views, device, precision)
-    encoder = Encoder(architecture.backbone, device, precision)
+    encoder = Encoder(architecture.backbone, device, precision, cache_folder(cache_dir))
     source, note = open_features(
         made,
         encoder,
@@ -382,4 +480,5 @@ def open_inputs(
         cache_gb=cache_gb,
         bounded=bounded,
     )
+    source.expect(np.arange(len(images)), 1)  # as every run ends
     return Inputs(made, source, encoder, device, precision, note)

@@ -47,6 +47,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF
 Rows = Sequence[int] | np.ndarray  # of images, by their places in the index
 UNKNOWN = -1  # the label of an image that nobody labelled
 STORE_BYTES = 2**30  # of decoded images in memory: what a run needs does not grow with the folder
+LOADED_BYTES = 2**27  # of those that stay for a while where not all fit
 MOST_PIXELS = 178_956_970  # of one image, half a gigabyte decoded: more is taken for a decompression bomb
 MOST_BYTES = 2**30  # of one file
 EVALUATION_RESIZE = 256 / 224  # the short side before the centre crop, in sides of the crop
@@ -842,7 +843,7 @@ class DecodedImages(Protocol):
 
 class Images(Dataset):
     """Decoded images by index, [3, size, size] uint8; each is decoded once if all fit in ``STORE_BYTES`` and in a
-    quarter of the free memory.
+    quarter of the free memory. If not, those stay for a while that were loaded last.
 
     The store is shared anonymous memory: loader workers that are forked fill and read the same one. Those that are
     spawned decode for themselves.
@@ -852,6 +853,7 @@ class Images(Dataset):
         self.index, self.prepare = index, prepare
         size = prepare.size
         self._store: tuple[np.ndarray, np.ndarray] | None = None  # the pixels, and whether they are there yet
+        self._loaded: dict[int, torch.Tensor] = {}  # in place of a store
         n_bytes = len(index) * 3 * size * size
         if n_bytes <= min(STORE_BYTES, psutil.virtual_memory().available / 4):
             pixels = np.frombuffer(mmap.mmap(-1, n_bytes), np.uint8).reshape(len(index), 3, size, size)
@@ -861,20 +863,43 @@ class Images(Dataset):
         return len(self.index)
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_store": None}
+        return self.__dict__ | {"_store": None, "_loaded": {}}
 
     def __getitem__(self, i: int) -> torch.Tensor:
         return self.batch([i])[0]
 
     def batch(self, rows: Rows) -> torch.Tensor:
-        if self._store is None:
-            return torch.stack([self._decode(i) for i in rows])
-        pixels, present = self._store
+        """Images, [B, 3, size, size]. Those that are not there yet are decoded in threads; only one thread at a time
+        may ask.
+
+        Raises:
+            DataError: one cannot be read as an image.
+        """
         rows = np.asarray(rows)
-        for i in rows[present[rows] == 0]:
-            pixels[i] = self._decode(i).numpy()
-            present[i] = 1
-        return torch.from_numpy(pixels).index_select(0, torch.from_numpy(rows))
+        if self._store is not None:
+            pixels, present = self._store
+            for i, image in self._decoded(rows[present[rows] == 0]):
+                pixels[i] = image.numpy()
+                present[i] = 1
+            return torch.from_numpy(pixels).index_select(0, torch.from_numpy(rows))
+        self._loaded |= self._decoded(np.array([i for i in rows.tolist() if i not in self._loaded], dtype=np.int64))
+        for i in rows.tolist():
+            self._loaded[i] = self._loaded.pop(i)  # to the end
+        images = torch.stack([self._loaded[i] for i in rows.tolist()])
+        for i in [*self._loaded][: -max(1, LOADED_BYTES // images[0].numel())]:
+            del self._loaded[i]
+        return images
+
+    def _decoded(self, rows: np.ndarray) -> list[tuple[int, torch.Tensor]]:
+        """These images, each once, with their places in the index."""
+        shares = np.array_split(np.unique(rows), torch.get_num_threads())  # one by one, handing over would take longer
+        if len(shares) < 2 or len(rows) < 2:
+            return self._decode_all(rows)
+        with ThreadPoolExecutor(len(shares)) as pool:
+            return [each for some in pool.map(self._decode_all, shares) for each in some]
+
+    def _decode_all(self, rows: np.ndarray) -> list[tuple[int, torch.Tensor]]:
+        return [(i, self._decode(i)) for i in np.unique(rows).tolist()]
 
     def _decode(self, i: int) -> torch.Tensor:
         if self.index.pixels is not None:

@@ -6,14 +6,18 @@ import dataclasses
 import hashlib
 import importlib.util
 import inspect
+import io
 import itertools
+import json
 import math
 import os
+import time
 import urllib.error
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import distributed
-from utils import CheckpointError, UsageError, derive_seed, seed_torch
+from utils import CheckpointError, ResourceError, UsageError, derive_seed, processor, say_above, seed_torch, write_json
 
 ALIASES = {"vgg": "vgg16", "resnet": "resnet18", "squeezenet": "squeezenet1_0", "densenet": "densenet121"}
 NEED_NO_DOWNLOAD = "efficientnet_lite0 (weights come with its pip package), wrn_D_K, or any model with --weights none"
@@ -32,6 +36,10 @@ SYMMETRIC = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # [-1, 1]
 WRONG_SIZE = (RuntimeError, AssertionError, ValueError)  # how networks refuse images of a size that is not theirs
 CPU_CHUNK, CPU_CHUNK_BF16 = 8, 32  # images a forward of a frozen backbone: more fall out of a processor's cache
 GPU_CHUNK = 64
+PYTORCH, ONNX = "PyTorch", "ONNX Runtime"
+ONNX_CHUNK = 4  # images a thread of ONNX Runtime
+WORTH_A_CHOICE = 2**26  # pixels
+AGREEMENT = 1e-4  # of two engines, in largest features
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,32 +400,162 @@ def _load_weights(body: nn.Module, file: str) -> None:
 class Encoder:
     """A frozen backbone as a function: [B, 3, S, S] uint8 on any device to features [B, D] float32 on ``device``.
 
-    An image's features do not depend on what else is in the batch.
+    An image's features do not depend on what else is in the batch. On the processor in float32 they come from PyTorch
+    or from ONNX Runtime, whichever is faster there, once so many images are expected that finding out repays: within
+    ``AGREEMENT`` the same. Which it was is kept in the folder ``choices``.
 
     Raises:
         UsageError: when called, if features are out of float16's range.
     """
 
-    def __init__(self, backbone: Backbone, device: torch.device, precision: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        device: torch.device,
+        precision: torch.dtype | None,
+        choices: Path | None = None,
+    ) -> None:
         self.n_features = backbone.n_features
+        self.backbone, self.choices = backbone, choices
         self.device, self.precision = device, precision
         self.body = backbone.body.to(device).eval().requires_grad_(False)
         if precision is None:  # in bf16, folded weights lose more to rounding
             self.body = fold_batch_norm(self.body, backbone.img_size)
         cpu_chunk = CPU_CHUNK if precision is None else CPU_CHUNK_BF16
         self.chunk = cpu_chunk if device.type == "cpu" else GPU_CHUNK
+        self.onnx: OnnxNetwork | None = None  # what computes in place of PyTorch
+        self.expected = 0  # images
+        self.decided = device.type != "cpu" or precision is not None
+
+    def expect(self, n: int) -> None:
+        """Say that ``n`` more images will come.
+
+        Another engine is looked for from ``WORTH_A_CHOICE`` pixels on: 1,338 images of 224 x 224, with which PyTorch is
+        busy for half a minute. That takes three seconds, most of them the conversion, which each process makes that
+        then computes anything.
+        """
+        self.expected += n
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """That of the engine, if it is not PyTorch."""
+        return {} if self.onnx is None else {ONNX: self.onnx.version}
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        n = len(images)
-        if n % self.chunk:  # one shape for all: how a sum is rounded may depend on it
-            images = torch.cat([images, images.new_zeros(-n % self.chunk, *images.shape[1:])])
-        with autocast(self.device, self.precision):
-            parts = [self.body(part.to(self.device, non_blocking=True)).float() for part in images.split(self.chunk)]
-        features = torch.cat(parts)[:n]
+        if not self.decided and self.expected * self.backbone.img_size**2 >= WORTH_A_CHOICE and len(images):
+            self.decided = True
+            self.onnx = self._faster_than_pytorch(images)
+        features = self._in_pytorch(images) if self.onnx is None else self.onnx(images)
         if self.precision == torch.float16 and not features.isfinite().all():
             raise UsageError("--amp: this network's features are out of float16's range; use --amp bf16 or off")
         return features
+
+    def _in_pytorch(self, images: torch.Tensor) -> torch.Tensor:
+        with autocast(self.device, self.precision):
+            chunks = in_chunks(images, self.chunk)
+            parts = [self.body(part.to(self.device, non_blocking=True)).float() for part in chunks]
+        return torch.cat(parts)[: len(images)]
+
+    def _faster_than_pytorch(self, images: torch.Tensor) -> "OnnxNetwork | None":
+        """The network in ONNX Runtime, if it can be converted, agrees on these images and is faster on this processor,
+        by what was found out and kept before, or by timing both on some of them."""
+        try:
+            import onnxruntime  # late: only a run that computes many features needs it
+        except ImportError:
+            return None
+        versions = torch.__version__, onnxruntime.__version__
+        about = self.backbone.fingerprint(), processor(), torch.get_num_threads(), *versions
+        path = self.choices and self.choices / f"engine-{derive_seed(*about):016x}.json"
+        rates, network = _kept_rates(path), None
+        if not rates or rates[ONNX] > rates[PYTORCH]:
+            try:
+                network = OnnxNetwork(self.body, self.backbone.img_size)
+                sample = images[torch.arange(max(self.chunk, network.at_once)) % len(images)]
+                here, there = self._in_pytorch(sample), network(sample)
+            except Exception:  # whatever the converter or the runtime raises about a network that they do not know
+                return None
+            if not (there - here).abs().max() <= AGREEMENT * here.abs().max():
+                return None
+            if not rates:
+                rates = _images_per_second({PYTORCH: self._in_pytorch, ONNX: network}, sample)
+                with contextlib.suppress(ResourceError):
+                    if path:
+                        write_json(path, rates)
+        best, other = sorted(rates, key=rates.__getitem__, reverse=True)
+        say_above(f"features come from {best}: here {rates[best]:.0f} images a second, {rates[other]:.0f} from {other}")
+        return network if best == ONNX else None
+
+
+def in_chunks(images: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    """Images in parts of one size, the last filled up with black ones: how a sum is rounded may depend on the shape."""
+    if len(images) % size:
+        images = torch.cat([images, images.new_zeros(-len(images) % size, *images.shape[1:])])
+    return images.split(size)
+
+
+class OnnxNetwork:
+    """A frozen network in ONNX Runtime, [B, 3, S, S] uint8 to [B, D] float32 on the processor.
+
+    Each thread takes images of its own, which is faster than all threads at the same ones, and gives the same numbers
+    whatever their number. None spins while it waits: it would take the time of those that decode.
+
+    Raises:
+        Exception: it cannot be converted, or what converts it is not installed.
+    """
+
+    def __init__(self, network: nn.Module, img_size: int) -> None:
+        import onnxruntime
+
+        self.version = onnxruntime.__version__
+        self.threads = torch.get_num_threads()
+        self.at_once = self.threads * ONNX_CHUNK  # images
+        network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+        for module in network.modules():
+            if isinstance(module, Normalize):
+                module.memory_format = torch.contiguous_format
+        content = io.BytesIO()
+        torch._C._jit_set_onnx_log_enabled(False)  # it would print the whole network where it fails
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the converter about itself
+            example = torch.zeros(ONNX_CHUNK, 3, img_size, img_size, dtype=torch.uint8)
+            # The newer converter (dynamo=True) takes four times as long.
+            torch.onnx.export(network, (example,), content, dynamo=False, verbose=False)  # type: ignore[arg-type]
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # errors
+        self.session = onnxruntime.InferenceSession(content.getvalue(), options, providers=["CPUExecutionProvider"])
+        (self.input,) = (each.name for each in self.session.get_inputs())
+        self.pool = ThreadPoolExecutor(self.threads)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        parts = self.pool.map(self._run, in_chunks(images.cpu(), ONNX_CHUNK))
+        return torch.cat([*parts])[: len(images)]
+
+    def _run(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.session.run(None, {self.input: images.numpy()})[0])
+
+
+def _images_per_second(
+    engines: Mapping[str, Callable[[torch.Tensor], torch.Tensor]], images: torch.Tensor, rounds: int = 3
+) -> dict[str, float]:
+    """The best rate of each engine over interleaved rounds: what else the machine does makes none faster."""
+    rates = dict.fromkeys(engines, 0.0)
+    for _ in range(rounds):
+        for name, engine in engines.items():
+            began = time.perf_counter()
+            engine(images)
+            rates[name] = max(rates[name], len(images) / (time.perf_counter() - began))
+    return rates
+
+
+def _kept_rates(path: Path | None) -> dict[str, float]:
+    """What was found out of the engines before; nothing if the file is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        if path:
+            rates = json.loads(path.read_text())
+            return {name: float(rates[name]) for name in (PYTORCH, ONNX)}
+    return {}
 
 
 def fold_batch_norm(body: nn.Module, img_size: int) -> nn.Module:

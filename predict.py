@@ -222,7 +222,10 @@ def label_folder(stream: Stream, learners: Mapping[str, Learner], inputs: Inputs
     def write(file: BinaryIO) -> None:
         file.write(utils.BOM + utils.csv_bytes([prediction_header(index.classes, learners)]))
         batches = stream.batches(AT_ONCE)
-        for rows, unreadable in utils.progress(batches, "labelled", -(-len(index) // AT_ONCE)):
+        shown = utils.progress(
+            batches, "labelled", len(index), unit="images", count=lambda each: len(each[0]) + len(each[1])
+        )
+        for rows, unreadable in shown:
             bad.extend(unreadable)
             if not len(rows):
                 continue

@@ -169,11 +169,18 @@ def processor_is_fast_in_bf16() -> bool:
 
     if torch.cpu._is_amx_tile_supported():
         return True
+    return torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in processor()
+
+
+def processor() -> str:
+    """What the system says of the processor, save what changes with its load."""
     try:
-        vendor = Path("/proc/cpuinfo").read_text()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
-        vendor = platform.processor()
-    return torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in vendor
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(
+        sorted({line for line in lines if line.startswith(("vendor_id", "model name", "CPU part", "flags"))})
+    )
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -477,16 +484,34 @@ def interactive() -> bool:
     return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
-def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
-    """The items, ``total`` of them, with a bar on a terminal and a line now and then elsewhere."""
+def progress(items: Iterable[T], what: str, total: int, *, unit: str, count: Callable[[T], int]) -> Iterator[T]:
+    """The items, with a bar on a terminal and a line now and then elsewhere.
+
+    Args:
+        total: of all items' ``count``, which is in ``unit``.
+    """
     from tqdm import tqdm  # late, for the same reason as torch
 
-    said = time.monotonic()
-    for done, item in enumerate(tqdm(items, what, total, file=sys.stdout, leave=False, disable=not interactive())):
-        if not interactive() and time.monotonic() - said > SILENT_SECONDS:
-            print(f"{what} {done / total:.0%}", flush=True)
-            said = time.monotonic()
-        yield item
+    began = said = time.monotonic()
+    done = 0
+    with tqdm(total=total, desc=what, unit=f" {unit}", file=sys.stdout, leave=False, disable=not interactive()) as bar:
+        for item in items:
+            if not interactive() and time.monotonic() - said > SILENT_SECONDS:
+                said = time.monotonic()
+                rate = done / (said - began)
+                left = f", {tqdm.format_interval((total - done) / rate)} left" if rate else ""
+                print(f"{what} {done / total:.0%} ({rate:.3g} {unit} a second{left})", flush=True)
+            yield item
+            done += count(item)
+            bar.update(count(item))
+
+
+def say_above(text: str) -> None:
+    """Print a line, also where a bar is being drawn."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
 
 
 class Bar:

@@ -41,7 +41,8 @@ def main() -> None:
     precision = utils.pick_precision(config.amp, device)
     paths, _ = images.find_unlabeled("--folder", options.folder)
     backbone = models.build_backbone(config.model_name, config.weights, config.img_size, saved.backbone.seed)
-    encode = models.Encoder(backbone, device, precision)
+    encode = models.Encoder(backbone, device, precision, utils.cache_folder(config.cache_dir))
+    encode.expect(len(paths))  # as labelling them does
     prepare = images.Preparation(config.img_size, round(config.img_size * images.EVALUATION_RESIZE))
     batch = torch.stack([images.decode(Path(path), prepare) for path in paths[:128]])
     rates: dict[str, list[float]] = {"predict_dir": [], "backbone alone": []}

@@ -2,8 +2,9 @@
 
 python benchmarks/speed.py
 
-The limit is one inference pass over the step's images by the fastest way we know, in the precision that ``--amp auto``
-takes: the least that fresh views can cost. Everything is measured in one run, interleaved, and the medians are
+The limit is one inference pass over the step's images by the fastest engine of all that we know: PyTorch in float32 or,
+where the processor is fast in it, bf16, and ONNX Runtime in float32. It is the least that fresh views can cost.
+Everything is measured in one run, interleaved, and the medians are
 compared, so that a noisy machine disturbs all alike. The reference has a process of its own, as its users would have:
 the memory that ours keeps for itself (``utils.keep_freed_memory``) would make it faster or slower by chance. What does
 not need the reference is measured when it has ended, for a neighbour with 15 GiB makes a step and the limit faster or
@@ -140,9 +141,19 @@ def frozen_reference(model_name: str, weights: str) -> Callable[[], None]:
     return lambda: step(setting.batch(0, setting.views))
 
 
+def engines(backbone: models.Backbone) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Every way to run a frozen backbone here, by name."""
+    in_float32 = models.Encoder(backbone, CPU, None)
+    found = {"PyTorch, float32": in_float32, "ONNX Runtime": models.OnnxNetwork(in_float32.body, backbone.img_size)}
+    if utils.processor_is_fast_in_bf16():
+        found["PyTorch, bf16"] = models.Encoder(backbone, CPU, torch.bfloat16)
+    return found
+
+
 def frozen(model_name: str, weights: str, rounds: int) -> dict[str, float]:
     setting = Frozen(model_name, weights)
     encoder = models.Encoder(setting.backbone, CPU, utils.pick_precision("auto", CPU))
+    encoder.expect(10**6)  # as in a training
     learners = [
         models.Learner(name, nn.Sequential(nn.Linear(encoder.n_features, CLASSES)), updates=10**6, lr=1e-3)
         for name in ("teacher", "student")
@@ -152,6 +163,7 @@ def frozen(model_name: str, weights: str, rounds: int) -> dict[str, float]:
         mpl_step(*learners, setting.batch(0, setting.views).to(CPU, encoder), 0)
 
     pictures = setting.views("plain", setting.rows[:192], setting.rows[:192])
+    passes = {name: functools.partial(engine, pictures) for name, engine in engines(setting.backbone).items()}
     with in_a_process(frozen_reference, model_name, weights) as theirs:
         compared = interleaved(rounds, reference=theirs, fresh=fresh)
     with tempfile.TemporaryDirectory() as folder:
@@ -169,9 +181,12 @@ def frozen(model_name: str, weights: str, rounds: int) -> dict[str, float]:
             fresh=fresh,
             views=lambda: setting.batch(0, setting.views),
             cached=cached,
-            limit=lambda: encoder(pictures),
+            **passes,
         )
     times["cached"] /= 20
+    times["limit"] = min(times[name] for name in passes)
+    rates = {name: len(pictures) / times.pop(name) for name in passes}
+    print(f"{model_name}, images a second:", *(f"{name} {rate:.1f}" for name, rate in rates.items()), sep="  ")
     return times | {"reference": compared["reference"], "ratio": compared["reference"] / compared["fresh"]}
 
 

@@ -4,10 +4,13 @@ import dataclasses
 import multiprocessing
 import shutil
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
+from conftest import make_folder
 from PIL import Image
 from torch import nn
 
@@ -15,6 +18,7 @@ import data
 import features
 import images
 import models
+from utils import DataError
 
 
 @pytest.fixture
@@ -234,3 +238,119 @@ def test_several_processes_may_fill_one_cache(parts, tmp_path):
     rows, draws = np.tile(np.arange(60), 3), np.repeat([0, 1, 2], 60)
     expected = features.FeatureSource(*parts[:2])("weak", rows, draws)
     torch.testing.assert_close(source("weak", rows, draws), expected, rtol=1e-3, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many at a time
+
+
+@pytest.fixture
+def many(tmp_path_factory):
+    """As ``parts``, with so many images that they are encoded in several parts."""
+    folder = make_folder(tmp_path_factory.mktemp("data") / "many", images=30)
+    index = images.check_images(images.find_images(str(folder)), None)
+    backbone = models.build_backbone("wrn_10_1", "none", 16, seed=0)
+    encoder = models.Encoder(backbone, torch.device("cpu"), None)
+    return data.Views(images.Images(index, images.Preparation(16, 18))), encoder, backbone.fingerprint()
+
+
+def inputs_of(source):
+    return features.Inputs(source.views, source, source.encoder, torch.device("cpu"), None)
+
+
+def test_many_requests_give_what_each_gives_alone_whatever_is_kept(many, tmp_path):
+    rng = np.random.default_rng(0)
+    wanted = [(kind, rng.integers(0, 90, 150), rng.integers(0, 2, 150)) for kind in ("weak", "strong", "plain") * 2]
+    alone = opened(many, tmp_path / "alone")[0]
+    expected = [alone(*each) for each in wanted]
+    together = opened(many, tmp_path / "together")[0]
+    together(*wanted[4])
+    for features_now, features_then in zip(together.each(wanted), expected, strict=True):
+        assert torch.equal(features_now, features_then)
+
+
+def test_the_mean_over_views_is_that_of_the_views_features(many, tmp_path):
+    source = opened(many, tmp_path, n_views=2)[0]
+    rows = np.arange(3, 85)
+    of_view = {(kind, v): source(kind, rows, np.full(len(rows), v)) for kind in ("weak", "strong") for v in range(2)}
+    weights = {"weak": 3, "strong": 1}
+    mean = sum(weights[kind] * each for (kind, _), each in of_view.items()) / 8
+    assert torch.equal(inputs_of(opened(many, tmp_path / "again", n_views=2)[0]).average(rows, 2), mean)
+
+
+def test_views_are_made_while_the_network_is_busy_and_only_those_needed_soon(many, tmp_path):
+    source = opened(many, tmp_path)[0]
+    made, seen, meanwhile = [], [], threading.Event()
+
+    def make(self, kind, indices, draws):
+        made.append(len(indices))
+        if len(made) == 2:
+            meanwhile.set()
+        return data.Views.__call__(self, kind, indices, draws)
+
+    def see(self, views):
+        assert meanwhile.wait(10), "nothing is made while the network is busy"
+        time.sleep(0.02)
+        seen.append(len(views))
+        assert sum(made) - sum(seen) <= 3 * 64
+        return models.Encoder.__call__(self, views)
+
+    source.views.__class__ = type("Watched", (data.Views,), {"__call__": make})
+    source.encoder.__class__ = type("Slow", (models.Encoder,), {"__call__": see})
+    inputs_of(source).average(np.arange(90), 3)
+    assert sum(made) == sum(seen) == 6 * 90
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_an_image_is_decoded_once_for_all_its_views(many, tmp_path, monkeypatch, in_memory):
+    monkeypatch.setattr(images, "STORE_BYTES", 2**30 if in_memory else 0)
+    index, prepare = many[0].images.index, many[0].images.prepare
+    source = opened((data.Views(images.Images(index, prepare)), *many[1:]), tmp_path)[0]
+    decode, decoded = images.decode, []
+    monkeypatch.setattr(images, "decode", lambda path, *rest: decoded.append(path) or decode(path, *rest))
+    mean = inputs_of(source).average(np.arange(90), 2)
+    assert sorted(decoded) == sorted(map(index.file, range(90)))
+    monkeypatch.undo()
+    assert torch.equal(mean, inputs_of(opened(many, tmp_path / "again")[0]).average(np.arange(90), 2))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_file_that_is_gone_stops_the_pass_with_its_name_and_what_came_before_is_kept(many, tmp_path, threads):
+    source = opened(many, tmp_path)[0]
+    for i in (50, 60):
+        source.views.images.index.file(i).unlink()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with pytest.raises(DataError, match=source.views.images.index.paths[50]):
+            inputs_of(source).average(np.arange(90), 1)
+    finally:
+        torch.set_num_threads(before)
+    source.views.__class__ = type("Never", (data.Views,), {"__call__": None})
+    source("weak", np.arange(45), np.zeros(45, int))
+    source("strong", np.arange(45), np.zeros(45, int))
+
+
+def test_another_engine_is_looked_for_when_many_features_are_new_and_not_when_they_are_kept(
+    many, tmp_path, monkeypatch
+):
+    views, _, fingerprint = many
+    monkeypatch.setattr(models, "WORTH_A_CHOICE", 16 * 16 * 200)
+    sought = []
+    convert = models.OnnxNetwork.__init__
+    monkeypatch.setattr(models.OnnxNetwork, "__init__", lambda *given: sought.append(given) or convert(*given))
+
+    def average(rows, views=views):
+        encoder = models.Encoder(models.build_backbone("wrn_10_1", "none", 16, 0), torch.device("cpu"), None)
+        source, _ = features.open_features(
+            views, encoder, fingerprint, n_views=2, cache_dir=str(tmp_path), cache_gb=1.0
+        )
+        inputs_of(source).average(rows, 2)
+        return len(sought)
+
+    assert average(np.arange(40)) == 0  # 160 views
+    assert average(np.arange(90)) == 1
+    assert average(np.arange(90)) == 1
+    index = dataclasses.replace(views.images.index, digests=views.images.index.digests.copy())
+    index.digests[:20] = [images.digest(bytes([i])) for i in range(20)]  # a folder with 20 other images
+    assert average(np.arange(90), data.Views(images.Images(index, views.images.prepare))) == 1

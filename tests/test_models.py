@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 
 import pytest
 import timm
@@ -116,6 +117,98 @@ def test_features_do_not_depend_on_the_rest_of_the_batch():
     together = encode(x)
     assert torch.equal(together[[39, 3, 17]], encode(x[[39, 3, 17]]))
     assert together.dtype == torch.float32
+
+
+ENGINES = [("efficientnet_lite0", "default", 64), ("resnet18", "none", 64), ("wrn_16_2", "none", 32)]
+
+
+@pytest.mark.parametrize(("name", "weights", "size"), ENGINES)
+def test_both_engines_give_the_same_features_whatever_else_is_in_the_batch(name, weights, size):
+    backbone = models.build_backbone(name, weights, size, seed=0)
+    encode = models.Encoder(backbone, torch.device("cpu"), None)
+    onnx = models.OnnxNetwork(encode.body, size)
+    x = images(11, size)
+    here, there = encode(x), onnx(x)
+    assert there.dtype == torch.float32
+    assert float((there - here).abs().max()) <= 1e-4 * float(here.abs().max())
+    assert torch.equal(there[[10, 3, 7]], onnx(x[[10, 3, 7]]))
+
+
+class Choice:
+    """An encoder's choice of its engine, kept in a folder."""
+
+    def __init__(self, folder):
+        self.backbone, self.folder = models.build_backbone("wrn_10_1", "none", 32, seed=0), folder
+
+    def encoder(self, expected=10**6, precision=None):
+        encode = models.Encoder(self.backbone, torch.device("cpu"), precision, self.folder)
+        encode.expect(expected)
+        return encode
+
+    def rig(self, faster, slower):
+        """Have it known of the engines which is the faster one."""
+        (kept,) = self.folder.iterdir()
+        assert set(json.loads(kept.read_text())) == {faster, slower}
+        kept.write_text(json.dumps({slower: 10.0, faster: 20.0}))
+
+
+@pytest.fixture
+def choice(tmp_path):
+    return Choice(tmp_path)
+
+
+def test_the_faster_engine_is_found_out_once_kept_and_said(choice, capsys):
+    x = images()
+    choice.encoder()(x)
+    assert "images a second" in capsys.readouterr().out
+    results = {}
+    for faster, slower in (("ONNX Runtime", "PyTorch"), ("PyTorch", "ONNX Runtime")):
+        choice.rig(faster, slower)
+        encode = choice.encoder()
+        results[faster] = encode(x)
+        assert list(encode.versions) == ([faster] if faster == "ONNX Runtime" else [])
+        assert capsys.readouterr().out == f"features come from {faster}: here 20 images a second, 10 from {slower}\n"
+    same = models.Encoder(choice.backbone, torch.device("cpu"), None)(x)
+    assert torch.equal(results["PyTorch"], same)
+    torch.testing.assert_close(results["ONNX Runtime"], same, rtol=1e-4, atol=1e-4)
+
+
+def test_no_engine_is_looked_for_that_would_not_repay_or_not_be_the_one_asked_for(choice):
+    choice.encoder(expected=1000)(images())
+    choice.encoder(precision=torch.bfloat16)(images())
+    choice.encoder()
+    assert list(choice.folder.iterdir()) == []
+
+
+def test_a_damaged_choice_is_made_anew(choice):
+    choice.encoder()(images())
+    (kept,) = choice.folder.iterdir()
+    for damaged in ("", "[1]", '{"PyTorch": "fast"}'):
+        kept.write_text(damaged)
+        choice.encoder()(images())
+        assert set(json.loads(kept.read_text())) == {"PyTorch", "ONNX Runtime"}
+
+
+def test_an_engine_that_does_not_agree_is_not_taken(choice, monkeypatch):
+    choice.encoder()(images())
+    choice.rig("ONNX Runtime", "PyTorch")
+    run = models.OnnxNetwork.__call__
+    monkeypatch.setattr(models.OnnxNetwork, "__call__", lambda self, x: run(self, x) * 1.001)
+    encode = choice.encoder()
+    assert torch.equal(encode(images()), models.Encoder(choice.backbone, torch.device("cpu"), None)(images()))
+    assert encode.versions == {}
+
+
+def test_a_network_that_cannot_be_converted_stays_in_pytorch_without_a_word(capfd):
+    class Strange(nn.Module):
+        def forward(self, x):
+            return torch.special.bessel_j0(x).flatten(1)[:, :5]
+
+    body = nn.Sequential(models.Normalize(*models.SYMMETRIC), nn.PReLU(), Strange())
+    encode = models.Encoder(models.Backbone("strange", body, 5, 16, models.SYMMETRIC), torch.device("cpu"), None)
+    encode.expect(10**6)
+    assert torch.equal(encode(images(size=16)), body(images(size=16)))
+    assert capfd.readouterr() == ("", "")
 
 
 def make(name, body, n_features, **kwargs):

@@ -150,3 +150,14 @@ def test_other_errors_are_no_want_of_memory():
         raise PermissionError(errno.EACCES, "Permission denied", "x.png")
     with pytest.raises(utils.ResourceError, match="fewer --num_workers"), utils.resources_explained(8):
         raise RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error. ... out of shared memory")
+
+
+def test_where_no_bar_can_be_drawn_a_line_says_how_fast_it_goes_and_how_long_it_takes(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(utils.time, "monotonic", lambda: now[0])
+    for word in utils.progress(["abc", "de", "fghij"], "letters", 10, unit="letters", count=len):
+        now[0] += 15.0 * len(word)
+    assert capsys.readouterr().out.splitlines() == [
+        "letters 30% (0.0667 letters a second, 01:45 left)",
+        "letters 50% (0.0667 letters a second, 01:15 left)",
+    ]
