@@ -16,7 +16,7 @@ import urllib.error
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -515,11 +515,8 @@ class OnnxNetwork:
             if isinstance(module, Normalize):
                 module.memory_format = torch.contiguous_format
         content = io.BytesIO()
-        torch._C._jit_set_onnx_log_enabled(False)  # it would print the whole network where it fails
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the converter about itself
-            example = torch.zeros(ONNX_CHUNK, 3, img_size, img_size, dtype=torch.uint8)
-            # The newer converter (dynamo=True) takes four times as long.
+        example = torch.zeros(ONNX_CHUNK, 3, img_size, img_size, dtype=torch.uint8)
+        with _silent_converter():  # the newer one (dynamo=True) takes four times as long
             torch.onnx.export(network, (example,), content, dynamo=False, verbose=False)  # type: ignore[arg-type]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -534,6 +531,19 @@ class OnnxNetwork:
 
     def _run(self, images: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(self.session.run(None, {self.input: images.numpy()})[0])
+
+
+@contextlib.contextmanager
+def _silent_converter() -> Iterator[None]:
+    """Within the block the converter to ONNX neither warns about itself nor prints a network that it cannot convert."""
+    log = torch._C._jit_onnx_log
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch._C._jit_onnx_log = lambda *_: None
+        try:
+            yield
+        finally:
+            torch._C._jit_onnx_log = log
 
 
 def _images_per_second(

@@ -1,8 +1,13 @@
-"""What a large folder costs: seconds and peak memory of a million names, and of a folder listed ten times over.
+"""What a large folder costs.
 
 python benchmarks/scale.py --data_dir /datasets/flowers [-- options of MPL.py]
+python benchmarks/scale.py --distinct 1000 10000 100000    # of what is below, the second alone
 
-Each folder is trained on twice, with a cache of its own: with nothing kept, and with all features kept.
+- Seconds and peak memory of a million names.
+- Images a second and peak memory of filling the cache with the features of so many distinct files. They are small, and
+  so is the network, so that all else counts.
+- Seconds and peak memory of a folder that is listed ten times over. It is trained on twice, with a cache of its own:
+  with nothing kept, and with all features kept.
 """
 
 import argparse
@@ -13,6 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parent.parent
 INDEX_AND_SPLIT = """
 import sys, time
@@ -21,6 +29,22 @@ began = time.perf_counter()
 index = images.find_images(sys.argv[1])
 data.make_split(index.paths, index.labels, seed=0, num_labels_percent=3, val_percent=0.8, test_percent=6)
 print(f"{len(index)} names indexed and split: {time.perf_counter() - began:.1f} s")
+"""
+FILL = """
+import sys, time
+import numpy as np, torch
+import features, images, models, utils
+utils.keep_freed_memory()
+index = images.check_images(images.find_images(sys.argv[1]), None)
+architecture = models.open_architecture("wrn_10_1", "none", 16, 0, len(index.classes), frozen=True)
+decoded = images.Images(index, images.Preparation(16, 18))
+cpu, kept = torch.device("cpu"), dict(views=1, n_kept=1, cache_dir=sys.argv[2], cache_gb=10, bounded=True)
+inputs = features.open_inputs(decoded, architecture, cpu, None, **kept)
+began, busy = time.perf_counter(), time.process_time()
+inputs.average(np.arange(len(index)), 1)
+seconds, busy = time.perf_counter() - began, time.process_time() - busy
+print(f"{len(index)} distinct files, two views each: {len(index) / seconds:.0f} images a second, ", end="")
+print(f"{len(index) / busy:.0f} a second of one core")
 """
 
 
@@ -47,15 +71,36 @@ def make_links(source: Path, root: Path, times: int) -> None:
             (root / file.parent.name / f"{k}_{file.name}").symlink_to(file.resolve())
 
 
+def make_distinct(root: Path, n: int, classes: int = 10) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        folder = root / f"class {i % classes}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(folder / f"{i:06d}.png")
+
+
+def fill(scratch: Path, sizes: list[int]) -> None:
+    peaks = []
+    for n in sizes:
+        make_distinct(scratch / f"{n}", n)
+        peaks.append(peak("-c", FILL, scratch / f"{n}", scratch / f"cache of {n}"))
+        print(f"peak memory {peaks[-1]:.2f} GiB", flush=True)
+    print(f"peak_of_most_over_fewest={peaks[-1] / peaks[0]:.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--data_dir", type=Path)
+    parser.add_argument("--distinct", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--names", type=int, default=1_000_000)
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("rest", nargs="*", metavar="-- OPTION")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
+        fill(scratch, options.distinct)
+        if options.data_dir is None:
+            return
         make_names(scratch / "names", options.names)
         print(f"peak memory {peak('-c', INDEX_AND_SPLIT, scratch / 'names'):.2f} GiB", flush=True)
         make_links(options.data_dir, scratch / "links", options.times)
