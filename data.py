@@ -589,8 +589,8 @@ def weak(images: torch.Tensor, draws: Draws, *, mirror: bool) -> torch.Tensor:
     views = torch.empty_like(images)
     for part in parts(images):
         places = torch.from_numpy(rows[part, :, None] * size + columns[part, None]).to(images.device)  # [n, S, S]
-        seen = images[part].flatten(2).gather(2, places.flatten(1)[:, None].expand(-1, 3, -1))
-        views[part] = seen.view_as(views[part])
+        everywhere = places.flatten(1)[:, None].expand(-1, 3, -1)
+        torch.gather(images[part].flatten(2), 2, everywhere, out=views[part].flatten(2))
     return views
 
 
