@@ -105,6 +105,21 @@ def test_a_signal_finishes_the_step_saves_and_exits(cli, colours, monkeypatch, n
     assert (cli.cwd / "checkpoints/colours/a/last.pth").exists()
 
 
+def test_a_signal_while_the_end_of_the_training_is_saved_waits_for_that(cli, colours, monkeypatch):
+    run = ["--data_dir", colours, *RUN]
+    save = checkpoints.SavingKeeper.save
+
+    def save_and_be_asked_to_stop(keeper, done):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(keeper, done)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.SavingKeeper, "save", save_and_be_asked_to_stop)
+        assert "--resume goes on from here" in cli.inside("--name", "a", *run, check=143).stderr
+    assert checkpoints.load_last(cli.cwd / "checkpoints/colours/a/last.pth").progress.steps_done == 8
+    assert not (cli.cwd / "results/a/metrics.json").exists()
+
+
 def test_a_second_signal_does_not_wait():
     signals = utils.Signals()
     try:
