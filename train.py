@@ -658,40 +658,41 @@ def run_plan(
         batches: of the steps that are left.
         on_score: hears each epoch's validation score, in place of a progress bar.
     """
-    with (
-        signals.deferred(),
-        keeper.guarded(),
-        Bar(plan.total_steps, keeper.done, "step", quiet=on_score is not None) as bar,
-    ):
+    with signals.deferred():
+        with keeper.guarded(), Bar(plan.total_steps, keeper.done, "step", quiet=on_score is not None) as bar:
 
-        def on_epoch(epoch: int, players: tuple[str, ...], means: dict[str, float]) -> None:
-            score = keeper.close_epoch(epoch, players, means)
-            last = epoch + 1 == plan.num_epochs
-            text = f"epoch {epoch + 1}/{plan.num_epochs}  {epoch_text(score, means, keeper.history[-len(players) :])}"
-            bar.say(text, worth_a_line=last or (epoch + 1) % max(1, plan.num_epochs // 10) == 0)
-            if on_score is not None:
-                on_score(epoch, score)
+            def on_epoch(epoch: int, players: tuple[str, ...], means: dict[str, float]) -> None:
+                score = keeper.close_epoch(epoch, players, means)
+                last = epoch + 1 == plan.num_epochs
+                text = (
+                    f"epoch {epoch + 1}/{plan.num_epochs}  {epoch_text(score, means, keeper.history[-len(players) :])}"
+                )
+                bar.say(text, worth_a_line=last or (epoch + 1) % max(1, plan.num_epochs // 10) == 0)
+                if on_score is not None:
+                    on_score(epoch, score)
 
-        def on_step(done: int) -> None:
-            bar.advance()
-            if distributed.any_rank(signals.pending is not None):
-                signals.pending = signals.pending or signal.SIGTERM
-            keeper.close_step(done, stop=signals.pending is not None)
-            signals.stop_if_asked()
+            def on_step(done: int) -> None:
+                bar.advance()
+                if distributed.any_rank(signals.pending is not None):
+                    signals.pending = signals.pending or signal.SIGTERM
+                keeper.close_step(done, stop=signals.pending is not None)
+                signals.stop_if_asked()
 
-        fit(
-            keeper.learners,
-            keeper.kept_between(batches),
-            plan.step,
-            plan.mode.roles,
-            steps=range(keeper.done, plan.total_steps),
-            steps_per_epoch=plan.steps_per_epoch,
-            seed=plan.seed,
-            meter=keeper.meter,
-            on_step=on_step,
-            on_epoch=on_epoch,
-        )
-    return keeper.finish()
+            fit(
+                keeper.learners,
+                keeper.kept_between(batches),
+                plan.step,
+                plan.mode.roles,
+                steps=range(keeper.done, plan.total_steps),
+                steps_per_epoch=plan.steps_per_epoch,
+                seed=plan.seed,
+                meter=keeper.meter,
+                on_step=on_step,
+                on_epoch=on_epoch,
+            )
+        learners = keeper.finish()
+        signals.stop_if_asked()  # while what it has learned was written
+    return learners
 
 
 def epoch_text(score: float, means: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> str:

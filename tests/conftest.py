@@ -89,35 +89,44 @@ class Cli:
         assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
-    def start(
-        self, *options: object, prepare: Callable[[], object] = lambda: None, terminal: int | None = None
-    ) -> multiprocessing.Process:
-        """Start it in a process forked from this one, which spares the seconds that importing torch takes, with blank
-        pictures. What it prints comes from the process's ``stdout`` and ``stderr``.
-
-        Args:
-            prepare: called in that process before anything else.
-            terminal: what it prints to in their place.
-        """
+    def fork(self, run: Callable[[], object], *, terminal: int | None = None) -> multiprocessing.Process:
+        """Call something in a process forked from this one, in the folder. What it prints comes from the process's
+        ``stdout`` and ``stderr``, or goes to a ``terminal``."""
         ours, theirs = os.pipe()
         errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
 
-        def run() -> None:
+        def target() -> None:
             os.dup2(theirs if terminal is None else terminal, 1)
             os.dup2(errors.fileno() if terminal is None else terminal, 2)
             sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
             os.chdir(self.cwd)
-            sys.argv = self.command(*options)[1:]
-            draw_nothing(pytest.MonkeyPatch())
-            prepare()
-            runpy.run_path(sys.argv[0], run_name="__main__")
+            run()
 
-        process = multiprocessing.get_context("fork").Process(target=run)
+        process = multiprocessing.get_context("fork").Process(target=target)
         process.start()
         os.close(theirs)
         process.stdout, process.stderr = os.fdopen(ours), errors
         self.started.append(process)
         return process
+
+    def start(
+        self, *options: object, prepare: Callable[[], object] = lambda: None, terminal: int | None = None
+    ) -> multiprocessing.Process:
+        """Start it in a process forked from this one, which spares the seconds that importing torch takes, with blank
+        pictures.
+
+        Args:
+            prepare: called in that process before anything else.
+            terminal: what it prints to in place of the process's ``stdout`` and ``stderr``.
+        """
+
+        def run() -> None:
+            sys.argv = self.command(*options)[1:]
+            draw_nothing(pytest.MonkeyPatch())
+            prepare()
+            runpy.run_path(sys.argv[0], run_name="__main__")
+
+        return self.fork(run, terminal=terminal)
 
     def finish(self, process: multiprocessing.Process, check: int = 0) -> subprocess.CompletedProcess:
         """Wait for a process that was started."""

@@ -1,6 +1,9 @@
-"""Several processes make the steps that one makes with the whole batch. Every one here is real, started by torchrun."""
+"""Several processes make the steps that one makes with the whole batch. Every one here is real: started by torchrun
+where that has a part, and else as it would start them."""
 
+import contextlib
 import csv
+import functools
 import itertools
 import json
 import multiprocessing
@@ -8,6 +11,7 @@ import os
 import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,11 +19,21 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, Cli, make_folder
+import torch.distributed.run  # here, so that those forked to be torchrun have it
+from conftest import TINY, Cli, draw_nothing, make_folder
+from timm.layers import BatchNormAct2d
+from torch import nn
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 import args
+import checkpoints
 import distributed
+import images
+import models
+import MPL
+import train
 import utils
+from data import Batch
 
 FIGURES = ("loss_l", "loss_u", "loss_mpl", "mask_rate", "h", "loss_s", "val_loss", "val_accuracy", "lr")
 STEPWISE = [*TINY, "--num_labels_percent", "20", "--steps_per_epoch", "1"]  # so that an epoch's means are a step's
@@ -29,21 +43,84 @@ STEPWISE = [*TINY, "--num_labels_percent", "20", "--steps_per_epoch", "1"]  # so
 def alone(tmp_path_factory, colours):
     cli = Cli(tmp_path_factory.mktemp("ranks"))
     cli.colours = colours
-    return cli
+    yield cli
+    cli.stop_all()
 
 
-def torchrun(cli, n, *options, launcher=()):
-    """The command that n processes share."""
-    run = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", *launcher]
-    return [*run, *cli.command("--data_dir", cli.colours, *options)[1:]]
+class Forked:
+    """In place of ``subprocess.Popen`` in torchrun: the script runs in a process forked from it, which spares the
+    seconds that importing torch takes."""
+
+    def __init__(self, prepare, *, args, env, **_):
+        def run():
+            os.setsid()
+            os.environ.clear()
+            os.environ.update(env)
+            prepare()
+            sys.argv = [*args[2:]]  # after python -u
+            runpy.run_path(sys.argv[0], run_name="__main__")
+
+        self.process = multiprocessing.get_context("fork").Process(target=run)
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self, timeout):
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired("python", timeout)
 
 
-def shared(cli, n, *options, check=0):
-    done = subprocess.run(torchrun(cli, n, *options), cwd=cli.cwd, capture_output=True, text=True, timeout=200)
-    assert (done.returncode != 0) == (check != 0), done.stdout + done.stderr
-    if check:
-        assert f"exitcode  : {check} " in done.stderr
-    return done
+def torchrun(cli, n, *options, launcher=(), prepare=lambda: None):
+    """Start torchrun, which starts n processes that share a run.
+
+    Args:
+        prepare: called in each of these before anything else.
+    """
+    command = cli.command("--data_dir", cli.colours, *options)[1:]
+
+    def run():
+        subprocess_handler.Popen = functools.partial(Forked, prepare)
+        torch.distributed.run.main([f"--nproc_per_node={n}", *launcher, *command])
+
+    return cli.fork(run)
+
+
+@contextlib.contextmanager
+def ranks(cli, n, run):
+    """Have n processes ``run`` with the variables and the store that torchrun gives them, each forked from this one,
+    which spares the seconds that importing torch takes."""
+    listening = socket.create_server(("localhost", 0), backlog=n)
+    given = {"RUN_ID": "run", "RESTART_COUNT": "0", "USE_AGENT_STORE": "True"}
+    given = {f"TORCHELASTIC_{key}": value for key, value in given.items()}
+    given |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(listening.getsockname()[1]), "GROUP_WORLD_SIZE": "1"}
+
+    def run_as(rank):
+        os.environ.update(given | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n)})
+        run()
+
+    processes = [cli.fork(functools.partial(run_as, rank)) for rank in range(n)]
+    port, descriptor = listening.getsockname()[1], listening.detach()
+    store = torch.distributed.TCPStore(
+        "localhost", port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor
+    )
+    yield processes
+    del store
+
+
+def run_program(cli, *options):
+    """What the command does, with blank pictures, in a process forked for it."""
+    draw_nothing(pytest.MonkeyPatch())
+    utils.open_output(silent=not args.speaks())
+    sys.exit(MPL.main(args.parse(cli.command("--data_dir", cli.colours, *options)[2:])))
+
+
+def shared(cli, n, *options):
+    """What the processes print that share a run."""
+    with ranks(cli, n, functools.partial(run_program, cli, *options)) as processes:
+        return "".join(cli.finish(process).stdout for process in processes)
 
 
 def history(cli, name):
@@ -61,17 +138,6 @@ def assert_same_steps(ours, theirs, tolerance=1e-4):
                 assert float(here[key]) == pytest.approx(float(there[key]), abs=tolerance), (key, here["epoch"])
 
 
-STEPS = """
-import json, sys
-sys.path[:0] = [sys.argv[1]]
-import numpy as np, torch
-from timm.layers import BatchNormAct2d
-from torch import nn
-import distributed, models, train
-from data import Batch
-
-torch.Tensor.float = torch.Tensor.double  # what would be in float32 is not
-
 def learner(name, seed, ema):
     torch.manual_seed(seed)
     first = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Tanh())
@@ -80,52 +146,54 @@ def learner(name, seed, ema):
     network = nn.Sequential(body, pooled, nn.Linear(5, 3)).double()
     return models.Learner(name, network, updates=12, lr=0.02, weight_decay=0.05, ema=ema)
 
+
 def step_of(feedback):
     prior = torch.tensor([0.2, 0.3, 0.5]).double()
     own, given = train.own_aim(temperature=1.05, threshold=0.4, prior=prior), train.target_aim(prior)
-    aim = lambda teacher, batch, logits: (own if batch.target is None else given)(teacher, batch, logits)
+
+    def aim(teacher, batch, logits):
+        return (own if batch.target is None else given)(teacher, batch, logits)
+
     label = "soft" if feedback == "exact" else "hard"
     settings = train.Settings(feedback=feedback, lambda_u=1.0, uda_steps=5, pseudo_label=label)
     return train.after_warmup(3, aim=aim, settings=settings)
 
-measured = {}
-with distributed.joined(torch.device("cpu")):
-    for feedback in train_feedbacks:
-        teacher, student, step = learner("teacher", 1, 0.0), learner("student", 2, 0.9), step_of(feedback)
-        generator = torch.Generator().manual_seed(3)
-        for number in range(12):
-            x = torch.randn(27, 3, 9, 9, generator=generator, dtype=torch.float64)
-            y = torch.randint(3, (9,), generator=generator)
-            target = torch.rand(9, 3, generator=generator, dtype=torch.float64).softmax(-1)
-            batch = Batch(*map(distributed.share, (x[:9], y, x[9:18], x[18:], target)))
-            batch = batch if number % 2 else batch._replace(target=None)
-            given = step(teacher, student, batch, number)
-            distributed.average([*given.values()])
-            measured.setdefault(feedback, []).append({key: value.item() for key, value in given.items()})
-        test = torch.randn(7, 3, 9, 9, generator=generator, dtype=torch.float64)
-        infer = lambda rows: [student.infer(test[torch.from_numpy(rows)])]
-        (logits,) = distributed.gathered(infer, np.arange(7), torch.device("cpu"))
-        measured[feedback].append({"logits": logits.sum(1).tolist(), "offset": teacher.offset.tolist()})
-if distributed.rank() == 0:
-    json.dump(measured, open(sys.argv[2], "w"))
-"""
+
+def take_steps(out):
+    """Twelve steps with each feedback, in a process forked for it: what they measure, and what is predicted then."""
+    torch.Tensor.float = torch.Tensor.double  # what would be in float32 is not
+    measured = {}
+    with distributed.joined(torch.device("cpu")):
+        for feedback in args.FEEDBACKS:
+            teacher, student, step = learner("teacher", 1, 0.0), learner("student", 2, 0.9), step_of(feedback)
+            generator = torch.Generator().manual_seed(3)
+            for number in range(12):
+                x = torch.randn(27, 3, 9, 9, generator=generator, dtype=torch.float64)
+                y = torch.randint(3, (9,), generator=generator)
+                target = torch.rand(9, 3, generator=generator, dtype=torch.float64).softmax(-1)
+                batch = Batch(*map(distributed.share, (x[:9], y, x[9:18], x[18:], target)))
+                batch = batch if number % 2 else batch._replace(target=None)
+                given = step(teacher, student, batch, number)
+                distributed.average([*given.values()])
+                measured.setdefault(feedback, []).append({key: value.item() for key, value in given.items()})
+            test = torch.randn(7, 3, 9, 9, generator=generator, dtype=torch.float64)
+
+            def infer(rows, student=student, test=test):
+                return [student.infer(test[torch.from_numpy(rows)])]
+
+            (logits,) = distributed.gathered(infer, np.arange(7), torch.device("cpu"))
+            measured[feedback].append({"logits": logits.sum(1).tolist(), "offset": teacher.offset.tolist()})
+    if distributed.rank() == 0:
+        out.write_text(json.dumps(measured))
 
 
-def test_every_step_is_that_of_one_process_to_the_last_digits(tmp_path):
+def test_every_step_is_that_of_one_process_to_the_last_digits(cli):
     """In float64: in float32 rounding alone grows to whole percents within fifty steps of a network from scratch."""
-    script = tmp_path / "steps.py"
-    script.write_text(STEPS.replace("train_feedbacks", repr(args.FEEDBACKS)))
-    outs = [tmp_path / f"{n}.json" for n in (1, 3)]
-
-    def run_alone() -> None:
-        sys.argv = [*map(str, (script, ROOT, outs[0]))]
-        runpy.run_path(sys.argv[0])
-
-    process = multiprocessing.get_context("fork").Process(target=run_alone)
-    process.start()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3"]
-    subprocess.run([*launcher, script, ROOT, outs[1]], check=True, capture_output=True, timeout=200)
-    process.join()
+    outs = [cli.cwd / f"{n}.json" for n in (1, 3)]
+    one = cli.fork(functools.partial(take_steps, outs[0]))
+    with ranks(cli, 3, functools.partial(take_steps, outs[1])) as three:
+        for process in (one, *three):
+            cli.finish(process)
     alone, shared = (json.loads(out.read_text()) for out in outs)
     assert alone.keys() == shared.keys() == {*args.FEEDBACKS}
     for feedback, steps in alone.items():
@@ -135,13 +203,13 @@ def test_every_step_is_that_of_one_process_to_the_last_digits(tmp_path):
                 assert other[key] == pytest.approx(value, abs=1e-7), (feedback, number, key)
 
 
-LONG = ["--num_epochs", "20", "--warmup_epoch_num", "2", "--lr", "1e-4", "--switch_mode", *STEPWISE]
+LONG = ["--num_epochs", "14", "--warmup_epoch_num", "2", "--lr", "1e-4", "--switch_mode", *STEPWISE]
 
 
 @pytest.fixture(scope="module")
 def whole(alone):
     """What two processes print that share a run called whole, in which each network plays both roles."""
-    return shared(alone, 2, "--name", "whole", *LONG).stdout
+    return shared(alone, 2, "--name", "whole", *LONG)
 
 
 def test_the_command_takes_the_steps_of_one_process(alone, whole):
@@ -149,7 +217,7 @@ def test_the_command_takes_the_steps_of_one_process(alone, whole):
     alone.inside("--name", "one", "--data_dir", alone.colours, *LONG)
     assert whole.count("; tested on") == 1  # one speaks for all
     ours, theirs = history(alone, "one"), history(alone, "whole")
-    assert len(ours) == len(theirs) == 40
+    assert len(ours) == len(theirs) == 28
     assert_same_steps(ours[:24], theirs[:24])
     for name in ("one", "whole"):
         assert (alone.cwd / "results" / name / "report.html").exists()
@@ -157,44 +225,34 @@ def test_the_command_takes_the_steps_of_one_process(alone, whole):
 
 def test_a_run_goes_on_with_another_number_of_processes(alone):
     options = ["--num_epochs", "24", "--warmup_epoch_num", "2", *STEPWISE]
-    process = subprocess.Popen(
-        torchrun(alone, 2, "--name", "moved", *options), cwd=alone.cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    wait_for_line(process, b"epoch 4/")
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process = torchrun(alone, 2, "--name", "moved", *options)
+    assert any(line.startswith("epoch 4/") for line in process.stdout)
+    os.kill(process.pid, signal.SIGTERM)
+    alone.finish(process, check=1)
     assert (alone.cwd / "checkpoints/colours/moved/last.pth").exists()
     alone.inside("--name", "moved", "--resume", "--data_dir", alone.colours, *options)
     epochs = [int(row["epoch"]) for row in history(alone, "moved") if row["network"] == "teacher"]
     assert epochs == list(range(24))
 
 
-def wait_for_line(process, beginning):
-    for line in process.stdout:
-        if line.startswith(beginning):
-            return
-    raise AssertionError(process.stderr.read().decode())
+def die_once():
+    """Have the second process be killed in its tenth step, unless it has been before; all save at every step."""
+    checkpoints.SAVE_SECONDS, checkpoints.SAVE_SHARE = 0.0, float("inf")
+    draw_nothing(pytest.MonkeyPatch())
+    close_step = train.Keeper.close_step
 
+    def close_step_or_die(keeper, done, stop):
+        if done == 10 and (distributed.rank(), distributed.restarted()) == (1, False):
+            os.kill(os.getpid(), signal.SIGKILL)
+        close_step(keeper, done, stop)
 
-def ranks_of(process):
-    """The processes that an agent of torchrun has started."""
-    found = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
-    )
-    return [int(pid) for pid in found.stdout.split()]
+    train.Keeper.close_step = close_step_or_die
 
 
 def test_a_killed_process_is_restarted_and_the_run_ends_as_if_it_had_not_been(alone, whole):
-    process = subprocess.Popen(
-        torchrun(alone, 2, "--name", "killed", *LONG, launcher=["--max-restarts=1"]),
-        cwd=alone.cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    wait_for_line(process, b"epoch 4/")
-    os.kill(ranks_of(process)[1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=150)
-    assert process.returncode == 0, errors.decode()
+    run = torchrun(alone, 2, "--name", "killed", *LONG, launcher=["--max-restarts=1"], prepare=die_once)
+    done = alone.finish(run)
+    assert "failed (exitcode: -9) local_rank: 1" in done.stderr
     for file in ("history.csv", "predictions.csv"):
         ours, theirs = ((alone.cwd / "results" / name / file).read_bytes() for name in ("killed", "whole"))
         assert ours == theirs
@@ -204,84 +262,60 @@ def test_a_restart_overwrites_nothing_that_the_first_start_did_not(alone):
     alone.inside("--name", "old", "--data_dir", alone.colours, *STEPWISE, "--num_epochs", "2")
     files = [path for top in ("results", "checkpoints") for path in (alone.cwd / top).rglob("old/*")]
     before = {path: path.read_bytes() for path in files}
-    torchrun_alone = torchrun(alone, 1, "--name", "old", *STEPWISE, "--num_epochs", "2", launcher=["--max-restarts=1"])
-    done = subprocess.run(torchrun_alone, cwd=alone.cwd, capture_output=True, text=True, timeout=200)
-    assert done.returncode != 0
+    process = torchrun(alone, 1, "--name", "old", *STEPWISE, "--num_epochs", "2", launcher=["--max-restarts=1"])
+    done = alone.finish(process, check=1)
     assert done.stderr.count("MPL.py: results/old exists") == 2
     assert {path: path.read_bytes() for path in files} == before
 
 
 def test_a_killed_process_ends_the_job_with_a_message(alone):
-    process = subprocess.Popen(
-        torchrun(alone, 2, "--name", "lost", "--num_epochs", "100000", *STEPWISE),
-        cwd=alone.cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not (alone.cwd / "results/lost/config.json").exists():
-        time.sleep(0.1)
-    began = time.monotonic()
-    os.kill(ranks_of(process)[1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    run = functools.partial(run_program, alone, "--name", "lost", "--num_epochs", "100000", *STEPWISE)
+    with ranks(alone, 2, run) as (first, second):
+        while not (alone.cwd / "results/lost/config.json").exists():
+            assert first.is_alive()
+            time.sleep(0.1)
+        began = time.monotonic()
+        second.kill()
+        said = alone.finish(first, check=6).stderr
     assert time.monotonic() - began < 60
-    assert process.returncode != 0
-    assert "lost another one, which was killed or failed" in errors or "Signal 9 (SIGKILL)" in errors
+    assert said == "MPL.py: process 0 of 2 lost another one, which was killed or failed; its own message says why\n"
 
 
 def test_all_leave_with_the_same_exit_code(alone):
     (alone.cwd / "results" / "taken").mkdir(parents=True)
     (alone.cwd / "results" / "taken" / "config.json").write_text("{}")
-    said = shared(alone, 2, "--name", "taken", *STEPWISE, check=4).stderr
+    said = alone.finish(torchrun(alone, 2, "--name", "taken", *STEPWISE), check=1).stderr
     codes = re.findall(r"exitcode  : (-?\d+)", said)
     assert "4" in codes
     assert {*codes} <= {"4", "-15"}  # torchrun may end the other with SIGTERM before it has left by itself
     assert said.count("MPL.py: results/taken exists") == 1
 
 
-LOSING = """
-import os, sys
-sys.path[:0] = [sys.argv.pop(1)]
-import utils
-utils.open_output(silent=os.environ["RANK"] != "0")
-import torch.distributed as dist
-import args, images, MPL, visualization
-images.STORE_BYTES = 0  # no image is kept in memory
-visualization.pictures = lambda results: ()
-train_networks = MPL.train_networks
+def test_processes_agree_on_which_images_are_gone_at_the_end(cli):
+    cli.colours = make_folder(cli.cwd / "d")
+    train_networks = MPL.train_networks
 
-def train_then_lose(work, *rest, **more):
-    trained = train_networks(work, *rest, **more)
-    index = work.data.index
-    dist.barrier()
-    for i in range(0, len(index), 3) if dist.get_rank() == 0 else ():
-        index.file(i).write_bytes(b"no image")
-    dist.barrier()
-    return trained
+    def train_then_lose(work, *rest, **more):
+        trained = train_networks(work, *rest, **more)
+        index = work.data.index
+        torch.distributed.barrier()
+        for i in range(0, len(index), 3) if distributed.rank() == 0 else ():
+            index.file(i).write_bytes(b"no image")
+        torch.distributed.barrier()
+        return trained
 
-MPL.train_networks = train_then_lose
-sys.exit(MPL.main(args.parse()))
-"""
+    def run():
+        images.STORE_BYTES = 0  # no image is kept in memory
+        MPL.train_networks = train_then_lose
+        run_program(cli, "--name", "a", "--num_epochs", "2", *STEPWISE)
 
-
-def test_processes_agree_on_which_images_are_gone_at_the_end(tmp_path):
-    cli = Cli(tmp_path)
-    (tmp_path / "losing.py").write_text(LOSING)
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", tmp_path / "losing.py", ROOT]
-    options = ["--name", "a", "--data_dir", make_folder(tmp_path / "d"), "--num_epochs", "2", *STEPWISE]
-    done = subprocess.run(
-        [*map(str, (*run, "--cache_dir", tmp_path / "cache", *options))],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert "exitcode  : 3 " in done.stderr
-    assert sum(line.startswith("MPL.py") for line in done.stderr.splitlines()) == 1
-    assert "20 images can no longer be read" in done.stderr
-    with (tmp_path / "results/a/bad_files.csv").open(newline="", encoding="utf-8-sig") as file:
+    with ranks(cli, 2, run) as processes:
+        first, second = (cli.finish(process, check).stderr for process, check in zip(processes, (3, 0), strict=True))
+    assert re.fullmatch("MPL.py: 20 images can no longer be read .*\n", first)
+    assert second == ""
+    with (cli.cwd / "results/a/bad_files.csv").open(newline="", encoding="utf-8-sig") as file:
         listed = {row["path"] for row in csv.DictReader(file)}
-    with (tmp_path / "results/a/predictions.csv").open(newline="", encoding="utf-8-sig") as file:
+    with (cli.cwd / "results/a/predictions.csv").open(newline="", encoding="utf-8-sig") as file:
         predicted = {row["path"] for row in csv.DictReader(file)}
     assert (len(listed), len(predicted)) == (20, 40)
     assert not listed & predicted
@@ -316,8 +350,6 @@ def test_alone_nothing_is_changed():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_batch_norms_keep_their_activations_when_they_are_shared(monkeypatch, device):
-    from timm.layers import BatchNormAct2d
-
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), BatchNormAct2d(4), torch.nn.BatchNorm2d(4)).eval()
     x = torch.randn(2, 3, 5, 5)
     expected = model(x)
@@ -352,24 +384,21 @@ def test_each_process_has_an_accelerator_of_its_own(monkeypatch, kind):
         distributed.local_device(plain)
 
 
-ONE_FAILS = """
-import sys
-sys.path[:0] = [sys.argv[1]]
-import torch
-import distributed, utils
+def test_when_one_process_fails_the_others_say_nothing_more(cli):
+    def run():
+        with distributed.joined(torch.device("cpu")):
+            if distributed.rank():
+                raise utils.DataError("an image is gone")
+            distributed.average([torch.zeros(3)])
 
-try:
-    with distributed.joined(torch.device("cpu")):
-        if distributed.rank():
-            raise utils.DataError("an image is gone")
-        distributed.average([torch.zeros(3)])
-except utils.Failure as failure:
-    print(f"said: {failure}", file=sys.stderr)
-"""
+    def report():
+        try:
+            run()
+        except utils.Failure as failure:
+            print(f"said: {failure}", file=sys.stderr)
+        except distributed.Left as left:
+            sys.exit(left.exit_code)
 
-
-def test_when_one_process_fails_the_others_say_nothing_more(tmp_path):
-    (tmp_path / "one_fails.py").write_text(ONE_FAILS)
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", tmp_path / "one_fails.py", ROOT]
-    done = subprocess.run([*map(str, run)], capture_output=True, text=True, timeout=200)
-    assert re.findall("said: (.*)", done.stderr) == ["an image is gone"]
+    with ranks(cli, 2, report) as (first, second):
+        said = [cli.finish(second).stderr, cli.finish(first, check=3).stderr]
+    assert said == ["said: an image is gone\n", ""]

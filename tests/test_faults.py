@@ -105,6 +105,21 @@ def test_a_signal_finishes_the_step_saves_and_exits(cli, colours, monkeypatch, n
     assert (cli.cwd / "checkpoints/colours/a/last.pth").exists()
 
 
+def test_a_signal_while_the_end_of_the_training_is_saved_waits_for_that(cli, colours, monkeypatch):
+    run = ["--data_dir", colours, *RUN]
+    save = checkpoints.SavingKeeper.save
+
+    def save_and_be_asked_to_stop(keeper, done):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(keeper, done)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.SavingKeeper, "save", save_and_be_asked_to_stop)
+        assert "--resume goes on from here" in cli.inside("--name", "a", *run, check=143).stderr
+    assert checkpoints.load_last(cli.cwd / "checkpoints/colours/a/last.pth").progress.steps_done == 8
+    assert not (cli.cwd / "results/a/metrics.json").exists()
+
+
 def test_a_second_signal_does_not_wait():
     signals = utils.Signals()
     try:
@@ -119,7 +134,9 @@ def test_a_second_signal_does_not_wait():
 
 
 def test_killed_at_any_point_of_a_save_it_goes_on_to_the_same_end(tmp_path):
-    killing = faults.Killing(tmp_path, faults.MODES[:1])
+    killing = faults.Killing(
+        tmp_path, [["--num_epochs", "3"]]
+    )  # the save in question is that of the fifth of six steps
     points = killing.points_of_a_save()
     assert points > 8
     flushes_and_renames = range(points - 6, points)
@@ -692,13 +709,31 @@ def test_a_signal_at_the_end_stops_at_once(cli, colours, monkeypatch):
 
 
 def test_closed_output_and_a_reader_that_leaves_stop_nothing(cli, colours):
-    """Python itself says what it cannot write when it ends, so these are started by a shell."""
+    """Python itself says what it cannot write when it ends, so none of these is forked from this process: one is
+    started by a shell, the others are forked from one that was and end as it does."""
     run = cli.command("--data_dir", colours, *TINY, "--finetune_mode", "--num_epochs", "1", "--test_percent", "0")
-    for i, redirection in enumerate((">&- 2>&-", "| head -c 1 >/dev/null", ">/dev/full")):
-        script = f'set -o pipefail; "$@" --name r{i} {redirection}'
-        done = subprocess.run(["bash", "-c", script, "bash", *run], cwd=cli.cwd, capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, ""), redirection
-        assert (cli.cwd / "results" / f"r{i}" / "metrics.json").exists()
+    code = """
+import os, runpy, subprocess, sys
+import MPL
+
+program, *options = sys.argv[1:]
+reader = subprocess.Popen(["head", "-c", "1"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0).stdin
+for name, output in {"reader": reader, "full": open("/dev/full", "wb", 0)}.items():
+    if not os.fork():
+        os.dup2(output.fileno(), 1)
+        sys.argv = [program, *options, "--name", name]
+        runpy.run_path(program, run_name="__main__")
+    output.close()
+    assert os.wait()[1] == 0
+"""
+    for command, names in (
+        (["bash", "-c", '"$@" >&- 2>&-', "bash", *run, "--name", "closed"], ["closed"]),
+        ([sys.executable, "-c", code, *run[1:]], ["reader", "full"]),
+    ):
+        there = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=cli.cwd, env=there, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), names
+        assert all((cli.cwd / "results" / name / "metrics.json").exists() for name in names)
 
 
 @pytest.mark.parametrize(("term", "bar"), [("dumb", False), ("xterm", True)])
