@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import hashlib
 import importlib.util
-import inspect
 import itertools
 import math
 import os
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import distributed
-from utils import CheckpointError, UsageError, derive_seed, seed_torch
+from utils import CheckpointError, UsageError, derive_seed, seed_torch, uncompiled
 
 ALIASES = {"vgg": "vgg16", "resnet": "resnet18", "squeezenet": "squeezenet1_0", "densenet": "densenet121"}
 NEED_NO_DOWNLOAD = "efficientnet_lite0 (weights come with its pip package), wrn_D_K, or any model with --weights none"
@@ -522,16 +521,7 @@ def open_architecture(
 # ---------------------------------------------------------------------------------------------------------------------
 # Learners
 
-
-class AdamW(torch.optim.AdamW):
-    """PyTorch's, its methods without what decorates them for ``torch.compile``: that imports torch._dynamo with the
-    first optimiser, which takes as long as importing torch itself."""
-
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
-    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+AdamW = uncompiled(torch.optim.AdamW)
 
 
 class Learner:

@@ -11,6 +11,7 @@ import csv
 import ctypes
 import errno
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -110,6 +111,20 @@ def seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         torch.default_generator.set_state(state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimisers
+
+
+def uncompiled(optimizer: type[T]) -> type[T]:
+    """One of PyTorch's optimisers without what decorates its methods for ``torch.compile``: that imports torch._dynamo,
+    which takes as long as importing torch itself."""
+    import torch
+
+    names = ("step", "add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
+    return type(optimizer.__name__, (optimizer,), methods | {"step": torch.no_grad()(methods["step"])})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
