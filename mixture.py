@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from utils import first_few
+from utils import first_few, uncompiled
 
 MOST_IMAGES = 5_000  # to estimate from, to be neighbours and to hold at once, whatever the folder's size
 AVERAGED_VIEWS = 4  # weak and strong ones each of an image, if each step has new ones
@@ -254,7 +254,7 @@ def calibration(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarr
     weight = 1 / torch.bincount(y)[y]
     log_scale = torch.zeros((), dtype=x.dtype, requires_grad=True)
     bias = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True)
-    search = torch.optim.LBFGS([log_scale, bias], max_iter=100, line_search_fn="strong_wolfe")
+    search = uncompiled(torch.optim.LBFGS)([log_scale, bias], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         search.zero_grad()

@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import hashlib
 import importlib.util
-import inspect
 import io
 import itertools
 import json
@@ -26,7 +25,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import distributed
-from utils import CheckpointError, ResourceError, UsageError, derive_seed, processor, say_above, seed_torch, write_json
+from utils import (
+    CheckpointError,
+    ResourceError,
+    UsageError,
+    derive_seed,
+    processor,
+    say_above,
+    seed_torch,
+    uncompiled,
+    write_json,
+)
 
 ALIASES = {"vgg": "vgg16", "resnet": "resnet18", "squeezenet": "squeezenet1_0", "densenet": "densenet121"}
 NEED_NO_DOWNLOAD = "efficientnet_lite0 (weights come with its pip package), wrn_D_K, or any model with --weights none"
@@ -670,16 +679,7 @@ def open_architecture(
 # ---------------------------------------------------------------------------------------------------------------------
 # Learners
 
-
-class AdamW(torch.optim.AdamW):
-    """PyTorch's, its methods without what decorates them for ``torch.compile``: that imports torch._dynamo with the
-    first optimiser, which takes as long as importing torch itself."""
-
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
-    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+AdamW = uncompiled(torch.optim.AdamW)
 
 
 class Learner:

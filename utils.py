@@ -11,6 +11,7 @@ import csv
 import ctypes
 import errno
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -97,6 +98,20 @@ def seed_torch(*parts: Any) -> None:
         torch.manual_seed(seed)
     else:  # there that would note for later, with a stack trace each, what accelerators are to be seeded with
         torch.default_generator.manual_seed(seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimisers
+
+
+def uncompiled(optimizer: type[T]) -> type[T]:
+    """One of PyTorch's optimisers without what decorates its methods for ``torch.compile``: that imports torch._dynamo,
+    which takes as long as importing torch itself."""
+    import torch
+
+    names = ("step", "add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
+    return type(optimizer.__name__, (optimizer,), methods | {"step": torch.no_grad()(methods["step"])})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

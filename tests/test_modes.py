@@ -18,6 +18,8 @@ import MPL
 import train
 
 EPOCHS = ["--num_epochs", "3"]
+SHARED = {"exp": [], "roles": ["--switch_mode"], "labels": ["--finetune_mode"]}  # runs, and what sets each apart
+SHARED_OPTIONS = ["--num_labels_percent", "20", *TINY, *EPOCHS]
 
 
 def rows(path):
@@ -27,14 +29,12 @@ def rows(path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, colours):
-    """One training run in each mode, shared by the tests that only look."""
+    """One training run in each mode, shared by the tests that only look; the first in a process of its own."""
     cli = Cli(tmp_path_factory.mktemp("runs"))
-    common = ["--data_dir", colours, "--num_labels_percent", "20", *TINY, *EPOCHS]
-    cli.output = {
-        "train": cli("--name", "exp", *common, "--show_images", "--print_model").stdout,
-        "switch": cli.inside("--name", "roles", "--switch_mode", *common, pictures=True).stdout,
-        "finetune": cli.inside("--name", "labels", "--finetune_mode", *common, pictures=True).stdout,
-    }
+    common = ["--data_dir", colours, *SHARED_OPTIONS]
+    cli.output = cli("--name", "exp", *common, "--show_images", "--print_model").stdout
+    for name in ("roles", "labels"):
+        cli.inside("--name", name, *SHARED[name], *common, pictures=True)
     return cli
 
 
@@ -71,11 +71,11 @@ def test_training_leaves_what_the_design_promises(trained):
     parts = [row["split"] for row in rows(folder / "split.csv")]
     assert metrics["counts"] == {part: parts.count(part) for part in ("labeled", "unlabeled", "val", "test")}
     assert len(parts) == 60
-    assert "parameters" in trained.output["train"]
+    assert "parameters" in trained.output
 
 
 def test_the_table_ends_the_output_within_80_columns(trained):
-    lines = trained.output["train"].splitlines()
+    lines = trained.output.splitlines()
     tail = lines[next(i for i, line in enumerate(lines) if line.startswith("colours: trained with")) :]
     text = "\n".join(tail)
     for word in ("trained with", "student", "teacher", "ensemble", "accuracy", "pictures", "results/exp"):
@@ -192,17 +192,16 @@ def test_a_run_is_never_trampled(trained, colours):
     assert (trained.cwd / "results" / "exp" / "metrics.json").read_bytes() == before
 
 
-@pytest.mark.parametrize(("mode", "of_its_own"), [([], True), (["--switch_mode"], False), (["--finetune_mode"], False)])
-def test_the_same_command_gives_the_same_figures_with_any_number_of_workers(cli, colours, mode, of_its_own):
-    """Also in a process of its own, where hashes are other ones."""
-    for name, workers, start in (
-        ("a", 0, cli if of_its_own else cli.inside),
-        ("b", 0, cli.inside),
-        ("c", 2, cli.inside),
-    ):
-        start("--name", name, "--data_dir", colours, *mode, *TINY, *EPOCHS, "--num_workers", workers)
-    assert cli.metrics("a") == cli.metrics("b") == cli.metrics("c")
-    histories = [(cli.cwd / "results" / name / "history.csv").read_bytes() for name in "abc"]
+@pytest.mark.parametrize("name", SHARED)
+def test_the_same_command_gives_the_same_figures_with_any_number_of_workers(trained, colours, name):
+    """Also as in a process of its own, where hashes are other ones."""
+    names = [name, f"{name}-again", f"{name}-workers"]
+    for other, workers in zip(names[1:], (0, 2), strict=True):
+        options = ["--data_dir", colours, *SHARED[name], *SHARED_OPTIONS, "--num_workers", workers]
+        trained.inside("--name", other, *options)
+    first, again, with_workers = map(trained.metrics, names)
+    assert first == again == with_workers
+    histories = [(trained.cwd / "results" / each / "history.csv").read_bytes() for each in names]
     assert histories[0] == histories[1] == histories[2]
 
 

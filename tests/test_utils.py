@@ -1,5 +1,6 @@
 """Files, seeds, paths, signals, devices, faults."""
 
+import copy
 import errno
 import os
 import signal
@@ -161,3 +162,27 @@ def test_where_no_bar_can_be_drawn_a_line_says_how_fast_it_goes_and_how_long_it_
         "letters 30% (0.0667 letters a second, 01:45 left)",
         "letters 50% (0.0667 letters a second, 01:15 left)",
     ]
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_an_optimiser_that_is_not_to_be_compiled_steps_as_pytorchs_and_goes_on_from_its_state(optimizer):
+    def trained(optimizer, steps, network=None, state=None):
+        torch.manual_seed(0)
+        network = network or torch.nn.Linear(5, 3)
+        optimizer = optimizer(network.parameters(), lr=0.1, weight_decay=0.1)
+        if state:
+            optimizer.load_state_dict(state)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            assert all(p.grad is None for p in network.parameters())
+            network(torch.ones(2, 5)).square().sum().backward()
+            optimizer.step()
+        return network, optimizer
+
+    whole, _ = trained(optimizer, 4)
+    half, stopped = trained(utils.uncompiled(optimizer), 2)
+    assert isinstance(stopped, optimizer)
+    assert not torch.equal(half.weight, whole.weight)
+    for each in (optimizer, utils.uncompiled(optimizer)):
+        network, _ = trained(each, 2, *copy.deepcopy((half, stopped.state_dict())))
+        assert torch.equal(network.weight, whole.weight)
