@@ -6,7 +6,9 @@ float16. A row is filled when it is first needed. Everything that determines the
 precision, the bytes of the images, the augmentation) is in the file's path, so a file never holds anything stale, and
 images that are renamed or relabelled keep their features. A dataset that shares images with others, as one that has
 grown, takes over their rows. A row torn by a crash fails its checksum and is computed again. Several processes may fill
-one file: they write the same numbers.
+one file: they write the same numbers, or as good ones, for which engine computed a row is not in the path.
+
+Filling it is a pipeline: while the network looks at some views, a thread makes the next, of images that several decode.
 """
 
 import collections
@@ -422,19 +424,18 @@ class Inputs:
 
         def mean(rows: np.ndarray) -> list[torch.Tensor]:
             parts = np.array_split(rows, -(-len(rows) // AT_ONCE))
-            total = len(rows) * len(wanted)
             asked = ((kind, part, np.full(len(part), v)) for part in parts for kind, v, _ in wanted)
             if isinstance(self.source, FeatureSource):
                 self.source.expect(rows, len(wanted))
-                features = self.source.each(asked)
+                given = self.source.each(asked)
             else:
-                features = itertools.starmap(self.source, asked)
-            means, sum_ = [], torch.zeros(())
-            for k, some in enumerate(progress(features, "features", total, unit="views", count=len)):
-                place = k % len(wanted)
-                sum_ = wanted[place][2] * some + (sum_ if place else 0)
-                if place == len(wanted) - 1:
-                    means.append((sum_ / sum(weight for *_, weight in wanted)).cpu())
+                given = itertools.starmap(self.source, asked)
+            means = []
+            shown = progress(given, "features", len(rows) * len(wanted), unit="views", count=len)
+            with contextlib.closing(shown) as features:
+                for _ in parts:
+                    weighted = [weight * next(features) for *_, weight in wanted]
+                    means.append((sum(weighted, start=torch.zeros(())) / sum(weight for *_, weight in wanted)).cpu())
             return [torch.cat(means)]
 
         return gathered(mean, rows, self.device)[0]

@@ -21,7 +21,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, TypeVar
 
@@ -499,7 +499,9 @@ def interactive() -> bool:
     return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
-def progress(items: Iterable[T], what: str, total: int, *, unit: str, count: Callable[[T], int]) -> Iterator[T]:
+def progress(
+    items: Iterable[T], what: str, total: int, *, unit: str, count: Callable[[T], int]
+) -> Generator[T, None, None]:
     """The items, with a bar on a terminal and a line now and then elsewhere.
 
     Args:
