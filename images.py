@@ -47,7 +47,6 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF
 Rows = Sequence[int] | np.ndarray  # of images, by their places in the index
 UNKNOWN = -1  # the label of an image that nobody labelled
 STORE_BYTES = 2**30  # of decoded images in memory: what a run needs does not grow with the folder
-LOADED_BYTES = 2**27  # of those that stay for a while where not all fit
 MOST_PIXELS = 178_956_970  # of one image, half a gigabyte decoded: more is taken for a decompression bomb
 MOST_BYTES = 2**30  # of one file
 EVALUATION_RESIZE = 256 / 224  # the short side before the centre crop, in sides of the crop
@@ -843,7 +842,7 @@ class DecodedImages(Protocol):
 
 class Images(Dataset):
     """Decoded images by index, [3, size, size] uint8; each is decoded once if all fit in ``STORE_BYTES`` and in a
-    quarter of the free memory. If not, those stay for a while that were loaded last.
+    quarter of the free memory. If not, the last ones stay for a while, an eighth of that.
 
     The store is shared anonymous memory: loader workers that are forked fill and read the same one. Those that are
     spawned decode for themselves.
@@ -886,7 +885,7 @@ class Images(Dataset):
         for i in rows.tolist():
             self._loaded[i] = self._loaded.pop(i)  # to the end
         images = torch.stack([self._loaded[i] for i in rows.tolist()])
-        for i in [*self._loaded][: -max(1, LOADED_BYTES // images[0].numel())]:
+        for i in [*self._loaded][: max(0, len(self._loaded) - STORE_BYTES // 8 // images[0].numel())]:
             del self._loaded[i]
         return images
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -303,7 +304,8 @@ def test_views_are_made_while_the_network_is_busy_and_only_those_needed_soon(man
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_an_image_is_decoded_once_for_all_its_views(many, tmp_path, monkeypatch, in_memory):
-    monkeypatch.setattr(images, "STORE_BYTES", 2**30 if in_memory else 0)
+    if not in_memory:
+        monkeypatch.setattr(images.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
     index, prepare = many[0].images.index, many[0].images.prepare
     source = opened((data.Views(images.Images(index, prepare)), *many[1:]), tmp_path)[0]
     decode, decoded = images.decode, []
