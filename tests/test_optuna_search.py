@@ -236,7 +236,7 @@ def wait_for_another_worker() -> None:
 
 @forks
 def test_workers_share_the_trials_and_the_result_is_used(cli, colours):
-    search = ["--name", "a", "--data_dir", colours, *TUNE, "--n_trials", "4", "--workers", "2"]
+    search = ["--name", "a", "--data_dir", colours, *TUNE, "--n_trials", "4", "--trial_seeds", "1", "--workers", "2"]
     out = cli.forked(*search, prepare=wait_for_another_worker).stdout
     assert sorted(line.split("/")[0] for line in out.splitlines() if line.startswith("trial ")) == [
         f"trial {n}" for n in (1, 2, 3, 4)
