@@ -321,19 +321,8 @@ def test_images_nobody_labelled_join_the_training(cli, tmp_path, colours):
 
 
 def test_the_search_keeps_given_options_and_its_result_is_trained_and_tested(cli, colours):
-    run = [
-        "--data_dir",
-        colours,
-        *TINY,
-        *EPOCHS,
-        "--optuna_mode",
-        "--n_trials",
-        "3",
-        "--trial_seeds",
-        "1",
-        "--lr",
-        "0.01",
-    ]
+    run = ["--data_dir", colours, *TINY, *EPOCHS, "--lr", "0.01"]
+    run += ["--optuna_mode", "--n_trials", "3", "--trial_seeds", "1"]
     out = cli.inside("--name", "tune", *run).stdout
     folder = cli.cwd / "results" / "tune"
     best = json.loads((folder / "best_params.json").read_text())
