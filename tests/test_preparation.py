@@ -1,6 +1,7 @@
 """An image reaches the networks in one way: in training, in testing, from any folder, and by the card of an export."""
 
 import csv
+import io
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import TINY, Cli
 from PIL import Image, PngImagePlugin
+from torchvision.transforms.v2 import functional as vision
 
 import checkpoints
 import data
@@ -165,14 +167,32 @@ def test_what_the_centre_crop_does_not_keep_is_never_made(tmp_path):
     sizes = []
     resize = images.F.interpolate
 
-    def noted(x, *rest, **more):
-        sizes.append(x.shape)
-        return resize(x, *rest, **more)
+    def watched(pixels, *how, **more):
+        sizes.append(pixels.shape)
+        return resize(pixels, *how, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images.F, "interpolate", noted)
+        patch.setattr(images.F, "interpolate", watched)
         assert images.decode(tmp_path / "line.png", images.Preparation(224, 256)).shape == (3, 224, 224)
     assert sizes == [(1, 3, 2, 2)]
+
+
+SIZES = [(300, 256, 224), (90, 37, 32), (8, 16, 16), (8, 18, 16), (37, 37, 32)]
+
+
+@pytest.mark.parametrize(("given", "side", "size"), SIZES)
+def test_an_image_is_resized_and_cropped_as_by_torchvision(given, side, size):
+    image = Image.fromarray(scene(given, given, given))
+    bicubic = {"interpolation": vision.InterpolationMode.BICUBIC, "antialias": True}
+    resized = vision.resize(vision.pil_to_tensor(image), [side, side], **bicubic)
+    ours = images.read_image(png(image), images.Preparation(size, side))
+    assert torch.equal(ours, vision.center_crop(resized, [size, size]))
+
+
+def png(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, "png")
+    return content.getvalue()
 
 
 def test_an_image_that_is_brighter_than_another_stays_so_in_any_depth(tmp_path):
