@@ -737,12 +737,13 @@ class Preparation:
         """An open image's pixels, [3, size, size] uint8."""
         image.draft("RGB", (self.short_side, self.short_side))  # a large JPEG is decoded at a fraction of its size
         ImageOps.exif_transpose(image, in_place=True)
-        image = to_rgb(central_square(image), self.value_range)
-        pixels = torch.from_numpy(np.array(image)[None]).permute(0, 3, 1, 2)  # [1, 3, side, side]
-        if image.width != self.short_side:  # tensors are resized in a fifth of Pillow's time
-            pixels = F.interpolate(pixels, self.short_side, mode=self.interpolation, antialias=True)
+        image = central_square(image)
+        pixels = torch.from_numpy(np.array(to_rgb(image, self.value_range))).permute(2, 0, 1)
+        if pixels.shape[1] != self.short_side:  # tensors are resized in a fifth of Pillow's time
+            side = [self.short_side, self.short_side]
+            pixels = F.interpolate(pixels[None], side, mode=self.interpolation, antialias=True)[0]
         start = round((self.short_side - self.size) / 2)
-        return pixels[0, :, start : start + self.size, start : start + self.size]
+        return pixels[:, start : start + self.size, start : start + self.size]
 
 
 def prepare_for(
