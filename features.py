@@ -473,7 +473,7 @@ def open_inputs(
         return Inputs(made, lambda *wanted: made(*wanted).to(device), lambda views: views, device, precision)
     encoder = Encoder(architecture.backbone, device, precision, cache_folder(cache_dir))
     source, note = open_features(
-        made,
+        Views(images, device=device),  # the loader's workers make theirs on the processor
         encoder,
         fingerprint,
         n_views=n_kept,

@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import io
 import json
+import math
 import os
 import platform
 import signal
@@ -334,10 +335,13 @@ class Interrupted(BaseException):
 
 class Signals:
     """SIGINT, SIGTERM and, where there is one, SIGHUP: in training they wait for the end of the step; a second one does
-    not."""
+    not, if it comes ``SAME_REQUEST_SECONDS`` later: a launcher passes on what the terminal has sent already."""
+
+    SAME_REQUEST_SECONDS = 0.5
 
     def __init__(self) -> None:
-        self.pending: int | None = None
+        self.pending: int | None = None  # also if another process has received it
+        self._asked_at = math.inf
         self.state_is_saved = False  # when the program stops
         self._deferred = False
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -347,9 +351,10 @@ class Signals:
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: object) -> None:
-        if not self._deferred or self.pending is not None:
+        self._asked_at = min(self._asked_at, time.monotonic())
+        if not self._deferred or time.monotonic() - self._asked_at > self.SAME_REQUEST_SECONDS:
             raise Interrupted(number)
-        self.pending = number
+        self.pending = self.pending or number
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:

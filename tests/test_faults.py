@@ -120,12 +120,18 @@ def test_a_signal_while_the_end_of_the_training_is_saved_waits_for_that(cli, col
     assert not (cli.cwd / "results/a/metrics.json").exists()
 
 
-def test_a_second_signal_does_not_wait():
+def test_a_second_signal_does_not_wait_unless_a_launcher_passes_the_first_on(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(utils.time, "monotonic", lambda: now[0])
     signals = utils.Signals()
     try:
         with signals.deferred():
-            os.kill(os.getpid(), signal.SIGINT)
-            assert signals.pending == signal.SIGINT
+            signals.pending = signal.SIGTERM  # as another process has heard
+            for after in (0.0, 0.2):
+                now[0] += after
+                os.kill(os.getpid(), signal.SIGINT)
+            assert signals.pending == signal.SIGTERM
+            now[0] += 1.0
             with pytest.raises(utils.Interrupted):
                 os.kill(os.getpid(), signal.SIGTERM)
     finally:
