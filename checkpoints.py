@@ -33,6 +33,7 @@ from utils import (
     Failure,
     InUseError,
     ResourceError,
+    before_replacing,
     csv_bytes,
     first_few,
     resolve_path,
@@ -222,14 +223,20 @@ class RunFolder:
     @contextlib.contextmanager
     def writing(self, *names: str) -> Iterator[None]:
         """A block that writes files of the results. Those that were edited since the run left them are kept beside, and
-        how it leaves them now is remembered."""
+        what takes their place is known before it does: at no moment does a file of the run seem edited."""
+
+        def expect(path: Path, new: Path) -> None:
+            if path in paths:
+                known = [_digest(each) for each in (path, new) if each.is_file()]
+                write_json(self.results / WRITTEN, self._digests() | {path.name: known})
+
         paths = [self.results / name for name in names]
         self._keep_edited(paths)
-        yield
-        left = {path.name: _digest(path) for path in paths if path.is_file()}
-        write_json(self.results / WRITTEN, self._digests() | left)
+        with before_replacing(expect):
+            yield
 
-    def _digests(self) -> dict[str, str]:
+    def _digests(self) -> dict[str, list[str]]:
+        """By name, how a file may look if nobody has edited it: as it was, or as it is to be."""
         try:
             return dict(json.loads((self.results / WRITTEN).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
@@ -239,7 +246,7 @@ class RunFolder:
         """Rename the files that are not as the run left them, for it is about to write them anew."""
         digests = self._digests()
         for path in paths:
-            if path.name in digests and path.is_file() and _digest(path) != digests[path.name]:
+            if path.name in digests and path.is_file() and _digest(path) not in digests[path.name]:
                 names = (f"{path.stem}.edited{n or ''}{path.suffix}" for n in itertools.count())
                 kept = next(each for each in map(path.with_name, names) if not os.path.lexists(each))
                 path.rename(kept)

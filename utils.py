@@ -242,6 +242,19 @@ def cache_folder(path: str | None) -> Path:
     return Path(path).expanduser() if path else platformdirs.user_cache_path("transfermpl", appauthor=False)
 
 
+_watching: list[Callable[[Path, Path], None]] = []
+
+
+@contextlib.contextmanager
+def before_replacing(watch: Callable[[Path, Path], None]) -> Iterator[None]:
+    """Within the block, ``watch(path, temporary)`` is called before a new file, which is whole, gets its name."""
+    _watching.append(watch)
+    try:
+        yield
+    finally:
+        _watching.remove(watch)
+
+
 def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
     """Write a file so that at any moment either the old or the new one is there, whole and on disk.
 
@@ -261,6 +274,8 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None]) ->
                 file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        for watch in [*_watching]:
+            watch(path, temporary)
         _put(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:

@@ -436,3 +436,23 @@ def test_what_is_edited_while_a_run_goes_on_is_kept(trained, monkeypatch):
         patch.setattr(MPL, "predict_others", edit)
         trained.inside("--name", "A", *RUN, "--resume")
     assert (results(trained) / "predictions.edited.csv").read_bytes() == table.read_bytes() + b"mine\n"
+
+
+def test_a_run_killed_around_the_replacement_of_any_file_takes_none_for_edited(trained, monkeypatch):
+    put, at = utils._put, []
+
+    def killed_before_and_after(temporary, path, *more):
+        if "results" in path.parts and path.name != checkpoints.WRITTEN and path.name not in at:
+            at.append(path.name)
+            if len(at) % 2:
+                put(temporary, path, *more)
+            die()
+        put(temporary, path, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "_put", killed_before_and_after)
+        for n in range(4):
+            trained.inside("--name", "A", *RUN, "--resume", "--max_bad_percent", str(n), check=143)
+    assert len(at) == 4
+    trained.inside("--name", "A", *RUN, "--resume")
+    assert not [*results(trained).glob("*.edited*")]
