@@ -217,21 +217,21 @@ class RunFolder:
             alike = all(last.config.get(key) == value for key, value in options.items())
             if alike and last.backbone.fingerprint == backbone.fingerprint:
                 return last
+        self._keep_edited([self.results / name for name in OF_NETWORKS])
         self._set_aside(_files(self.results, OF_NETWORKS) + _files(self.checkpoints, IN_CHECKPOINTS))
         return None
 
     @contextlib.contextmanager
     def writing(self, *names: str) -> Iterator[None]:
-        """A block that writes files of the results. Those that were edited since the run left them are kept beside, and
-        what takes their place is known before it does: at no moment does a file of the run seem edited."""
+        """A block that writes files of the results. One that was edited since the run left it is kept beside, and what
+        takes its place is known before it does: at no moment does a file of the run seem edited."""
 
         def expect(path: Path, new: Path) -> None:
-            if path in paths:
+            if path.parent == self.results and path.name in names:
+                self._keep_edited([path])
                 known = [_digest(each) for each in (path, new) if each.is_file()]
                 write_json(self.results / WRITTEN, self._digests() | {path.name: known})
 
-        paths = [self.results / name for name in names]
-        self._keep_edited(paths)
         with before_replacing(expect):
             yield
 

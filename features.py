@@ -190,9 +190,11 @@ class FeatureCache(FeatureSource):
         if table is None:
             return np.ones(len(rows), dtype=bool), np.zeros((len(rows), self.encoder.n_features), dtype=np.float16)
         features = table["features"][rows]
-        for i in np.flatnonzero(~verified[rows]):
-            verified[rows[i]] = table["check"][rows[i]] == _check(features[i])
-        return ~verified[rows], features
+        right = verified[rows]
+        for i in np.flatnonzero(~right):  # each by itself: a row may be written while it is read
+            right[i] = table["check"][rows[i]] == _check(features[i])
+        verified[rows[right]] = True
+        return ~right, features
 
     def _table(self, kind: str, draw: int) -> str:
         """The name of the table of one view, opened or made."""
@@ -473,7 +475,8 @@ def open_inputs(
         return Inputs(made, lambda *wanted: made(*wanted).to(device), lambda views: views, device, precision)
     encoder = Encoder(architecture.backbone, device, precision, cache_folder(cache_dir))
     source, note = open_features(
-        Views(images, device=device),  # the loader's workers make theirs on the processor
+        # On CUDA views are made there, in a thread of their own; Apple's devices are not made for two threads.
+        Views(images, device=device if device.type == "cuda" else "cpu"),
         encoder,
         fingerprint,
         n_views=n_kept,

@@ -468,10 +468,11 @@ class Encoder:
 
     def _faster_than_pytorch(self, images: torch.Tensor) -> "OnnxNetwork | None":
         """The network in ONNX Runtime, if it can be converted, agrees on these images and is faster on this processor,
-        by what was found out and kept before, or by timing both on some of them."""
+        by what was found out and kept before, or by timing both on some of them. Where that cannot be kept PyTorch
+        stays, so that a run that goes on computes as it did before."""
         try:
             import onnxruntime  # late: only a run that computes many features needs it
-        except ImportError:
+        except Exception:  # whatever a broken installation raises
             return None
         versions = torch.__version__, onnxruntime.__version__
         about = self.backbone.fingerprint(), processor(), torch.get_num_threads(), *versions
@@ -489,9 +490,11 @@ class Encoder:
             if not rates:
                 rates = _images_per_second({PYTORCH: self._in_pytorch, ONNX: network}, sample)
                 rates = _kept_rates(path) or rates  # what another process was faster to find out holds for all
-                with contextlib.suppress(ResourceError):
+                try:
                     if path:
                         write_json(path, rates)
+                except ResourceError:
+                    return None
         best, other = sorted(rates, key=rates.__getitem__, reverse=True)
         say_above(f"features come from {best}: here {rates[best]:.0f} images a second, {rates[other]:.0f} from {other}")
         return network if best == ONNX else None

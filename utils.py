@@ -349,8 +349,8 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """SIGINT, SIGTERM and, where there is one, SIGHUP: in training they wait for the end of the step; a second one does
-    not, if it comes ``SAME_REQUEST_SECONDS`` later: a launcher passes on what the terminal has sent already."""
+    """SIGINT, SIGTERM and, where there is one, SIGHUP: in training the first waits for the end of the step. Another is
+    heard if it comes ``SAME_REQUEST_SECONDS`` later: a launcher passes on what the terminal has sent already."""
 
     SAME_REQUEST_SECONDS = 0.5
 
@@ -366,10 +366,12 @@ class Signals:
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: object) -> None:
-        self._asked_at = min(self._asked_at, time.monotonic())
-        if not self._deferred or time.monotonic() - self._asked_at > self.SAME_REQUEST_SECONDS:
+        now, first = time.monotonic(), self._asked_at == math.inf
+        self._asked_at = min(self._asked_at, now)
+        if first and self._deferred:
+            self.pending = self.pending or number
+        elif first or now - self._asked_at > self.SAME_REQUEST_SECONDS:
             raise Interrupted(number)
-        self.pending = self.pending or number
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:

@@ -296,6 +296,8 @@ def test_a_study_whose_best_options_stay_is_not_trained_with_them_again(searched
 def test_a_studys_weights_are_kept_until_better_ones_are_there(searched, monkeypatch):
     best = (saved(searched) / "best_student.pth").read_bytes()
     table = (results(searched) / "predictions.csv").read_bytes()
+    with (results(searched) / "history.csv").open("ab") as file:
+        file.write(b"mine\n")
 
     def search_on(config, data, features, train, results, begin, writing):
         """More trials have found other options."""
@@ -312,6 +314,7 @@ def test_a_studys_weights_are_kept_until_better_ones_are_there(searched, monkeyp
         searched.inside(*STUDY, "--resume")
     assert len(steps) == 4 + 1  # the last training went on
     assert not (saved(searched) / ".replaced").exists()
+    assert (results(searched) / "history.edited.csv").read_bytes().endswith(b"mine\n")
 
 
 def test_a_database_that_cannot_be_used_costs_the_run_of_that_name_nothing(trained):
