@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import hashlib
 import importlib.util
@@ -10,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import sys
 import time
 import urllib.error
 import warnings
@@ -548,15 +550,29 @@ class OnnxNetwork:
 
 @contextlib.contextmanager
 def _silent_converter() -> Iterator[None]:
-    """Within the block the converter to ONNX neither warns about itself nor prints a network that it cannot convert."""
-    log = torch._C._jit_onnx_log
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch._C._jit_onnx_log = lambda *_: None
-        try:
+    """Within the block the converter to ONNX neither warns about itself nor prints a network that it cannot convert,
+    which it does from C++: standard output itself is turned away.
+
+    Raises:
+        OSError: there is none.
+    """
+
+    def flush() -> None:
+        sys.stdout.flush()
+        with contextlib.suppress(OSError, TypeError, AttributeError):  # Windows names its library
+            ctypes.CDLL(None).fflush(None)
+
+    flush()
+    kept = os.dup(1)
+    try:
+        with warnings.catch_warnings(), open(os.devnull, "wb") as nothing:
+            warnings.simplefilter("ignore")
+            os.dup2(nothing.fileno(), 1)
             yield
-        finally:
-            torch._C._jit_onnx_log = log
+    finally:
+        flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _images_per_second(
