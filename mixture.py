@@ -67,15 +67,14 @@ def posterior(
     normalise = normaliser(activations)
     z = normalise(activations)
     del activations
-    means, covariance = fit_mixture(z, y[used], shares)
-    root = torch.linalg.cholesky(covariance)
+    means, root = fit_mixture(z, y[used], shares)
     sources = whitened(z, root)  # whose labels are propagated, [L, D]
     k = min(NEIGHBOURS, len(used) - 1)
     scores = torch.empty(len(labels), n_classes)
     weights, neighbours = torch.empty(len(labels), k), torch.empty(len(labels), k, dtype=torch.int64)
 
     def place(rows: torch.Tensor, z: torch.Tensor, own: torch.Tensor | None = None) -> None:
-        scores[rows] = log_densities(z, means, covariance)
+        scores[rows] = log_densities(z, means, root)
         weights[rows], places = nearest(whitened(z, root), sources, k, own)
         neighbours[rows] = used[places]
 
@@ -130,20 +129,20 @@ def balanced(p: torch.Tensor, shares: torch.Tensor | None, rounds: int = 10) -> 
 
 
 def fit_mixture(z: torch.Tensor, y: torch.Tensor, shares: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The classes' means [C, D] and the covariance [D, D] that they share, from [n, D] images and their one-hot labels
-    [n, C], zero where unknown."""
+    """The classes' means [C, D] and the Cholesky factor [D, D] of the covariance that they share, from [n, D] images
+    and their one-hot labels [n, C], zero where unknown."""
     known = y.any(-1)
     weight = torch.where(known, LABEL_WEIGHT, 1.0)[:, None]  # [n, 1]
     scatter = z.T @ (weight * z)  # about the origin
     means = y.T @ z / y.sum(0)[:, None]
-    covariance = shrunk(scatter / weight.sum())
+    root = torch.linalg.cholesky(shrunk(scatter / weight.sum()))
     for _ in range(EM_ROUNDS):
         p = y.clone()
-        p[~known] = assign(z[~known], means, covariance, shares)
+        p[~known] = assign(z[~known], means, root, shares)
         n = (weight * p).sum(0)[:, None]  # [C, 1]
         means = (weight * p).T @ z / n
-        covariance = shrunk((scatter - (n * means).T @ means) / n.sum())
-    return means, covariance
+        root = torch.linalg.cholesky(shrunk((scatter - (n * means).T @ means) / n.sum()))
+    return means, root
 
 
 def shrunk(covariance: torch.Tensor) -> torch.Tensor:
@@ -153,15 +152,16 @@ def shrunk(covariance: torch.Tensor) -> torch.Tensor:
     return (1 - SHRINKAGE) * covariance + SHRINKAGE * sphere
 
 
-def log_densities(z: torch.Tensor, means: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
-    """The logarithm of each class's Gaussian at each image [n, C], but for what the classes have in common."""
-    directions = torch.linalg.solve(covariance, means.T)  # [D, C]
+def log_densities(z: torch.Tensor, means: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
+    """The logarithm of each class's Gaussian at each image [n, C], but for what the classes have in common; their
+    covariance is ``root @ root.T``."""
+    directions = torch.cholesky_solve(means.T, root)  # [D, C]
     return z @ directions - 0.5 * (means.T * directions).sum(0)
 
 
-def assign(z: torch.Tensor, means: torch.Tensor, covariance: torch.Tensor, shares: torch.Tensor | None) -> torch.Tensor:
+def assign(z: torch.Tensor, means: torch.Tensor, root: torch.Tensor, shares: torch.Tensor | None) -> torch.Tensor:
     """Each image's probabilities of the classes [n, C], with the classes' shares kept."""
-    return balanced(log_densities(z, means, covariance).softmax(-1), shares)
+    return balanced(log_densities(z, means, root).softmax(-1), shares)
 
 
 def nearest(

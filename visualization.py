@@ -23,15 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from PIL import Image
 
 import metrics
 import utils
@@ -54,6 +53,7 @@ STYLE = {
     "text.usetex": False,
 }
 PLAIN = STYLE | {"axes.grid": False}
+MARGIN = 0.12  # inches around what is drawn
 FONT = "DejaVu Sans"  # which comes with matplotlib
 BOXES = "Last Resort"  # this one too: it has a box for every character there is
 TITLES = {
@@ -74,8 +74,8 @@ LOSSES = {
 
 @contextlib.contextmanager
 def styled(style: Any) -> Iterator[None]:
-    """Draw in a style: ``plt.rc_context``, which is a decorator as well, typed as one."""
-    with plt.rc_context(style):
+    """Draw in a style: ``matplotlib.rc_context``, which is a decorator as well, typed as one."""
+    with matplotlib.rc_context(style):
         yield
 
 
@@ -143,7 +143,7 @@ def drawable(classes: Sequence[str]) -> tuple[list[str], str]:
 def _lettered(*texts: str) -> list[str]:
     """The texts, with question marks for characters that no font has. Sets the current style's fonts to those that have
     the rest."""
-    plt.rcParams["font.family"], missing = fonts_for("".join(texts))
+    matplotlib.rcParams["font.family"], missing = fonts_for("".join(texts))
     return ["".join("?" if character in missing else character for character in text) for text in texts]
 
 
@@ -162,7 +162,7 @@ def _width(text: str) -> int:
 
 def _fit(texts: Sequence[Text], inches: float) -> None:
     """Shrink the texts, all by the same factor, until the widest takes no more than ``inches``."""
-    widest = max(text.get_window_extent().width for text in texts) / plt.rcParams["figure.dpi"]
+    widest = max(text.get_window_extent().width for text in texts) / matplotlib.rcParams["figure.dpi"]
     for text in texts if widest > inches else ():
         text.set_fontsize(float(text.get_fontsize()) * inches / widest)
 
@@ -183,11 +183,8 @@ def draw_curves(history: list[dict[str, str]], title: str, path: Path) -> Path:
     networks = list(dict.fromkeys(row["network"] for row in history))
     of_role = [row for row in history if row["role"] != "student" or len(networks) == 1]
     has_mpl = any(row["loss_u"] for row in history)
-    figure, axes = (
-        plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
-        if has_mpl
-        else plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    )
+    figure = new_figure(10, 6.5) if has_mpl else new_figure(12, 3.4)
+    axes = figure.subplots(2, 2) if has_mpl else figure.subplots(1, 3)
     axes = dict(zip(("losses", "accuracy", "rates", "feedback"), axes.flat, strict=False))
 
     for (key, label), color in zip(LOSSES.items(), COLORS, strict=False):
@@ -235,13 +232,36 @@ def draw_curves(history: list[dict[str, str]], title: str, path: Path) -> Path:
     return _save(figure, path)
 
 
-def _save(figure: plt.Figure, path: Path) -> Path:
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches. pyplot, which would take half a second to import, is not needed for it."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def rendered(figure: Figure) -> Image.Image:
+    """A figure as an image, cut to what is on it and a narrow margin. ``savefig`` draws twice to know where that ends;
+    here a figure is drawn again only if something reaches beyond its edges, as a long name may."""
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    canvas.draw()
+    sheet = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    box = figure.get_tightbbox(canvas.get_renderer())  # inches
+    left, lower, right, upper = np.multiply(box.extents, figure.dpi)
+    if min(left, lower) < 0 or right > sheet.width or upper > sheet.height:
+        content = io.BytesIO()
+        figure.savefig(content, bbox_inches="tight", pad_inches=MARGIN)
+        return Image.open(content).convert("RGB")
+    margin = MARGIN * figure.dpi
+    size = round(right - left + 2 * margin), round(upper - lower + 2 * margin)
+    cut = Image.new("RGB", size, "white")
+    cut.paste(sheet, (round(margin - left), round(margin + upper) - sheet.height))
+    return cut
+
+
+def _save(figure: Figure, path: Path) -> Path:
     content = io.BytesIO()
-    try:
-        quick = {"compress_level": 4}  # half the time of the usual 6, and one per cent more bytes
-        figure.savefig(content, bbox_inches="tight", pad_inches=0.12, pil_kwargs=quick)
-    finally:
-        plt.close(figure)
+    rendered(figure).save(content, "PNG", compress_level=4)  # half the time of the usual 6, for one per cent more bytes
     utils.write_atomically(path, content.getvalue())
     return path
 
@@ -273,7 +293,8 @@ def draw_confusion(
     margin = 0.085 * longest * (1.0 if n <= 20 else 0.75)
     font = 9 if n <= 20 else 6.5
     wide = 0.085 * longest * font / 9  # inches of the longest name
-    figure, ax = plt.subplots(figsize=(side + margin + 1.6, side + margin + 0.9), layout="constrained")
+    figure = new_figure(side + margin + 1.6, side + margin + 0.9)
+    ax = figure.subplots()
     shades = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     ax.set_xticks(range(n), names, rotation=90 if wide > 0.9 * side / n else 0)
     ax.set_yticks(range(n), names)
@@ -308,9 +329,8 @@ def draw_calibration(
     versions = {"As predicted": probabilities}
     if temperature is not None:
         versions[f"Divided by temperature {temperature:.2f}"] = metrics.sharpened(probabilities, temperature)
-    size = (4.3 * len(versions), 4.2)
-    figure, axes = plt.subplots(1, len(versions), figsize=size, layout="constrained", sharey=True, squeeze=False)
-    axes = axes[0]
+    figure = new_figure(4.3 * len(versions), 4.2)
+    axes = figure.subplots(1, len(versions), sharey=True, squeeze=False)[0]
     edges = np.linspace(0, 1, bins + 1)
     for ax, (name, p) in zip(axes, versions.items(), strict=True):
         confidence, correct = p.max(1), p.argmax(1) == labels
@@ -340,7 +360,8 @@ def draw_images(images: np.ndarray, captions: Sequence[str], title: str, path: P
     title, *captions = _lettered(title, *captions)
     side, width = 1.5, 1.6  # inches of an image, and from one to the next
     height = side + 0.22 + 0.14 * max(caption.count("\n") + 1 for caption in captions)
-    figure, ax = plt.subplots(figsize=(width * columns, height * rows + 0.4), layout="constrained")
+    figure = new_figure(width * columns, height * rows + 0.4)
+    ax = figure.subplots()
     smooth = images.shape[1] >= 64
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left, bottom = i % columns * width, (i // columns + 1) * height
@@ -366,13 +387,8 @@ def draw_samples(
     """
     rows = [("image", images), *(("weak view", views) for views in weak), *(("strong view", views) for views in strong)]
     labels = _lettered(*labels)
-    figure, axes = plt.subplots(
-        len(rows),
-        len(images),
-        figsize=(1.25 * len(images) + 0.3, 1.25 * len(rows) + 0.4),
-        layout="constrained",
-        squeeze=False,
-    )
+    figure = new_figure(1.25 * len(images) + 0.3, 1.25 * len(rows) + 0.4)
+    axes = figure.subplots(len(rows), len(images), squeeze=False)
     for i, (name, pictures) in enumerate(rows):
         for j, picture in enumerate(pictures):
             ax = axes[i, j]
@@ -476,7 +492,8 @@ def file_caption(path: str) -> str:
 def draw_study(study: "optuna.Study", results: Path) -> list[Path]:
     """Draw the history and the timeline of a study and, once its trials differ, the importances, slices and parallel
     coordinates of its parameters."""
-    import optuna  # only now: its import takes seconds of start-up
+    import matplotlib.pyplot as plt  # only now, as what follows: these imports take seconds
+    import optuna
     from optuna.visualization import matplotlib as pictures
 
     complete = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
@@ -493,6 +510,7 @@ def draw_study(study: "optuna.Study", results: Path) -> list[Path]:
             "parallel": functools.partial(pictures.plot_parallel_coordinate, params=most_important),
         }
     written = []
+    matplotlib.use("agg")
     with warnings.catch_warnings(), plt.rc_context({"figure.figsize": (8, 4.5), "figure.dpi": 120}):
         warnings.simplefilter("ignore")
         for name, draw in drawings.items():
@@ -513,6 +531,7 @@ def draw_study(study: "optuna.Study", results: Path) -> list[Path]:
                     each.grid(False)
                     plt.setp(each.get_yticklabels(which="both"), bbox={"facecolor": "white", "alpha": 0.8, "pad": 1})
             written.append(_save(figure, results / f"optuna_{name}.png"))
+            plt.close(figure)
     return written
 
 
@@ -602,9 +621,8 @@ def _comparison_table(groups: dict[str, list[Run]]) -> str:
 @styled(STYLE)
 def _draw_comparison(groups: dict[str, list[Run]], path: Path) -> None:
     names = _lettered(*groups)
-    figure, (curves, dots) = plt.subplots(
-        1, 2, figsize=(11, max(4.0, 0.5 * len(groups) + 1.5)), layout="constrained", width_ratios=(1.2, 1)
-    )
+    figure = new_figure(11, max(4.0, 0.5 * len(groups) + 1.5))
+    curves, dots = figure.subplots(1, 2, width_ratios=(1.2, 1))
     for place, group in enumerate(groups.values()):
         color = COLORS[place % len(COLORS)]
         for run in group:

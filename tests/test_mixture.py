@@ -51,12 +51,12 @@ def test_labels_alone_are_returned_as_they_are():
 def test_images_are_assigned_by_their_gaussian_densities():
     torch.manual_seed(0)
     z, means = torch.randn(40, 4), torch.randn(3, 4)
-    root = torch.randn(4, 4)
-    covariance = root @ root.T + torch.eye(4)
+    spread = torch.randn(4, 4)
+    covariance = spread @ spread.T + torch.eye(4)
     densities = np.stack([multivariate_normal(m.numpy(), covariance.numpy()).pdf(z.numpy()) for m in means], -1)
     prior = SHARES
     expected = mixture.balanced(torch.from_numpy(densities / densities.sum(-1, keepdims=True)).float(), prior)
-    assert torch.allclose(mixture.assign(z, means, covariance, prior), expected, atol=1e-4)
+    assert torch.allclose(mixture.assign(z, means, torch.linalg.cholesky(covariance), prior), expected, atol=1e-4)
     assert torch.allclose(mixture.balanced(expected, prior, 200).mean(0), prior, atol=1e-4)
 
 
@@ -65,10 +65,10 @@ def test_with_every_label_known_the_fit_is_discriminant_analysis(monkeypatch):
     features, truth = groups()
     z = mixture.normaliser(features)(features)
     y = torch.nn.functional.one_hot(torch.from_numpy(truth)).float()
-    means, covariance = mixture.fit_mixture(z, y, y.mean(0))
+    means, root = mixture.fit_mixture(z, y, y.mean(0))
     within = sum(np.cov(z[truth == c].numpy().T, bias=True) * (truth == c).sum() for c in range(3)) / len(z)
     assert torch.allclose(means, torch.stack([z[truth == c].mean(0) for c in range(3)]), atol=1e-5)
-    assert np.allclose(covariance.numpy(), within, atol=1e-5)
+    assert np.allclose((root @ root.T).numpy(), within, atol=1e-5)
 
 
 def test_the_features_of_few_images_are_held_at_once(monkeypatch):

@@ -8,7 +8,6 @@ import optuna
 import pytest
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
@@ -59,8 +58,8 @@ def test_curves_are_drawn_for_every_mode(tmp_path):
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are saved."""
-    saved, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: saved.append(figure) or save(figure, *a, **k))
+    saved, render = [], visualization.rendered
+    monkeypatch.setattr(visualization, "rendered", lambda figure: saved.append(figure) or render(figure))
     return saved
 
 
@@ -68,9 +67,7 @@ def figures(monkeypatch):
 def blank(monkeypatch):
     """Pictures that are saved without being drawn: the figures."""
     saved = []
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, file, **_: saved.append(figure) or Image.new("RGB", (4, 3)).save(file, "PNG")
-    )
+    monkeypatch.setattr(visualization, "rendered", lambda figure: saved.append(figure) or Image.new("RGB", (4, 3)))
     return saved
 
 
