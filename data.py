@@ -42,6 +42,7 @@ from utils import (
 )
 
 FEWEST_PER_CLASS = 4  # a validation and a test image, and two to train on
+SECONDS_TO_STOP = 20.0  # that a loader's worker gives the main process when it is told to end
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The split
@@ -911,12 +912,20 @@ class _StepDataset(Dataset):
 def _follow_the_main_process(worker: int) -> None:
     """In a worker: signals are the main process's affair, and so is what there is to say; with it the worker ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the main process ends a worker
+    signal.signal(signal.SIGTERM, _end_in_a_while)
     # Failures are handed over. All that could still reach this hook is the thread that serves tensors, complaining
     # that the main process went away while it asked for one.
     sys.excepthook = lambda *_: None
     if parent := multiprocessing.parent_process():
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_in_a_while(number: int, frame: object) -> None:
+    """End, but not before the main process can have finished its step and saved what it has learned: who stops a job,
+    as Slurm or systemd, may tell all of its processes at once."""
+    end = threading.Timer(SECONDS_TO_STOP, os._exit, (1,))
+    end.daemon = True  # so that a worker with nothing left to do ends at once
+    end.start()
 
 
 def _end_with(process: BaseProcess) -> None:

@@ -357,6 +357,7 @@ class Signals:
     def __init__(self) -> None:
         self.pending: int | None = None  # also if another process has received it
         self._asked_at = math.inf
+        self._process = os.getpid()
         self.state_is_saved = False  # when the program stops
         self._deferred = False
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -366,6 +367,8 @@ class Signals:
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: object) -> None:
+        if os.getpid() != self._process:  # a loader's worker that has just been forked
+            return
         now, first = time.monotonic(), self._asked_at == math.inf
         self._asked_at = min(self._asked_at, now)
         if first and self._deferred:

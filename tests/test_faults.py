@@ -203,6 +203,17 @@ def test_a_dead_loader_worker_ends_the_run_with_a_message(cli, colours):
     assert len(message.strip().splitlines()) == 1
 
 
+def test_a_run_whose_workers_are_stopped_with_it_saves_what_it_has_learned(cli, colours):
+    """As Slurm and systemd do it: the signal goes to every process of a job."""
+    process, workers = start_with_workers(cli, colours)
+    for pid in (*workers, process.pid):
+        os.kill(pid, signal.SIGTERM)
+    message = cli.finish(process, check=143).stderr
+    assert "--resume" in message
+    assert "worker" not in message
+    assert all_end(workers)
+
+
 class SharingAFile:
     """In place of a schedule: the second step hands over an open file, as tensors are handed over."""
 
