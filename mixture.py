@@ -26,7 +26,7 @@ AVERAGED_VIEWS = 4  # weak and strong ones each of an image, if each step has ne
 CHUNK = 1024  # images whose neighbours are sought at once
 EPSILON = 1e-3  # added to activations before their root is taken
 
-SHRINKAGE = 0.5  # how much of the covariance is replaced by a multiple of the identity
+PRIOR_WEIGHT = 3.0  # how many images, for each feature, the sphere counts as that the covariance is drawn towards
 LABEL_WEIGHT = 10.0  # how many unlabelled images a labelled one counts as
 EM_ROUNDS = 30
 
@@ -135,21 +135,23 @@ def fit_mixture(z: torch.Tensor, y: torch.Tensor, shares: torch.Tensor | None) -
     weight = torch.where(known, LABEL_WEIGHT, 1.0)[:, None]  # [n, 1]
     scatter = z.T @ (weight * z)  # about the origin
     means = y.T @ z / y.sum(0)[:, None]
-    root = torch.linalg.cholesky(shrunk(scatter / weight.sum()))
+    root = torch.linalg.cholesky(shrunk(scatter / weight.sum(), len(z)))
     for _ in range(EM_ROUNDS):
         p = y.clone()
         p[~known] = assign(z[~known], means, root, shares)
         n = (weight * p).sum(0)[:, None]  # [C, 1]
         means = (weight * p).T @ z / n
-        root = torch.linalg.cholesky(shrunk((scatter - (n * means).T @ means) / n.sum()))
+        root = torch.linalg.cholesky(shrunk((scatter - (n * means).T @ means) / n.sum(), len(z)))
     return means, root
 
 
-def shrunk(covariance: torch.Tensor) -> torch.Tensor:
-    """The covariance [D, D] drawn towards a sphere of the same trace."""
-    scale = (covariance.trace() / len(covariance)).clamp_min(1e-12)  # not 0 where all features are the same
-    sphere = scale * torch.eye(len(covariance))
-    return (1 - SHRINKAGE) * covariance + SHRINKAGE * sphere
+def shrunk(covariance: torch.Tensor, n: int) -> torch.Tensor:
+    """A covariance [D, D] of ``n`` images drawn towards a sphere of the same trace, the more the fewer images there are
+    for so many features: in most directions that of few images is chance."""
+    d = len(covariance)
+    share = PRIOR_WEIGHT * d / (n + PRIOR_WEIGHT * d)
+    scale = (covariance.trace() / d).clamp_min(1e-12)  # not 0 where all features are the same
+    return (1 - share) * covariance + share * scale * torch.eye(d)
 
 
 def log_densities(z: torch.Tensor, means: torch.Tensor, root: torch.Tensor) -> torch.Tensor:

@@ -61,7 +61,7 @@ def test_images_are_assigned_by_their_gaussian_densities():
 
 
 def test_with_every_label_known_the_fit_is_discriminant_analysis(monkeypatch):
-    monkeypatch.setattr(mixture, "SHRINKAGE", 0.0)
+    monkeypatch.setattr(mixture, "PRIOR_WEIGHT", 0.0)
     features, truth = groups()
     z = mixture.normaliser(features)(features)
     y = torch.nn.functional.one_hot(torch.from_numpy(truth)).float()
@@ -69,6 +69,13 @@ def test_with_every_label_known_the_fit_is_discriminant_analysis(monkeypatch):
     within = sum(np.cov(z[truth == c].numpy().T, bias=True) * (truth == c).sum() for c in range(3)) / len(z)
     assert torch.allclose(means, torch.stack([z[truth == c].mean(0) for c in range(3)]), atol=1e-5)
     assert np.allclose((root @ root.T).numpy(), within, atol=1e-5)
+
+
+def test_the_fewer_images_there_are_the_rounder_is_their_covariance():
+    """By hand: three images for each of two features count for the sphere, 6 beside 6 of the images and beside 18."""
+    found = torch.diag(torch.tensor([2.0, 0.0]))
+    assert torch.allclose(mixture.shrunk(found, 6), torch.diag(torch.tensor([1.5, 0.5])))
+    assert torch.allclose(mixture.shrunk(found, 18), torch.diag(torch.tensor([1.75, 0.25])))
 
 
 def test_the_features_of_few_images_are_held_at_once(monkeypatch):
