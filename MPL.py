@@ -691,7 +691,7 @@ def figures_of(
         "commands": commands(config, work.data.index.name),
         "settings": args.settings(config),
         "options": {"changed": changed, "default": usual},
-        "versions": utils.versions(work.inputs.device) | work.inputs.versions,
+        "versions": utils.versions(work.inputs.device) | work.inputs.engines,
     }
 
 

@@ -26,7 +26,7 @@ from args import HARMLESS_TO_A_STUDY, Config
 from data import Batch, Data, Manifest, manifest
 from images import Preparation, find_images
 from models import Architecture, Learner, Origin, load_tensors
-from train import HISTORY, Best, Keeper, Meter, mode_of
+from train import HISTORY, VERSION, Best, Keeper, Meter, mode_of
 from utils import (
     BOM,
     CheckpointError,
@@ -510,6 +510,7 @@ class LastCheckpoint(Checkpoint):
     """``last.pth``: what ``--resume`` goes on from."""
 
     progress: Progress
+    version: int = VERSION  # of the training
 
 
 def about_run(
@@ -584,6 +585,11 @@ def load_last(path: Path) -> LastCheckpoint:
     with _structure_checked(path):
         state = read_checked(path)
         progress = state["progress"]
+        if state.get("version") != VERSION:
+            raise CheckpointError(
+                f"{path} was begun by another version of this program, which trains otherwise: start anew, with "
+                "--overwrite or another --name"
+            )
         best = progress["best"] and Best(**progress["best"])
         return LastCheckpoint(**_typed(state), progress=Progress(**progress | {"best": best}))
 

@@ -42,7 +42,7 @@ from utils import (
 )
 
 FEWEST_PER_CLASS = 4  # a validation and a test image, and two to train on
-SECONDS_TO_STOP = 20.0  # that a loader's worker gives the main process when it is told to end
+SECONDS_TO_STOP = 600.0  # that a loader's worker gives the main process, with which it ends, to save and to end
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The split
@@ -539,8 +539,8 @@ def _describe(index: Index, split: Split, changes: Sequence[str]) -> list[str]:
 # Augmentation: [B, 3, S, S] uint8 in and out, before any normalisation (the network's first layer does that), on the
 # device where the images are. What is drawn for a view depends on its seed alone, and no bit of it on what else is in
 # the batch or on the number of threads: sums are of whole numbers, and whatever is rounded is rounded in one way.
-#
-# Whoever changes what a view looks like raises ``images.Preparation.version``, by which kept features are known.
+
+VIEWS_VERSION = 2  # raised whenever a draw comes to give another view: kept features are known by it
 
 
 class Draws:

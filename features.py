@@ -22,7 +22,7 @@ import platform
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -31,7 +31,7 @@ import numpy as np
 import psutil
 import torch
 
-from data import Batch, Rows, Schedule, Source, Views, fresh_batches
+from data import VIEWS_VERSION, Batch, Rows, Schedule, Source, Views, fresh_batches
 from distributed import gathered
 from images import DecodedImages, Preparation
 from models import Architecture, Encoder
@@ -46,10 +46,11 @@ TAGGED = b"""Signature: 8a477f597d28d172789f06886806bc55
 """
 BOUND = "cache_gb"  # the file with the largest bound that a command which used the folder was given
 TOUCH_SECONDS = 3600.0  # how often a run says that it still uses a folder
+ENGINES = "computed by"  # the file that lists what has computed the features in a folder
 DIGESTS = "images"  # the file that says whose features a folder holds: the images' digests in the order of the rows
 
 
-def ahead(items: Iterator[T], most: int = 2) -> Iterator[T]:
+def ahead(items: Iterator[T], most: int = 2) -> Generator[T]:
     """The items, made in a thread of their own while those before them are used: up to ``most`` of them. An error in
     making one is raised in its place."""
     thread = ThreadPoolExecutor(1)
@@ -81,7 +82,10 @@ class FeatureSource:
 
     def __call__(self, kind: str, indices: Rows, draws: Rows) -> torch.Tensor:
         request = self._look_up(kind, indices, draws)
-        return next(self._answers(iter([request]))) if len(request.missing) else self._answer(request, [])
+        if not len(request.missing):
+            return self._answer(request, [])
+        with contextlib.closing(self._answers(iter([request]))) as answers:
+            return next(answers)
 
     def each(self, wanted: Iterable[tuple[str, Rows, Rows]]) -> Iterator[torch.Tensor]:
         """The features of one request after another, as calling gives them, without a pause between two."""
@@ -91,15 +95,21 @@ class FeatureSource:
         """Say that as many views of each of these images will be asked for."""
         self.encoder.expect(len(rows) * n_views)
 
-    def _answers(self, requests: Iterator[Request]) -> Iterator[torch.Tensor]:
+    @property
+    def engines(self) -> set[str]:
+        """What has computed the features."""
+        return {self.encoder.engine}
+
+    def _answers(self, requests: Iterator[Request]) -> Generator[torch.Tensor]:
         """While the backbone looks at some views, the next are made."""
         fresh: list[torch.Tensor] = []
-        for request, views in ahead(self._views_of(requests)):
-            if views is not None:
-                fresh.append(self.encoder(views))
-            else:
-                yield self._answer(request, fresh)
-                fresh = []
+        with contextlib.closing(ahead(self._views_of(requests))) as made:
+            for request, views in made:
+                if views is not None:
+                    fresh.append(self.encoder(views))
+                else:
+                    yield self._answer(request, fresh)
+                    fresh = []
 
     def _views_of(self, requests: Iterator[Request]) -> Iterator[tuple[Request, torch.Tensor | None]]:
         """What is missing of each request, a part at a time, and after the last None."""
@@ -139,6 +149,7 @@ class FeatureCache(FeatureSource):
         index = views.images.index
         self.digests, self.rows = index.distinct_digests, index.contents
         self.tables: dict[str, np.ndarray | None] = {}  # None: not kept
+        self.unsaid: list[str] = []
         self.verified: dict[str, np.ndarray] = {}
 
     def expect(self, rows: np.ndarray, n_views: int) -> None:
@@ -146,6 +157,16 @@ class FeatureCache(FeatureSource):
         taken for kept; what this one holds does not matter, so that a run that goes on computes as it did before."""
         digests = np.unique(self.rows[rows])
         super().expect(np.setdiff1d(self.digests[digests], self._digests_of_others()), n_views)
+
+    @property
+    def engines(self) -> set[str]:
+        """What has computed the features that are kept."""
+        return _engines(self.folder)
+
+    def _note_engines(self, engines: set[str]) -> None:
+        if not engines <= (known := self.engines):
+            with contextlib.suppress(OSError, ResourceError):
+                write_atomically(self.folder / ENGINES, "\n".join(sorted(known | engines)).encode())
 
     def _digests_of_others(self) -> np.ndarray:
         known = [np.empty(0, "S16")]
@@ -170,7 +191,10 @@ class FeatureCache(FeatureSource):
 
     def _answer(self, request: Request, fresh: list[torch.Tensor]) -> torch.Tensor:
         assert request.features is not None
+        while self.unsaid:
+            print(self.unsaid.pop(0), flush=True)
         if fresh:
+            self._note_engines({self.encoder.engine})
             exact = torch.cat(fresh).cpu().numpy()
             with np.errstate(over="ignore"):
                 rounded = exact.astype(np.float16)
@@ -211,7 +235,7 @@ class FeatureCache(FeatureSource):
                 table = np.memmap(path, dtype=self.row, mode="r+", shape=(n,))
             except OSError as error:
                 if all(table is not None for table in self.tables.values()):
-                    print(f"{path}: {error.strerror}; the run goes on, with features that are not kept", flush=True)
+                    self.unsaid.append(f"{path}: {error.strerror}; the run goes on, with features that are not kept")
                 self.tables[name] = None
                 return name
             self.tables[name] = table
@@ -222,6 +246,7 @@ class FeatureCache(FeatureSource):
 
     def _take_over(self, table: np.ndarray, other: Path, at_once: int = 4096) -> None:
         """Copy the rows that another folder's table of the same view holds of the same images."""
+        self._note_engines(_engines(other.parent))
         digests = np.fromfile(other.with_name(DIGESTS), "S16")
         theirs = np.memmap(other, dtype=self.row, mode="r", shape=digests.shape)
         _, here, there = np.intersect1d(self.digests, digests, assume_unique=True, return_indices=True)
@@ -230,6 +255,13 @@ class FeatureCache(FeatureSource):
             rows, given = here[part], theirs[there[part]]
             filled = given["check"] != 0
             table[rows[filled]] = given[filled]
+
+
+def _engines(folder: Path) -> set[str]:
+    try:
+        return set((folder / ENGINES).read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError):
+        return set()
 
 
 def row_type(n_features: int) -> np.dtype:
@@ -299,7 +331,8 @@ def open_features(
         )
     root = cache_folder(cache_dir)
     prepared = dataclasses.replace(views.images.prepare, augmentation="")  # which is in the names of the tables
-    network = _key(repr((fingerprint, str(encoder.precision), encoder.device.type, prepared)).encode())
+    known_by = fingerprint, str(encoder.precision), encoder.device.type, prepared, VIEWS_VERSION
+    network = _key(repr(known_by).encode())
     folder = root / f"{network}-{_key(digests.tobytes())}"
     try:
         for name, content in ((TAG, TAGGED), (DIGESTS, digests.tobytes())):
@@ -378,7 +411,7 @@ def _is_used(user: Path) -> bool:
 def _remove(folder: Path) -> None:
     """Remove what the cache has written in one of its folders, the tag last, and the folder if that empties it."""
     with contextlib.suppress(OSError):  # open elsewhere, which Windows minds, or another process was faster
-        for pattern in ("*.f16", "*.tmp", "used by *[0-9]", BOUND, DIGESTS, TAG):
+        for pattern in ("*.f16", "*.tmp", "used by *[0-9]", BOUND, ENGINES, DIGESTS, TAG):
             for path in folder.glob(pattern):
                 path.unlink()
         folder.rmdir()
@@ -443,9 +476,10 @@ class Inputs:
         return gathered(mean, rows, self.device)[0]
 
     @property
-    def versions(self) -> dict[str, str]:
-        """Of what computes features, if it is not PyTorch."""
-        return self.encode.versions if isinstance(self.encode, Encoder) else {}
+    def engines(self) -> dict[str, str]:
+        """What has computed the features, if these are what networks see."""
+        found = self.source.engines if isinstance(self.source, FeatureSource) else set()
+        return {"features by": ", ".join(sorted(found))} if found else {}
 
 
 def open_inputs(

@@ -448,9 +448,9 @@ class Encoder:
         self.expected += n
 
     @property
-    def versions(self) -> dict[str, str]:
-        """That of the engine, if it is not PyTorch."""
-        return {} if self.onnx is None else {ONNX: self.onnx.version}
+    def engine(self) -> str:
+        """What computes, as far as it is decided, and its version."""
+        return f"{PYTORCH} {torch.__version__}" if self.onnx is None else f"{ONNX} {self.onnx.version}"
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

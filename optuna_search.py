@@ -32,7 +32,7 @@ import mixture
 import utils
 from args import Config
 from data import Data, Split, fingerprint
-from train import make_plan
+from train import VERSION, make_plan
 
 BEST_PARAMS = "best_params.json"
 SMOOTHED_EPOCHS = 5  # a score is a mean over so many epochs: few validation images make a single one a matter of chance
@@ -276,8 +276,14 @@ class Budget:
         )
         began_with = self.study.user_attrs.get("options")
         if began_with is None:
+            self.study.set_user_attr("version", VERSION)
             self.study.set_user_attr("images", images)
             self.study.set_user_attr("options", options)
+        elif self.study.user_attrs.get("version") != VERSION:
+            raise utils.CheckpointError(
+                f"the study {config.name} was begun by another version of this program, which trains otherwise, so its "
+                "trials cannot be compared with new ones: give another --name"
+            )
         elif self.study.user_attrs.get("images") != images:
             raise utils.CheckpointError(
                 f"the study {config.name} was started on other images, labels or parts of them, so its trials cannot "

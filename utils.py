@@ -373,6 +373,9 @@ class Signals:
         self._asked_at = min(self._asked_at, now)
         if first and self._deferred:
             self.pending = self.pending or number
+            # Of a loader's workers nothing more is needed. The same signal may have ended them, which is no fault then.
+            if hasattr(signal, "SIGCHLD"):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         elif first or now - self._asked_at > self.SAME_REQUEST_SECONDS:
             raise Interrupted(number)
 

@@ -35,6 +35,7 @@ import sys, time
 import numpy as np, torch
 import features, images, models, utils
 utils.keep_freed_memory()
+models.WORTH_A_CHOICE = 0  # so that the same engine computes however many there are
 index = images.check_images(images.find_images(sys.argv[1]), None)
 architecture = models.open_architecture("wrn_10_1", "none", 16, 0, len(index.classes), frozen=True)
 decoded = images.Images(index, images.Preparation(16, 18))

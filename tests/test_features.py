@@ -105,7 +105,7 @@ def test_a_torn_row_is_computed_again(parts, tmp_path):
     assert torch.equal(opened(parts, tmp_path)[0](*WANTED), first)
 
 
-def test_everything_that_matters_is_in_the_key(parts, tmp_path, colours):
+def test_everything_that_matters_is_in_the_key(parts, tmp_path, colours, monkeypatch):
     views, encoder, fingerprint = parts
     folders = {opened(parts, tmp_path)[0].folder}
     folders.add(opened((views, encoder, "other weights"), tmp_path)[0].folder)
@@ -113,11 +113,14 @@ def test_everything_that_matters_is_in_the_key(parts, tmp_path, colours):
     folders.add(opened((views, halves, fingerprint), tmp_path)[0].folder)
     digits = data.Views(images.Images(images.find_images("digits"), images.Preparation(16, 18)))
     folders.add(opened((digits, encoder, fingerprint), tmp_path)[0].folder)
-    others = {"short_side": 20, "mirror": False, "value_range": (0.0, 1.0), "mean": (0.0, 0.0, 0.0), "version": 1}
+    others = {"short_side": 20, "mirror": False, "value_range": (0.0, 1.0), "mean": (0.0, 0.0, 0.0), "version": 0}
     for other in ({name: value} for name, value in others.items()):
         changed = data.Views(images.Images(views.images.index, dataclasses.replace(views.images.prepare, **other)))
         folders.add(opened((changed, encoder, fingerprint), tmp_path)[0].folder)
-    assert len(folders) == 9
+    monkeypatch.setattr(features, "VIEWS_VERSION", 0)
+    folders.add(opened(parts, tmp_path)[0].folder)
+    monkeypatch.undo()
+    assert len(folders) == 10
     paper = data.Views(images.Images(views.images.index, images.Preparation(16, 18, augmentation="randaugment")))
     shared = opened((paper, encoder, fingerprint), tmp_path)[0]
     shared("strong", [0], [0])
@@ -178,6 +181,25 @@ def test_a_cache_that_cannot_be_written_to_costs_a_line_and_no_run(parts, tmp_pa
         assert not isinstance(source, features.FeatureCache)
         assert str(place) in note
         assert "cannot be used" in note
+
+
+def test_what_computed_kept_features_is_known_to_whoever_takes_them(parts, tmp_path, monkeypatch):
+    views, encoder, fingerprint = parts
+    monkeypatch.setattr(type(encoder), "engine", property(lambda self: "an engine 1.0"))
+    opened(parts, tmp_path)[0](*WANTED)
+    monkeypatch.setattr(type(encoder), "engine", property(lambda self: "another 2.0"))
+    source = opened(parts, tmp_path)[0]
+    source(*WANTED)
+    assert source.engines == {"an engine 1.0"}
+    source("plain", [0], [0])
+    assert source.engines == {"an engine 1.0", "another 2.0"}
+    index = views.images.index
+    grown = dataclasses.replace(index, digests=np.append(index.digests[:-1], [b"other"]).astype("S16"))
+    grown_views = data.Views(images.Images(grown, views.images.prepare))
+    taking = opened((grown_views, encoder, fingerprint), tmp_path)[0]
+    assert taking.folder != source.folder
+    taking(*WANTED)
+    assert "an engine 1.0" in taking.engines
 
 
 def test_a_disk_that_fills_up_costs_a_line_and_no_run(parts, tmp_path, monkeypatch, capsys):
