@@ -377,6 +377,18 @@ def test_a_finetuning_goes_on_only_from_the_checkpoint_that_it_started_from(fine
     assert "digits/x/best_student.pth is no longer the checkpoint" in cli.one_line_error(4, *Y, "--resume")
 
 
+def test_what_another_version_began_is_tested_and_finetuned_but_not_gone_on_with(finetuned, tmp_path, monkeypatch):
+    cli = Cli(shutil.copytree(finetuned.cwd, tmp_path / "copy"))
+    study = args.configure(name="s", optuna_mode=True), f"sqlite:///{tmp_path / 'study.db'}", ""
+    optuna_search.Budget(*study)
+    for module in (checkpoints, optuna_search):
+        monkeypatch.setattr(module, "VERSION", train.VERSION + 1)
+    assert "another version" in cli.one_line_error(4, *X, "--resume")
+    cli.inside("--name", "u", "--test_mode", "--load_path", "y")
+    with pytest.raises(utils.CheckpointError, match="another version"):
+        optuna_search.Budget(*study)
+
+
 def frozen_origin() -> models.Origin:
     return models.open_architecture("wrn_10_1", "none", 16, 0, 2, frozen=True).origin
 
