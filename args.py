@@ -43,17 +43,19 @@ RECIPES: dict[str, dict[str, Any]] = {
         "views": 0,
         "lambda_u": 0.27,
         "num_epochs": 100,
+        "lr": 0.00263,
         "warmup_epoch_num": 20,
     },
 }
-# The embedded digits train a small network from scratch at their own size; a folder of photographs gets a pretrained,
-# frozen backbone at the size it was trained at.
+# The embedded digits train a small network from scratch at their own size, in about a minute; a folder of photographs
+# gets a pretrained, frozen backbone at the size it was trained at.
 DIGITS_DEFAULTS = {
     "model_name": "wrn_10_1",
     "img_size": 16,
     "augmentation": "randaugment",
     "amp": "off",
     "num_epochs": 40,
+    "lr": 0.0045,
 }
 FOLDER_DEFAULTS = {
     "model_name": "efficientnet_lite0",
@@ -61,6 +63,7 @@ FOLDER_DEFAULTS = {
     "augmentation": "transfer",
     "amp": "auto",
     "num_epochs": 100,
+    "lr": 0.00263,
 }
 
 
@@ -270,7 +273,9 @@ class Config:
         unit="steps",
         shown="one pass, at least 8",
     )
-    lr: float = option(0.00263, "training", "peak learning rate of the one-cycle schedule", low=0)
+    lr: float = option(
+        None, "training", "peak learning rate of the one-cycle schedule", low=0, shown="0.00263; digits: 0.0045"
+    )
     weight_decay: float = option(0.097, "training", "weight decay of the optimiser, AdamW", low=0)
     ema: float = option(
         0.0,

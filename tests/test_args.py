@@ -54,7 +54,7 @@ def test_defaults_are_the_originals():
         ({"num_epochs": 10}, {"warmup_epoch_num": 2}),
         ({"num_epochs": 10, "switch_mode": True}, {"warmup_epoch_num": 4}),
         ({"switch_mode": True, "data_dir": "d"}, {"num_epochs": 100, "warmup_epoch_num": 40}),
-        ({}, {"num_epochs": 40, "warmup_epoch_num": 8}),
+        ({}, {"num_epochs": 40, "warmup_epoch_num": 8, "lr": 0.0045}),
         ({"switch_mode": True}, {"num_epochs": 40, "warmup_epoch_num": 16}),
         ({"feedback": "exact"}, {"pseudo_label": "soft"}),
         ({"pseudo_label": "soft"}, {"feedback": "exact"}),
@@ -114,7 +114,7 @@ def test_the_original_experiment_on_digits_has_its_own_network_and_numbers():
     config = args.configure(recipe="original")
     assert (config.model_name, config.img_size, config.augmentation) == ("vgg16", 224, "transfer")
     assert (config.weights, config.trainable, config.views, config.lambda_u) == ("default", "head", 0, 0.27)
-    assert (config.num_epochs, config.warmup_epoch_num) == (100, 20)
+    assert (config.num_epochs, config.warmup_epoch_num, config.lr) == (100, 20, 0.00263)
 
 
 @pytest.mark.parametrize(
