@@ -51,11 +51,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 # gets a pretrained, frozen backbone at the size it was trained at.
 DIGITS_DEFAULTS = {
     "model_name": "wrn_10_1",
-    "img_size": 16,
+    "img_size": 12,
     "augmentation": "randaugment",
     "amp": "off",
-    "num_epochs": 40,
-    "lr": 0.0045,
+    "num_epochs": 48,
+    "lr": 0.004,
 }
 FOLDER_DEFAULTS = {
     "model_name": "efficientnet_lite0",
@@ -192,7 +192,7 @@ class Config:
         low=8,
         high=2048,
         unit="pixels",
-        shown="224 pixels; digits: 16",
+        shown="224 pixels; digits: 12",
     )
     augmentation: str = option(
         None,
@@ -255,7 +255,7 @@ class Config:
         "length of the training; see --steps_per_epoch",
         low=1,
         unit="epochs",
-        shown="100 epochs; digits: 40",
+        shown="100 epochs; digits: 48",
     )
     batch_size: int = option(64, "training", "labelled images per step", low=1)
     unlabeled_batch_size: int = option(
@@ -274,7 +274,7 @@ class Config:
         shown="one pass, at least 8",
     )
     lr: float = option(
-        None, "training", "peak learning rate of the one-cycle schedule", low=0, shown="0.00263; digits: 0.0045"
+        None, "training", "peak learning rate of the one-cycle schedule", low=0, shown="0.00263; digits: 0.004"
     )
     weight_decay: float = option(0.097, "training", "weight decay of the optimiser, AdamW", low=0)
     ema: float = option(
