@@ -54,8 +54,8 @@ DIGITS_DEFAULTS = {
     "img_size": 12,
     "augmentation": "randaugment",
     "amp": "off",
-    "num_epochs": 48,
-    "lr": 0.004,
+    "num_epochs": 64,
+    "lr": 0.0035,
 }
 FOLDER_DEFAULTS = {
     "model_name": "efficientnet_lite0",
@@ -255,7 +255,7 @@ class Config:
         "length of the training; see --steps_per_epoch",
         low=1,
         unit="epochs",
-        shown="100 epochs; digits: 48",
+        shown="100 epochs; digits: 64",
     )
     batch_size: int = option(64, "training", "labelled images per step", low=1)
     unlabeled_batch_size: int = option(
@@ -274,7 +274,7 @@ class Config:
         shown="one pass, at least 8",
     )
     lr: float = option(
-        None, "training", "peak learning rate of the one-cycle schedule", low=0, shown="0.00263; digits: 0.004"
+        None, "training", "peak learning rate of the one-cycle schedule", low=0, shown="0.00263; digits: 0.0035"
     )
     weight_decay: float = option(0.097, "training", "weight decay of the optimiser, AdamW", low=0)
     ema: float = option(
