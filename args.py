@@ -42,29 +42,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "augmentation": "transfer",
         "views": 0,
         "lambda_u": 0.27,
-        "num_epochs": 100,
-        "lr": 0.00263,
         "warmup_epoch_num": 20,
     },
 }
-# The embedded digits train a small network from scratch at their own size, in about a minute; a folder of photographs
-# gets a pretrained, frozen backbone at the size it was trained at.
-DIGITS_DEFAULTS = {
-    "model_name": "wrn_10_1",
-    "img_size": 12,
-    "augmentation": "randaugment",
-    "amp": "off",
-    "num_epochs": 64,
-    "lr": 0.0035,
-}
-FOLDER_DEFAULTS = {
-    "model_name": "efficientnet_lite0",
-    "img_size": 224,
-    "augmentation": "transfer",
-    "amp": "auto",
-    "num_epochs": 100,
-    "lr": 0.00263,
-}
+# The embedded digits train a small network from scratch at their own size; a folder of photographs gets a pretrained,
+# frozen backbone at the size it was trained at.
+DIGITS_DEFAULTS = {"model_name": "wrn_10_1", "img_size": 16, "augmentation": "randaugment", "amp": "off"}
+FOLDER_DEFAULTS = {"model_name": "efficientnet_lite0", "img_size": 224, "augmentation": "transfer", "amp": "auto"}
 
 
 def option(default: Any, group: str, text: str, **spec: Any) -> Any:
@@ -192,7 +176,7 @@ class Config:
         low=8,
         high=2048,
         unit="pixels",
-        shown="224 pixels; digits: 12",
+        shown="224 pixels; digits: 16",
     )
     augmentation: str = option(
         None,
@@ -249,14 +233,7 @@ class Config:
         shown="head with pretrained weights, all with random ones",
     )
 
-    num_epochs: int = option(
-        None,
-        "training",
-        "length of the training; see --steps_per_epoch",
-        low=1,
-        unit="epochs",
-        shown="100 epochs; digits: 64",
-    )
+    num_epochs: int = option(100, "training", "length of the training; see --steps_per_epoch", low=1, unit="epochs")
     batch_size: int = option(64, "training", "labelled images per step", low=1)
     unlabeled_batch_size: int = option(
         None,
@@ -273,9 +250,7 @@ class Config:
         unit="steps",
         shown="one pass, at least 8",
     )
-    lr: float = option(
-        None, "training", "peak learning rate of the one-cycle schedule", low=0, shown="0.00263; digits: 0.0035"
-    )
+    lr: float = option(0.00263, "training", "peak learning rate of the one-cycle schedule", low=0)
     weight_decay: float = option(0.097, "training", "weight decay of the optimiser, AdamW", low=0)
     ema: float = option(
         0.0,
@@ -669,11 +644,10 @@ def _check_range(name: str, value: Any, meta: Any) -> None:
 def _resolve(config: Config) -> Config:
     """Fill in what was not given: what the recipe says, then the data set, then what follows from other options."""
     digits, recipe = config.data_dir == "digits", RECIPES[config.recipe]
-    usual = DIGITS_DEFAULTS if digits else FOLDER_DEFAULTS
     turns = 2 if config.switch_mode else 1  # role playing's two teachers share the warm-up
-    config = _filled(config, num_epochs=recipe.get("num_epochs", usual["num_epochs"]))
     warmup_epochs = min(recipe.get("warmup_epoch_num", 20 * turns), config.num_epochs // 5 * turns)
-    config = _filled(config, **usual | recipe | {"warmup_epoch_num": warmup_epochs})
+    config = _filled(config, **recipe | {"warmup_epoch_num": warmup_epochs})
+    config = _filled(config, **(DIGITS_DEFAULTS if digits else FOLDER_DEFAULTS))
     config = _filled(config, weights="none" if config.model_name.startswith("wrn_") else "default")
     config = _filled(config, trainable="all" if config.weights == "none" else "head")
     frozen = config.trainable == "head"

@@ -587,8 +587,8 @@ def load_last(path: Path) -> LastCheckpoint:
         progress = state["progress"]
         if state.get("version") != VERSION:
             raise CheckpointError(
-                f"{path} was begun by another version of this program, which trains otherwise: start anew, with "
-                "--overwrite or another --name"
+                f"{path} was begun by another version of this program, which trains otherwise: its "
+                "networks can be tested and finetuned (--load_path); to train, give another --name or --overwrite"
             )
         best = progress["best"] and Best(**progress["best"])
         return LastCheckpoint(**_typed(state), progress=Progress(**progress | {"best": best}))

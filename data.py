@@ -4,6 +4,7 @@ Every random draw is a pure function of (seed, step) or of (pixels, view): neith
 where a run was interrupted changes an image.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -42,7 +43,7 @@ from utils import (
 )
 
 FEWEST_PER_CLASS = 4  # a validation and a test image, and two to train on
-SECONDS_TO_STOP = 600.0  # that a loader's worker gives the main process, with which it ends, to save and to end
+SECONDS_TO_STOP = 60.0  # that a loader's worker goes on after it is told to end, for the step in hand
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The split
@@ -911,7 +912,9 @@ class _StepDataset(Dataset):
 
 def _follow_the_main_process(worker: int) -> None:
     """In a worker: signals are the main process's affair, and so is what there is to say; with it the worker ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group
+    for name in ("SIGINT", "SIGHUP"):  # Ctrl-C and a terminal that closes go to the whole group
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_in_a_while)
     # Failures are handed over. All that could still reach this hook is the thread that serves tensors, complaining
     # that the main process went away while it asked for one.
@@ -926,6 +929,15 @@ def _end_in_a_while(number: int, frame: object) -> None:
     end = threading.Timer(SECONDS_TO_STOP, os._exit, (1,))
     end.daemon = True  # so that a worker with nothing left to do ends at once
     end.start()
+
+
+def _end_workers() -> None:
+    """At the end of the main process: whatever it ends by, and however busy they are, workers do not hold it up."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _end_with(process: BaseProcess) -> None:
@@ -956,6 +968,8 @@ def fresh_batches(
     schedule: Schedule, labels: np.ndarray, views: Views, start: int, stop: int, *, num_workers: int, pin: bool
 ) -> Iterator[Batch]:
     """The batches of steps ``start`` to ``stop``, as uint8 images prepared by ``num_workers`` processes."""
+    if num_workers:
+        atexit.register(_end_workers)  # before multiprocessing's own, which asks them to end and waits
     loader = DataLoader(
         _StepDataset(schedule, labels, views, stop),
         batch_size=None,

@@ -46,7 +46,7 @@ TAGGED = b"""Signature: 8a477f597d28d172789f06886806bc55
 """
 BOUND = "cache_gb"  # the file with the largest bound that a command which used the folder was given
 TOUCH_SECONDS = 3600.0  # how often a run says that it still uses a folder
-ENGINES = "computed by"  # the file that lists what has computed the features in a folder
+ENGINE = "computed by "  # begins the names of empty files that say what has computed the features in a folder
 DIGESTS = "images"  # the file that says whose features a folder holds: the images' digests in the order of the rows
 
 
@@ -98,7 +98,7 @@ class FeatureSource:
     @property
     def engines(self) -> set[str]:
         """What has computed the features."""
-        return {self.encoder.engine}
+        return self.encoder.engines
 
     def _answers(self, requests: Iterator[Request]) -> Generator[torch.Tensor]:
         """While the backbone looks at some views, the next are made."""
@@ -150,6 +150,7 @@ class FeatureCache(FeatureSource):
         self.digests, self.rows = index.distinct_digests, index.contents
         self.tables: dict[str, np.ndarray | None] = {}  # None: not kept
         self.unsaid: list[str] = []
+        self.noted: set[str] = set()
         self.verified: dict[str, np.ndarray] = {}
 
     def expect(self, rows: np.ndarray, n_views: int) -> None:
@@ -160,13 +161,14 @@ class FeatureCache(FeatureSource):
 
     @property
     def engines(self) -> set[str]:
-        """What has computed the features that are kept."""
-        return _engines(self.folder)
+        """What has computed the features, those included that are kept of earlier."""
+        return self.encoder.engines | _engines(self.folder)
 
     def _note_engines(self, engines: set[str]) -> None:
-        if not engines <= (known := self.engines):
-            with contextlib.suppress(OSError, ResourceError):
-                write_atomically(self.folder / ENGINES, "\n".join(sorted(known | engines)).encode())
+        for engine in engines - self.noted:
+            with contextlib.suppress(OSError):
+                (self.folder / f"{ENGINE}{engine}").touch()
+        self.noted |= engines
 
     def _digests_of_others(self) -> np.ndarray:
         known = [np.empty(0, "S16")]
@@ -194,7 +196,7 @@ class FeatureCache(FeatureSource):
         while self.unsaid:
             print(self.unsaid.pop(0), flush=True)
         if fresh:
-            self._note_engines({self.encoder.engine})
+            self._note_engines(self.encoder.engines)
             exact = torch.cat(fresh).cpu().numpy()
             with np.errstate(over="ignore"):
                 rounded = exact.astype(np.float16)
@@ -258,10 +260,7 @@ class FeatureCache(FeatureSource):
 
 
 def _engines(folder: Path) -> set[str]:
-    try:
-        return set((folder / ENGINES).read_text(encoding="utf-8").splitlines())
-    except (OSError, ValueError):
-        return set()
+    return {path.name.removeprefix(ENGINE) for path in folder.glob(f"{ENGINE}*")}
 
 
 def row_type(n_features: int) -> np.dtype:
@@ -411,7 +410,7 @@ def _is_used(user: Path) -> bool:
 def _remove(folder: Path) -> None:
     """Remove what the cache has written in one of its folders, the tag last, and the folder if that empties it."""
     with contextlib.suppress(OSError):  # open elsewhere, which Windows minds, or another process was faster
-        for pattern in ("*.f16", "*.tmp", "used by *[0-9]", BOUND, ENGINES, DIGESTS, TAG):
+        for pattern in ("*.f16", "*.tmp", "used by *[0-9]", f"{ENGINE}*", BOUND, DIGESTS, TAG):
             for path in folder.glob(pattern):
                 path.unlink()
         folder.rmdir()

@@ -731,7 +731,7 @@ class Preparation:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     interpolation: str = "bicubic"
-    version: int = 1  # raised whenever the same fields come to mean other pixels
+    version: int = 1  # raised, from 2, whenever the same fields come to mean other pixels
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """An open image's pixels, [3, size, size] uint8."""
@@ -776,7 +776,7 @@ def prepare_for(
     )
     if saved is None:
         return here
-    if (saved.version, saved.mean, saved.std) != (here.version, mean, std):
+    if saved.version not in (1, 2) or (saved.mean, saved.std) != (mean, std):  # 2 differed in views alone
         raise CheckpointError(
             f"the checkpoint's images were prepared in another way (mean {saved.mean}, standard deviation {saved.std}, "
             f"version {saved.version}; here {mean}, {std}, {here.version}): train anew"
@@ -787,7 +787,7 @@ def prepare_for(
             f"{counted(len(deep), 'image')} of more than 8 bits (first: {index.file(deep[0])}), and the checkpoint was "
             "trained on none, so which values are black and white is not known: convert them"
         )
-    return dataclasses.replace(saved, augmentation=augmentation)
+    return dataclasses.replace(saved, augmentation=augmentation, version=here.version)
 
 
 def central_square(image: Image.Image) -> Image.Image:

@@ -435,6 +435,7 @@ class Encoder:
         cpu_chunk = CPU_CHUNK if precision is None else CPU_CHUNK_BF16
         self.chunk = cpu_chunk if device.type == "cpu" else GPU_CHUNK
         self.onnx: OnnxNetwork | None = None  # what computes in place of PyTorch
+        self.engines: set[str] = set()  # what has computed, with its version
         self.expected = 0  # images
         self.decided = device.type != "cpu" or precision is not None
 
@@ -447,17 +448,13 @@ class Encoder:
         """
         self.expected += n
 
-    @property
-    def engine(self) -> str:
-        """What computes, as far as it is decided, and its version."""
-        return f"{PYTORCH} {torch.__version__}" if self.onnx is None else f"{ONNX} {self.onnx.version}"
-
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         if not self.decided and self.expected * self.backbone.img_size**2 >= WORTH_A_CHOICE and len(images):
             self.decided = True
             self.onnx = self._faster_than_pytorch(images)
         features = self._in_pytorch(images) if self.onnx is None else self.onnx(images)
+        self.engines.add(f"{PYTORCH} {torch.__version__}" if self.onnx is None else f"{ONNX} {self.onnx.version}")
         if self.precision == torch.float16 and not features.isfinite().all():
             raise UsageError("--amp: this network's features are out of float16's range; use --amp bf16 or off")
         return features

@@ -133,8 +133,8 @@ class Fold:
 
 
 def trial_epochs(config: Config) -> int:
-    """The epochs of a trial; the network that digits train is small, and a quarter of them tell enough."""
-    return max(1, config.num_epochs // 4) if config.data_dir == "digits" else config.num_epochs
+    """The epochs of a trial; the network that digits train is small, and a tenth of them tell enough."""
+    return max(1, config.num_epochs // 10) if config.data_dir == "digits" else config.num_epochs
 
 
 def validation_folds(config: Config, data: Data, features: mixture.Features) -> tuple[list[Fold], str]:

@@ -1,6 +1,7 @@
 """An image reaches the networks in one way: in training, in testing, from any folder, and by the card of an export."""
 
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -20,6 +21,7 @@ import checkpoints
 import data
 import images
 from predict import Stream
+from utils import CheckpointError
 
 PLAIN_PILLOW_REFUSES = ("without its end.jpg", "with much text.png")  # in an error, not in other numbers
 VALUES = (300.0, 2800.0)  # of images of more than 8 bits
@@ -220,3 +222,14 @@ def test_images_of_more_than_8_bits_are_refused_where_nothing_gives_their_range(
     for name in ("a.tif", "b.png"):
         with pytest.raises(images.DataError, match="more than 8 bits"):
             images.decode(tmp_path / name, images.Preparation(16, 18))
+
+
+def test_a_checkpoint_of_another_preparation_is_refused_unless_its_images_are_the_same(colours):
+    index = images.find_images(str(colours))
+    wanted = {"size": 16, "augmentation": "transfer", "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    now = images.prepare_for(index, **wanted)
+    for version in (1, 2):  # which differ in views alone
+        assert images.prepare_for(index, **wanted, saved=dataclasses.replace(now, version=version)) == now
+    for other in ({"version": 3}, {"mean": (0.4,) * 3}):
+        with pytest.raises(CheckpointError, match="prepared in another way"):
+            images.prepare_for(index, **wanted, saved=dataclasses.replace(now, **other))
