@@ -214,6 +214,16 @@ def test_a_run_whose_workers_are_stopped_with_it_saves_what_it_has_learned(cli, 
     assert all_end(workers)
 
 
+def test_an_error_of_the_program_itself_ends_it_at_once_though_its_workers_are_busy(cli, colours):
+    code = "import args, MPL, train\ntrain.mpl_step = None\nMPL.main(args.parse())"
+    run = cli.command("--name", "a", "--data_dir", colours, *TINY, "--warmup_epoch_num", "0", "--num_workers", "2")[2:]
+    paths = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *run]
+    process = subprocess.run(command, cwd=cli.cwd, env=paths, capture_output=True, text=True, timeout=50)
+    assert process.returncode == 1
+    assert process.stderr.rstrip().endswith("TypeError: 'NoneType' object is not callable")
+
+
 class SharingAFile:
     """In place of a schedule: the second step hands over an open file, as tensors are handed over."""
 
