@@ -689,7 +689,7 @@ def figures_of(
         "seconds": dict(seconds),
         "notes": work.notes,
         "commands": commands(config, work.data.index.name),
-        "settings": args.settings(config),
+        "settings": args.settings(config) | {"training_version": train.VERSION},
         "options": {"changed": changed, "default": usual},
         "versions": utils.versions(work.inputs.device) | work.inputs.engines,
     }
