@@ -385,7 +385,8 @@ def test_what_another_version_began_is_tested_and_finetuned_but_not_gone_on_with
         monkeypatch.setattr(module, "VERSION", train.VERSION + 1)
     assert "another version" in cli.one_line_error(4, *X, "--resume")
     cli.inside("--name", "u", "--test_mode", "--load_path", "y")
-    assert cli.metrics("x")["settings"]["training_version"] == train.VERSION  # by which comparisons tell runs apart
+    settings = json.loads((cli.cwd / "results/x/metrics.json").read_text())["settings"]
+    assert settings["training_version"] == train.VERSION  # by which comparisons tell runs apart
     with pytest.raises(utils.CheckpointError, match="another version"):
         optuna_search.Budget(*study)
 
