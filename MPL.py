@@ -3,7 +3,8 @@
 """TransferMPL: Meta Pseudo Labels on pretrained backbones, from the command line.
 
 ``python MPL.py`` trains on the embedded digits; ``python MPL.py --name exp --data_dir /datasets/flowers`` on a folder
-with a subfolder of images for each class. ``python MPL.py --help`` lists the options.
+with a subfolder of images for each class. ``python MPL.py --help`` lists the options. This file goes from options to
+results; the algorithm, its losses, steps and feedback, is in ``train.py``.
 """
 
 import os

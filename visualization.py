@@ -81,7 +81,7 @@ def styled(style: Any) -> Iterator[None]:
 
 def pictures(results: Path) -> Iterator[tuple[str, Callable[[], Path]]]:
     """The name of each picture of a run folder and what draws it: the curves and, where images were tested, confusion
-    matrices and calibration."""
+    matrices and calibration. Which of them the page shows, and where, is in ``report.PICTURES``."""
     figures = json.loads((results / "metrics.json").read_text())
     classes = figures["classes"]
     title = f"{figures['dataset']}, {figures['model_name']}, {figures['learned_from']}"
