@@ -764,6 +764,7 @@ def operations(size: int) -> list[Callable[[torch.Tensor, int], torch.Tensor]]:
     ]
 
 
+# Those that a run may name as its strong one are the choices of --augmentation in args.py.
 AUGMENTATIONS = {"weak": weak, "transfer": transfer, "randaugment": randaugment}
 
 # ---------------------------------------------------------------------------------------------------------------------

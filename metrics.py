@@ -1,4 +1,5 @@
-"""How good predictions are, and how far their confidence can be believed."""
+"""How good predictions are, and how far their confidence can be believed: the formulas. What a run notes of itself in
+metrics.json is in ``MPL.figures_of``."""
 
 from statistics import NormalDist
 

@@ -81,7 +81,8 @@ def styled(style: Any) -> Iterator[None]:
 
 def pictures(results: Path) -> Iterator[tuple[str, Callable[[], Path]]]:
     """The name of each picture of a run folder and what draws it: the curves and, where images were tested, confusion
-    matrices and calibration. Which of them the page shows, and where, is in ``report.PICTURES``."""
+    matrices and calibration. Which of them the page shows, and where, is in ``report.PICTURES``, and which names a run
+    may replace in ``checkpoints``; grids of images are handed in by ``MPL``, which has the images."""
     figures = json.loads((results / "metrics.json").read_text())
     classes = figures["classes"]
     title = f"{figures['dataset']}, {figures['model_name']}, {figures['learned_from']}"
