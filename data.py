@@ -125,7 +125,7 @@ def make_split(
     An image's place within its class is the order of a hash of the seed and its path, so the split depends on these
     alone. Images of one duplicate group move together; a group whose labels conflict goes to the unlabelled training
     images, where no label is believed. Validation and test images that the user's own folders set apart
-    (``given_parts``, [N]) are those, and no others are; copies of them are not trained on.
+    (``given_parts``, [N]; see ``images.PART_FOLDERS``) are those, and no others are; copies of them are not trained on.
 
     Raises:
         UsageError: less than one percent of labels leaves a class without one (a share given for a percent).

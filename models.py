@@ -216,7 +216,8 @@ class Backbone:
 
 
 def build_backbone(model_name: str, weights: str, img_size: int, seed: int) -> Backbone:
-    """A backbone in eval mode; with ``weights`` ``none`` it is initialised from ``seed``.
+    """A backbone in eval mode; with ``weights`` ``none`` it is initialised from ``seed``, as those always are that
+    ``args`` knows to have no pretrained weights.
 
     Raises:
         UsageError: no such model, or it cannot take images of this size.

@@ -85,6 +85,8 @@ def estimate_feedback(
     - ``cosine``: the cosine between grad L(theta') and grad CE(y, S(x_u; theta)), free of any scale.
     - ``none``: 0.
 
+    ``exact`` needs no estimate: see :func:`exact_mpl_step`.
+
     Args:
         loss_old: the student's loss on the labelled images before the step.
         theta_old: its parameters before the step.
