@@ -140,7 +140,11 @@ def _find_start(config: Config, agents: list[tuple[str, int, float]]) -> Start:
     if config.loads:
         loaded, saved = checkpoints.choose_checkpoint(config)
         config = dataclasses.replace(take_over(config, saved), load_path=str(loaded))
-    elif config.unlabeled_dir is None and (beside := images.unlabeled_beside(config.data_dir, own)):
+    elif (
+        config.unlabeled_dir is None
+        and config.labels is None
+        and (beside := images.unlabeled_beside(config.data_dir, own))
+    ):
         config = args.derive(config, unlabeled_dir=beside)
     dataset = images.dataset_name(config.data_dir)
     name = config.name or f"{dataset}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
@@ -188,7 +192,8 @@ def take_over(config: Config, saved: BestCheckpoint) -> Config:
         return args.inherit(config, saved.config)
     own = checkpoints.own_folders(config.output_dir)
     if "data_dir" in config.given and os.path.realpath(images.innermost(config.data_dir, own)) != saved.data_dir:
-        return args.inherit(config, saved.config | {"unlabeled_dir": images.unlabeled_beside(config.data_dir, own)})
+        beside = None if config.labels else images.unlabeled_beside(config.data_dir, own)
+        return args.inherit(config, saved.config | {"unlabeled_dir": beside, "labels": None})
     config = args.inherit(config, saved.config)
     moved: dict[str, Any] = {}
     for key, there in (("data_dir", saved.data_dir), ("unlabeled_dir", saved.unlabeled_dir)):
@@ -218,6 +223,8 @@ def find_data(start: Start) -> data.Data:
         checkpoints.own_folders(config.output_dir),
         max_bad_percent=config.max_bad_percent,
         cache_dir=utils.cache_folder(config.cache_dir) if config.cache_gb else None,
+        labels=config.labels,
+        remembered=earlier.split if earlier and config.labels is not None and "labels" not in config.given else None,
         classes=earlier.classes if earlier else None,
         testing=config.mode == "test",
     )
@@ -356,7 +363,8 @@ def lead(work: Work, signals: Signals) -> None:
     try:
         with contextlib.ExitStack() as stack:
             with distributed.failure_told():
-                spare = Path(config.params).expanduser() if config.params else None
+                given = (*([config.params] if config.params else ()), *(config.labels or ()))
+                spare = [utils.resolve_path(path) for path in given]
                 claim = folder.claim(
                     keep=start.keep, overwrite=config.overwrite, trains=config.mode != "test", spare=spare
                 )
@@ -489,6 +497,8 @@ def write_beginning(work: Work) -> None:
         write_config(config, work.start.folder)
     if not config.resume or not (results / "split.csv").exists():
         utils.write_atomically(results / "split.csv", data.split_to_csv(found.index, found.split))
+        with work.start.folder.writing("labels.csv"):
+            utils.write_atomically(results / "labels.csv", data.labels_to_csv(found.index))
         if found.index.bad:
             predict.list_bad(results, found.index.bad)
     if config.show_images:

@@ -14,7 +14,7 @@ import re
 import shlex
 import textwrap
 from dataclasses import Field, dataclass, field, fields, replace
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, get_args, get_origin
 
 FEEDBACKS = ("loss_difference", "dot", "cosine", "exact", "none")
 PSEUDO_LABELS = ("hard", "sampled", "soft")
@@ -145,6 +145,14 @@ class Config:
         "folder of images without labels to train on too; its subfolders are searched",
         metavar="FOLDER",
     )
+    labels: list[str] | None = option(
+        None,
+        "data",
+        "tables that say which image has which label, with the columns path and label: folder names then label "
+        "nothing, and --data_dir may be any folder of images; of two files the later one's word counts",
+        metavar="FILE",
+        shown="class folders label their images",
+    )
     num_labels_percent: float = option(
         None,
         "data",
@@ -152,13 +160,25 @@ class Config:
         low=0,
         high=100,
         unit="percent",
-        shown="3 percent; 100 with --unlabeled_dir",
+        shown="3 percent; 100 with --unlabeled_dir or --labels",
     )
     val_percent: float = option(
-        0.8, "data", "share of all images used for validation, at least one per class", low=0, high=90, unit="percent"
+        None,
+        "data",
+        "share of all images used for validation, at least one per class; 0: none",
+        low=0,
+        high=90,
+        unit="percent",
+        shown="0.8 percent",
     )
     test_percent: float = option(
-        6.0, "data", "share of all images used for testing, at least one per class", low=0, high=90, unit="percent"
+        None,
+        "data",
+        "share of all images used for testing, at least one per class; 0: none",
+        low=0,
+        high=90,
+        unit="percent",
+        shown="6 percent",
     )
     max_bad_percent: float = option(
         5.0,
@@ -394,6 +414,11 @@ class Config:
         """Whether the run starts from a checkpoint."""
         return self.load_path is not None or self.load_best
 
+    @property
+    def chosen_labels(self) -> bool:
+        """Whether there are images that nobody labelled: then the labels are those that somebody chose to give."""
+        return self.labels is not None or self.unlabeled_dir is not None
+
     def options(self) -> dict[str, Any]:
         """Every option's effective value, as saved in ``config.json``."""
         options = {spec.name: getattr(self, spec.name) for spec in OPTIONS}
@@ -408,7 +433,7 @@ class Config:
         lines = {"given": self.given, "implied": [key for key in outline if key not in self.given]}
         return "\n".join(
             textwrap.fill(
-                f"{what:<9} " + "  ".join(f"{key}={options[key]}" for key in keys),
+                f"{what:<9} " + "  ".join(f"{key}={_shown(options[key])}" for key in keys),
                 width,
                 subsequent_indent=" " * 10,
                 break_on_hyphens=False,
@@ -422,6 +447,10 @@ class Config:
 OPTIONS = [spec for spec in fields(Config) if "group" in spec.metadata]
 
 
+def _shown(value: Any) -> str:
+    return ",".join(value) if isinstance(value, list) else str(value)
+
+
 def without_password(url: str) -> str:
     """A database's address as it may be shown and saved."""
     return re.sub(r"(//[^/@:]*):.*@", r"\1:***@", url)
@@ -431,7 +460,8 @@ def written(options: dict[str, Any]) -> str:
     """The command with these options, as it is typed."""
     words = []
     for name, value in options.items():
-        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        values = () if value is True else value if isinstance(value, list) else (value,)
+        words += [f"--{name}", *map(str, values)]
     return shlex.join(["python", "MPL.py", *words])
 
 
@@ -479,7 +509,8 @@ def build_parser() -> argparse.ArgumentParser:
         shown = meta.get("shown", f"{value} {unit}" if unit else value)
         group.add_argument(
             f"--{spec.name}",
-            type=kind,
+            type=str if kind is list else kind,
+            nargs="+" if kind is list else None,
             choices=meta.get("choices"),
             metavar=None if "choices" in meta else meta.get("metavar", (unit or kind.__name__).upper()),
             help=text if shown is None else f"{text} (default: {shown})",
@@ -506,7 +537,8 @@ def parse(argv: list[str] | None = None) -> Config:
 
 def _kind(spec: Field[Any]) -> type:
     """The type of an option's value when it has one."""
-    return (get_args(spec.type) or (spec.type,))[0]
+    kind = (get_args(spec.type) or (spec.type,))[0]
+    return get_origin(kind) or kind
 
 
 def defaults(data_dir: str, **given: Any) -> dict[str, Any]:
@@ -571,7 +603,8 @@ FIXED = (
     *("model_name", "weights", "trainable", "img_size"),
     "recipe",
 )
-INHERITED = (*FIXED, "data_dir", "unlabeled_dir", "augmentation", "views", "amp", "targets")
+INHERITED = (*FIXED, "data_dir", "unlabeled_dir", "labels", "augmentation", "views", "amp", "targets")
+ADDED: dict[str, Any] = {"labels": None}  # options that came later, with what runs before them had
 
 # What changes no number of a run: a resumed one may have it otherwise.
 HARMLESS = (
@@ -595,7 +628,7 @@ def require_same(config: Config, started: dict[str, Any]) -> None:
     Raises:
         ValueError: listing those that differ.
     """
-    now = config.options()
+    now, started = config.options(), ADDED | started
     differ = [key for key in now if key not in HARMLESS and (key not in started or now[key] != started[key])]
     if differ:
         listed = ", ".join(f"--{key} {now[key]} (there {started.get(key)})" for key in differ)
@@ -608,6 +641,7 @@ def inherit(config: Config, saved: dict[str, Any]) -> Config:
     Raises:
         ValueError: an option was given that contradicts the checkpoint; lists them.
     """
+    saved = ADDED | saved
     if not set(INHERITED) <= set(saved):
         raise ValueError("the checkpoint is of another version of this program: train anew")
     differ = [key for key in FIXED if key in config.given and getattr(config, key) != saved[key]]
@@ -656,10 +690,12 @@ def _resolve(config: Config) -> Config:
     unknown_shares = "estimated" if mixture else "none"  # who chose the labels need not have kept the classes' shares
     return _filled(
         config,
-        num_labels_percent=3.0 if config.unlabeled_dir is None else 100.0,
+        num_labels_percent=100.0 if config.chosen_labels else 3.0,
+        val_percent=0.8,
+        test_percent=6.0,
         views=4 if frozen else 8 if digits else 0,
         unlabeled_batch_size=config.batch_size * (2 if digits else 1),
-        alignment="labels" if config.unlabeled_dir is None else unknown_shares,
+        alignment=unknown_shares if config.chosen_labels else "labels",
         trial_seeds=2 if digits else 3,
         lambda_u=3.0 if mixture else 1.0 if digits else 0.27,
         feedback="exact" if config.pseudo_label == "soft" else "loss_difference",
@@ -729,6 +765,8 @@ def _check_data(config: Config) -> None:
         raise ValueError("--num_labels_percent 0: at least one label per class is needed, as in 3")
     if config.val_percent + config.test_percent > 90:
         raise ValueError("--val_percent and --test_percent leave less than 10 percent for training: lower one")
+    if config.labels is not None and not config.labels:
+        raise ValueError("--labels: name a file")
     if config.data_dir == "digits" and config.unlabeled_dir is not None:
         raise ValueError("--unlabeled_dir goes with a folder of images in --data_dir, not with digits")
     if config.unlabeled_dir is not None and os.path.abspath(config.unlabeled_dir) == os.path.abspath(config.data_dir):

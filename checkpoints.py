@@ -23,8 +23,8 @@ import psutil
 import torch
 
 from args import HARMLESS_TO_A_STUDY, Config
-from data import Batch, Data, Manifest, manifest
-from images import Preparation, find_images
+from data import Batch, Data, Manifest, find_labeled, manifest
+from images import Preparation
 from models import Architecture, Learner, Origin, load_tensors
 from train import HISTORY, VERSION, Best, Keeper, Meter, mode_of
 from utils import (
@@ -54,7 +54,7 @@ CONFIG = "config.json"
 JOB = ".job"  # the agents of the torchrun job that has begun the run
 WRITTEN = ".written"  # the digests of what the run has written, by which a file that was edited since is known
 # What a run writes, by name: whatever else is in its folders is somebody else's, and stays.
-OF_BEGINNING = (CONFIG, "commandline_args.txt", "split.csv", "bad_files.csv", "samples.png", WRITTEN)
+OF_BEGINNING = (CONFIG, "commandline_args.txt", "split.csv", "labels.csv", "bad_files.csv", "samples.png", WRITTEN)
 OF_STUDY = (
     *("study.db", "study.db-journal", "best_params.json", "optuna_history.png", "optuna_timeline.png"),
     *("optuna_slices.png", "optuna_importances.png", "optuna_parallel.png"),
@@ -155,20 +155,20 @@ class RunFolder:
 
     @contextlib.contextmanager
     def claim(
-        self, *, keep: bool, overwrite: bool, trains: bool = True, spare: Path | None = None
+        self, *, keep: bool, overwrite: bool, trains: bool = True, spare: Sequence[Path] = ()
     ) -> Iterator[Callable[[], None]]:
         """Make the results folder and hold it, so that no other process runs under this name.
 
         Yields what makes the folder the new run's, for when that can no longer fail to start: it sets the files of the
-        run that is overwritten aside, save those written since the claim. What is aside, whoever put it there, is
-        removed when the block ends well, and never before. However it ends, it leaves no empty folder that was not
-        there before.
+        run that is overwritten aside, save those written since the claim or edited since the run. What is aside,
+        whoever put it there, is removed when the block ends well, and never before. However it ends, it leaves no empty
+        folder that was not there before.
 
         Args:
             keep: go on with what is there.
             overwrite: replace what is there.
             trains: whether the run writes checkpoints; else a training is not replaced.
-            spare: a file that the run starts from, which stays.
+            spare: files that the run starts from, which stay.
 
         Raises:
             CheckpointError: the name is taken and neither ``keep`` nor ``overwrite`` is given, or another process holds
@@ -194,6 +194,7 @@ class RunFolder:
 
                 def begin() -> None:
                     if overwrite:
+                        self._keep_edited([path for path in old if path.parent == self.results])
                         self._set_aside([path for path in old if path.exists() and version(path) == old[path]], spare)
 
                 try:
@@ -261,8 +262,8 @@ class RunFolder:
             if re.fullmatch(rf"{re.escape(REPLACED)}\d*", folder.name) and folder.is_dir()
         }
 
-    def _set_aside(self, files: Sequence[Path], spare: Path | None = None) -> None:
-        """Move files of the run to where nothing was set aside before; ``spare`` is copied."""
+    def _set_aside(self, files: Sequence[Path], spare: Sequence[Path] = ()) -> None:
+        """Move files of the run to where nothing was set aside before; those to ``spare`` are copied."""
         names = (f"{REPLACED}{n if n > 1 else ''}" for n in itertools.count(1))
         taken = {folder.name for folder in self._aside()}
         name = next(each for each in names if each not in taken)
@@ -270,7 +271,7 @@ class RunFolder:
             root = self.results if path.is_relative_to(self.results) else self.checkpoints
             place = root / name / path.relative_to(root)
             place.parent.mkdir(parents=True, exist_ok=True)
-            if spare is not None and path.resolve() == spare.resolve():
+            if path.resolve() in [each.resolve() for each in spare]:
                 shutil.copy2(path, place)
             else:
                 path.replace(place)
@@ -680,7 +681,7 @@ def choose_checkpoint(config: Config) -> tuple[Path, BestCheckpoint]:
         raise faults[0]
     fitting, same = about, {}
     if config.load_path is None or "data_dir" in config.given:
-        index = find_images(config.data_dir, config.unlabeled_dir, own_folders(config.output_dir))
+        index = find_labeled(config.data_dir, config.unlabeled_dir, own_folders(config.output_dir), config.labels)
         here, root = set(index.classes), os.path.realpath(index.root)
         fitting = {
             path: each

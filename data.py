@@ -5,10 +5,13 @@ where a run was interrupted changes an image.
 """
 
 import atexit
+import codecs
 import contextlib
+import csv
 import dataclasses
 import functools
 import hashlib
+import io
 import itertools
 import math
 import multiprocessing
@@ -29,7 +32,18 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from distributed import share
-from images import STORE_BYTES, UNKNOWN, DecodedImages, Index, Rows, check_images, digest, find_images
+from images import (
+    STORE_BYTES,
+    UNKNOWN,
+    DecodedImages,
+    Index,
+    Rows,
+    check_images,
+    digest,
+    find_images,
+    natural_order,
+    nfc,
+)
 from utils import (
     BOM,
     CheckpointError,
@@ -40,10 +54,176 @@ from utils import (
     csv_bytes,
     derive_seed,
     first_few,
+    resolve_path,
 )
 
-FEWEST_PER_CLASS = 4  # a validation and a test image, and two to train on
 SECONDS_TO_STOP = 60.0  # that a loader's worker goes on after it is told to end, for the step in hand
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables that say which image has which label
+
+PATH_COLUMNS = ("path", "file_name", "filename", "file", "image", "id")  # the first that a table has names its images
+NO_CLASS, TAKEN_BACK = "-", "?"  # what may stand in place of a class: none of them; what an earlier table said
+
+
+class _Said(NamedTuple):
+    """What a row of a table says of an image."""
+
+    name: str
+    label: str
+    table: str
+    row: int
+
+
+def read_labels(table: str) -> list[_Said]:
+    """The rows of a table that have a label: columns ``path`` (or another of ``PATH_COLUMNS``) and ``label``, separated
+    by commas, semicolons or tabs. An empty label says nothing.
+
+    Raises:
+        DataError: there is no such file, it lacks a column, or is not text in UTF-8 or UTF-16.
+    """
+    path = resolve_path(table)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"--labels {table}: {error.strerror}") from error
+    utf_16 = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    encoding, errors = ("utf-16", "strict") if utf_16 else ("utf-8-sig", "surrogateescape")  # as names in our tables
+    try:
+        text = content.decode(encoding, errors)
+    except UnicodeDecodeError as error:
+        raise DataError(f"--labels {table}: {error}") from error
+    for delimiter in ",;\t":
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        header = [name.strip().lower() for name in next(rows, [])]
+        named = next((name for name in PATH_COLUMNS if name in header), None)
+        if named and "label" in header:
+            break
+    else:
+        there = f"it has {text.splitlines()[0][:80]!r}" if text.strip() else "it is empty"
+        raise DataError(f"--labels {table}: its first line must have the columns path and label; {there}")
+    said = []
+    try:
+        for row in rows:
+            cells = {name: cell[1:] if cell[:1] == "'" else cell for name, cell in zip(header, row, strict=False)}
+            label = nfc(cells.get("label", "").strip())
+            if label:
+                said.append(_Said(cells[named], label, table, rows.line_num))
+    except csv.Error as error:
+        raise DataError(f"--labels {table}, line {rows.line_num}: {error}") from error
+    undecoded = next((each for each in said if not each.label.isprintable()), None)
+    if undecoded:
+        raise DataError(
+            f"--labels {table}, line {undecoded.row}: the label {undecoded.label!r} is no text in UTF-8; save the "
+            "table as CSV UTF-8"
+        )
+    return said
+
+
+class _Named:
+    """The images of an index by the names that tables give them."""
+
+    def __init__(self, index: Index) -> None:
+        self.root = os.path.abspath(index.root)
+        self.by_path = {nfc(path): i for i, path in enumerate(index.paths)}
+        self.by_stem: dict[str, list[int]] = defaultdict(list)  # paths and bare names, with and without the suffix
+        for i, path in enumerate(index.paths):
+            bare = path.rsplit("/", 1)[-1]
+            for name in {os.path.splitext(path)[0], bare, os.path.splitext(bare)[0]} - {path}:
+                self.by_stem[nfc(name)].append(i)
+
+    def find(self, name: str, table: str) -> list[int]:
+        """The images that a name in a table may mean: one as a path, else as a path without its suffix or a bare name,
+        which more of them may have.
+
+        A path is absolute, or relative to the data folder, to the table's own or to the working folder.
+        """
+        written = nfc(name)
+        for each in dict.fromkeys([written, written.replace("\\", "/")]):
+            if each in self.by_path:
+                return [self.by_path[each]]
+            for folder in (self.root, os.path.dirname(os.path.abspath(resolve_path(table))), os.getcwd()):
+                absolute = os.path.normpath(os.path.join(folder, each))
+                relative = os.path.relpath(absolute, self.root).replace(os.sep, "/")
+                for path in (relative, absolute):
+                    if nfc(path) in self.by_path:
+                        return [self.by_path[nfc(path)]]
+            if each in self.by_stem:
+                return self.by_stem[each]
+        return []
+
+
+def label_by_tables(index: Index, tables: Sequence[str]) -> Index:
+    """The images with the labels that tables give them, and notes of the rows that could not be followed.
+
+    Of two tables the later one's word counts. A class that no table names is none; ``-`` says that an image is of none
+    of them, ``?`` takes back what an earlier table said.
+
+    Raises:
+        DataError: a table cannot be read, gives an image two labels, or none has a label for any image.
+    """
+    named = _Named(index)
+    word: dict[int, _Said] = {}
+    lost: list[tuple[_Said, list[int]]] = []
+    for table in tables:
+        here: dict[int, _Said] = {}
+        for said in read_labels(table):
+            meant = named.find(said.name, table)
+            if len(meant) != 1:
+                lost.append((said, meant))
+                continue
+            earlier = here.setdefault(meant[0], said)
+            if earlier.label != said.label:
+                raise DataError(
+                    f"--labels {table}: {said.name} is {earlier.label} in line {earlier.row} and {said.label} in line "
+                    f"{said.row}"
+                )
+        word |= here
+    notes = [
+        f"{counted(len(rows), 'row')} of {table} not used: {why} (first: {rows[0].name})"
+        for table in dict.fromkeys(tables)
+        for why, several in (("no image is called so", False), ("several images are called so", True))
+        if (rows := [said for said, meant in lost if said.table == table and bool(meant) == several])
+    ]
+    given = {i: said.label for i, said in word.items() if said.label != TAKEN_BACK}
+    classes = sorted({*given.values()} - {NO_CLASS}, key=natural_order)
+    if not classes:
+        raise DataError(
+            f"--labels {first_few([*tables])}: {notes[0] if notes else 'no label in it; fill in the column label'}"
+        )
+    place = {name: c for c, name in enumerate(classes)} | {NO_CLASS: UNKNOWN}
+    labels, none = np.full(len(index), UNKNOWN), np.zeros(len(index), dtype=bool)
+    for i, label in given.items():
+        labels[i], none[i] = place[label], label == NO_CLASS
+    labeled = index.labeled_as(labels, classes, none)
+    return dataclasses.replace(labeled, notes=(*notes, *index.notes))
+
+
+def label_as_before(index: Index, saved: "Manifest", classes: Sequence[str]) -> Index:
+    """The images with the labels that a checkpoint remembers of them, known by their bytes."""
+    then = {entry.digest: entry for entry in reversed(_entries(saved))}
+    at_path = dict(zip(saved.paths, _entries(saved), strict=True))
+    labels, none = np.full(len(index), UNKNOWN), np.zeros(len(index), dtype=bool)
+    for i, (path, content) in enumerate(zip(index.paths, index.digests.tolist(), strict=True)):
+        entry = at_path.get(path)
+        entry = entry if entry and entry.digest == content else then.get(content)
+        if entry:
+            labels[i], none[i] = entry.label, entry.label == UNKNOWN and entry.part == "unused"
+    return index.labeled_as(labels, classes, none)
+
+
+def labels_to_csv(index: Index) -> bytes:
+    """The labels that an index has, as a table to be corrected and given back."""
+    parts = index.given_parts or ("",) * len(index)
+    return BOM + csv_bytes(
+        [("path", "label")]
+        + [
+            (path, NO_CLASS if label == UNKNOWN else index.classes[label])
+            for path, label, part in zip(index.paths, index.labels, parts, strict=True)
+            if label != UNKNOWN or part == "unused"
+        ]
+    )
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The split
@@ -86,16 +266,20 @@ class Split:
         return {part: len(getattr(self, part)) for part in self.PARTS}
 
 
-def require_enough(index: Index) -> None:
-    """Check that there are classes, and that each has images for every part.
+def require_enough(
+    index: Index, *, num_labels_percent: float = 3.0, val_percent: float = 0.8, test_percent: float = 6.0
+) -> None:
+    """Check that there are classes, and that each has images for every part: with and without a label if not all keep
+    theirs, to validate and to test on.
 
     Raises:
         DataError: naming the classes that have too few.
     """
     if len(index.classes) == 1:
-        raise DataError(f"{index.root}: one class only ({index.classes[0]}); at least two class folders are needed")
-    there = set(index.given_parts) - {""}
-    fewest = FEWEST_PER_CLASS - len(there & {"val", "test"})
+        raise DataError(f"{index.root}: one class only ({index.classes[0]}); at least two are needed")
+    there = {"val", "test"}.intersection(index.given_parts)
+    drawn = {part for part, percent in (("val", val_percent), ("test", test_percent)) if percent} - there
+    fewest = (1 if num_labels_percent == 100 else 2) + len(drawn)
     counts = {part: np.zeros(len(index.classes), dtype=np.int64) for part in ("train", "val", "test")}
     for label, part in zip(index.labels, index.given_parts or [""] * len(index), strict=True):
         if label != UNKNOWN:
@@ -103,8 +287,8 @@ def require_enough(index: Index) -> None:
     small = [f"{name} ({n})" for name, n in zip(index.classes, counts["train"], strict=True) if n < fewest]
     if small:
         raise DataError(
-            f"{index.root}: a class needs at least {fewest} readable images{' for training' * bool(there)}, and these "
-            f"have fewer: {first_few(small)}; add some or move the folders away"
+            f"{index.root}: a class needs at least {counted(fewest, 'readable image')}{' for training' * bool(there)}, "
+            f"and these have fewer: {first_few(small)}; add some or take the class away"
         )
 
 
@@ -123,9 +307,10 @@ def make_split(
     """Divide the images, stratified by class, with at least one of each class in every labelled part.
 
     An image's place within its class is the order of a hash of the seed and its path, so the split depends on these
-    alone. Images of one duplicate group move together; a group whose labels conflict goes to the unlabelled training
-    images, where no label is believed. Validation and test images that the user's own folders set apart
-    (``given_parts``, [N]; see ``images.PART_FOLDERS``) are those, and no others are; copies of them are not trained on.
+    alone; a part of 0 percent has none. Images of one duplicate group move together; a group whose labels conflict goes
+    to the unlabelled training images, where no label is believed, and one that is of no class is not used. Validation
+    and test images that the user's own folders set apart (``given_parts``, [N]; see ``images.PART_FOLDERS``) are those,
+    and no others are; copies of them are not trained on.
 
     Raises:
         UsageError: less than one percent of labels leaves a class without one (a share given for a percent).
@@ -135,6 +320,9 @@ def make_split(
     parts = np.array(["unlabeled"] * len(paths), dtype=object)
     is_copy = np.zeros(len(paths), dtype=bool)  # of an image that decides where its copies go
     for group in duplicates:
+        if any(given[i] == "unused" for i in group):
+            parts[[*group]], is_copy[[*group]] = "unused", True
+            continue
         known = [i for i in group if labels[i] != UNKNOWN]
         kept = next((part for part in ("test", "val") if any(given[i] == part for i in known)), "")
         conflict = len({int(labels[i]) for i in known}) > 1
@@ -143,7 +331,7 @@ def make_split(
             if not conflict:
                 parts[[i for i in known if given[i] == kept]] = kept
         is_copy[[i for i in group if kept or conflict or labels[i] == UNKNOWN]] = True
-    for part in ("val", "test"):
+    for part in ("val", "test", "unused"):
         parts[(given == part) & ~is_copy] = part
 
     order: dict[int, list[tuple[int, ...]]] = {int(c): [] for c in np.unique(labels[labels != UNKNOWN])}
@@ -185,11 +373,13 @@ def make_split(
 
 
 def apportion(sizes: np.ndarray, percent: float) -> np.ndarray:
-    """How many of each class make ``percent`` of all, by largest remainders, with at least one each.
+    """How many of each class make ``percent`` of all, by largest remainders, with at least one each; none of 0 percent.
 
     Args:
         sizes: [C] int, images in each class.
     """
+    if percent == 0:
+        return np.zeros_like(sizes)
     exact = sizes * percent / 100
     counts = np.floor(exact).astype(int)
     short = round(exact.sum()) - counts.sum()
@@ -212,14 +402,13 @@ def _take(groups: list[tuple[int, ...]], count: int) -> list[int]:
 
 
 def split_to_csv(index: Index, split: Split) -> bytes:
-    """The split manifest: path, label (class name; empty if unknown) and part of every image."""
-    return BOM + csv_bytes(
-        [("path", "label", "split")]
-        + [
-            (path, "" if label == UNKNOWN else index.classes[label], part)
-            for path, label, part in zip(index.paths, index.labels, split.part_of(len(index)), strict=True)
-        ]
-    )
+    """The split manifest: path, label (class name; empty if unknown) and part of every image. A label that is kept from
+    the training stands under ``true_label``, so that the table, given as ``--labels``, gives none away."""
+    rows = [("path", "label", "true_label", "split")]
+    for path, label, part in zip(index.paths, index.labels, split.part_of(len(index)), strict=True):
+        name = "" if label == UNKNOWN else index.classes[label]
+        rows.append((path, name, "", part) if part == "labeled" else (path, "", name, part))
+    return BOM + csv_bytes(rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -416,6 +605,12 @@ class Data:
         return labels
 
 
+def find_labeled(data_dir: str, unlabeled_dir: str | None, own: Sequence[Path], labels: Sequence[str] | None) -> Index:
+    """The images of a data folder with their labels, by names alone: see :func:`find_images`."""
+    index = find_images(data_dir, unlabeled_dir, own, by_folder=labels is None)
+    return index if labels is None else label_by_tables(index, labels)
+
+
 def find_index(
     data_dir: str,
     unlabeled_dir: str | None,
@@ -423,6 +618,8 @@ def find_index(
     *,
     max_bad_percent: float,
     cache_dir: Path | None,
+    labels: Sequence[str] | None = None,
+    remembered: Manifest | None = None,
     classes: Sequence[str] | None = None,
     testing: bool = False,
 ) -> Index:
@@ -431,13 +628,18 @@ def find_index(
     Args:
         own: folders of this program, which hold no data.
         cache_dir: where what was found is kept for the next time; None: nowhere.
+        labels: the tables that label the images; None: class folders do.
+        remembered: what a checkpoint remembers of the images, whose labels are those in place of anything else's.
         classes: those of the checkpoint that the run starts from. When ``testing``, some may be absent.
 
     Raises:
         CheckpointError: the folder has other classes. No image has been read then.
         DataError: it is missing, empty or holds too many files that cannot be read.
     """
-    index = find_images(data_dir, unlabeled_dir, own)
+    if remembered is not None and classes is not None:
+        index = find_images(data_dir, unlabeled_dir, own, by_folder=False)
+        return label_as_before(check_images(index, cache_dir, max_bad_percent=max_bad_percent), remembered, classes)
+    index = find_labeled(data_dir, unlabeled_dir, own, labels)
     if classes is not None:
         there, here = set(classes), set(index.classes)
         differences = [f"which lacks {name}" for name in sorted(there - here) if not testing]
@@ -469,7 +671,7 @@ def split_anew(
         UsageError, DataError: see :func:`require_enough` and :func:`make_split`; or a share was given for a part that
             is a folder of its own.
     """
-    require_enough(index)
+    require_enough(index, num_labels_percent=num_labels_percent, val_percent=val_percent, test_percent=test_percent)
     for part, percent in (("val", val_percent), ("test", test_percent)):
         if part in index.given_parts and f"{part}_percent" in given:
             raise UsageError(f"--{part}_percent {percent:g}: {index.root} has {part} images of its own; leave it out")

@@ -78,7 +78,8 @@ class Index:
 
     ``paths`` are relative to ``root`` (those outside of it absolute), with slashes, the labelled images first, either
     sorted. ``labels`` is [N] int64, ``UNKNOWN`` where nobody labelled. ``given_parts`` says of each image in which part
-    (train, val, test) the user's own folders put it; empty if they do not. ``notes`` say what was found and is not
+    (train, val, test) the user's own folders put it, and of one that is said to be of none of the classes ``unused``;
+    empty if they do not. ``notes`` say what was found and is not
     used. ``pixels`` ([N, H, W] uint8) stands for files in a named dataset. ``resize`` is the short side before the
     centre crop, in sides of the crop; ``mirror`` says whether a mirror image keeps its class.
 
@@ -137,17 +138,42 @@ class Index:
         labels = np.where(self.labels == UNKNOWN, UNKNOWN, place[self.labels])
         return dataclasses.replace(self, labels=labels, classes=tuple(classes))
 
+    def labeled_as(self, labels: np.ndarray, classes: Sequence[str], none: np.ndarray | None = None) -> "Index":
+        """The same images with other labels, those that have one first again.
+
+        Args:
+            labels: [N] int64 numbers of ``classes``, ``UNKNOWN`` for no label.
+            none: [N] bool, the images that are said to be of none of the classes.
+        """
+        order = sorted(range(len(self)), key=lambda i: (labels[i] == UNKNOWN, self.paths[i]))
+        parts = self.given_parts if none is None else tuple(np.where(none, "unused", "").tolist())
+        checked = len(self.digests) == len(self)
+        return dataclasses.replace(
+            self,
+            paths=tuple(self.paths[i] for i in order),
+            labels=np.asarray(labels)[order],
+            classes=tuple(classes),
+            given_parts=tuple(parts[i] for i in order) if any(parts) else (),
+            pixels=None if self.pixels is None else self.pixels[order],
+            digests=self.digests[order] if checked else self.digests,
+            stamps=tuple(self.stamps[i] for i in order) if self.stamps else (),
+            ranges=self.ranges[order] if len(self.ranges) else self.ranges,
+        )
+
 
 def dataset_name(data_dir: str) -> str:
     return os.path.basename(os.path.abspath(resolve_path(data_dir)))
 
 
-def find_images(data_dir: str, unlabeled_dir: str | None = None, own: Sequence[Path] = ()) -> Index:
+def find_images(
+    data_dir: str, unlabeled_dir: str | None = None, own: Sequence[Path] = (), *, by_folder: bool = True
+) -> Index:
     """Index a folder that has a subfolder of images for each class, or the named dataset ``digits``, by names alone.
 
     A folder that holds such a folder alone stands for it. ``train``, ``val`` and ``test`` folders that have class
     folders are the parts that they are called. Images of ``unlabeled_dir`` belong to no class, wherever it lies.
-    ``own`` are folders of this program, which hold no data.
+    ``own`` are folders of this program, which hold no data. Unless images are labelled ``by_folder``, it is any folder
+    of images at any depth, and none has a class.
 
     Raises:
         UsageError: there is a folder called ``digits`` here, so ``digits`` could mean either.
@@ -159,41 +185,21 @@ def find_images(data_dir: str, unlabeled_dir: str | None = None, own: Sequence[P
                 "--data_dir digits: the embedded digits, or the folder digits that is here? Give ./digits for the "
                 "folder, or start elsewhere"
             )
-        return _digits()
-    advice = "; give one with a subfolder of images for each class"
+        digits = _digits()
+        return digits if by_folder else digits.labeled_as(np.full(len(digits), UNKNOWN), ())
+    advice = "; give one with a subfolder of images for each class" if by_folder else ""
     walk = _Walk(_require_folder("--data_dir", data_dir, advice), own)
     unlabeled_root = None if unlabeled_dir is None else _require_folder("--unlabeled_dir", unlabeled_dir)
     if unlabeled_root is not None:
         walk.left_out.add(os.path.realpath(unlabeled_root))
-    walk.unwrap()
     labeled: list[tuple[str, str, str]] = []  # path, class, given part
     without: list[str] = []  # the images that have no class
-    parts = walk.parts()
-    for folder in dict.fromkeys(["", *(folder for folder, _ in parts)]):
-        loose, _ = walk.images(folder, deep=False)
-        if loose:
-            walk.notes.append(
-                f"{counted(len(loose), 'image')} not used, for they are in no class folder (first: {loose[0]})"
-            )
-    for folder, part in parts:
-        for name in walk.folders(folder):
-            path = f"{folder}/{name}" if folder else name
-            if name.lower() in UNLABELED_FOLDERS:
-                walk.notes.append(f"not used, for it is no class: the folder {path}")
-                continue
-            found, unread = walk.images(path)
-            if found:
-                labeled += [(image, _nfc(name), part) for image in found]
-            elif unread:
-                raise DataError(
-                    f"{walk.root / path}: nothing here reads its {counted(len(unread), 'image')} (first: {unread[0]}); "
-                    "convert them or move the folder away"
-                )
-            else:
-                walk.empty.append(path)
-    if not labeled:
-        lacks = f"no images in its class folders ({first_few(walk.empty)})" if walk.empty else "no class folders in it"
-        raise DataError(f"--data_dir {data_dir}: {lacks}; put each class's images in a subfolder")
+    if by_folder:
+        labeled = _in_class_folders(data_dir, walk)
+    else:
+        without, _ = walk.images("")
+        if not without:
+            raise DataError(f"--data_dir {data_dir}: no images in it")
     if unlabeled_root is not None:
         others = _Walk(unlabeled_root, [*own, walk.root])  # whose images are known
         found, _ = others.images("")
@@ -217,6 +223,43 @@ def find_images(data_dir: str, unlabeled_dir: str | None = None, own: Sequence[P
     )
 
 
+def _in_class_folders(data_dir: str, walk: "_Walk") -> list[tuple[str, str, str]]:
+    """The images in class folders, each as its path, its class and the part of the data set that it was given to.
+
+    Raises:
+        DataError: there is none, or a class in which nothing can be read.
+    """
+    labeled: list[tuple[str, str, str]] = []
+    walk.unwrap()
+    parts = walk.parts()
+    for folder in dict.fromkeys(["", *(folder for folder, _ in parts)]):
+        loose, _ = walk.images(folder, deep=False)
+        if loose:
+            walk.notes.append(
+                f"{counted(len(loose), 'image')} not used, for they are in no class folder (first: {loose[0]})"
+            )
+    for folder, part in parts:
+        for name in walk.folders(folder):
+            path = f"{folder}/{name}" if folder else name
+            if name.lower() in UNLABELED_FOLDERS:
+                walk.notes.append(f"not used, for it is no class: the folder {path}")
+                continue
+            found, unread = walk.images(path)
+            if found:
+                labeled += [(image, nfc(name), part) for image in found]
+            elif unread:
+                raise DataError(
+                    f"{walk.root / path}: nothing here reads its {counted(len(unread), 'image')} (first: {unread[0]}); "
+                    "convert them or move the folder away"
+                )
+            else:
+                walk.empty.append(path)
+    if not labeled:
+        lacks = f"no images in its class folders ({first_few(walk.empty)})" if walk.empty else "no class folders in it"
+        raise DataError(f"--data_dir {data_dir}: {lacks}; put each class's images in a subfolder")
+    return labeled
+
+
 def innermost(data_dir: str, own: Sequence[Path] = ()) -> Path:
     """The folder that has the class folders, past those that only wrap it."""
     walk = _Walk(resolve_path(data_dir), own)
@@ -237,15 +280,15 @@ def unlabeled_beside(data_dir: str, own: Sequence[Path] = ()) -> str | None:
         for name in walk.folders(folder):
             if name.lower() in UNLABELED_FOLDERS:
                 return os.path.join(walk.root, folder, name)
-    classes = {_nfc(name) for folder, part in parts if part == "train" for name in walk.folders(folder)}
+    classes = {nfc(name) for folder, part in parts if part == "train" for name in walk.folders(folder)}
     for folder, part in parts:
         inside = walk.folders(folder)
-        if part == "test" and len(inside) < 2 and not classes & {*map(_nfc, inside)} and walk.images(folder)[0]:
+        if part == "test" and len(inside) < 2 and not classes & {*map(nfc, inside)} and walk.images(folder)[0]:
             return os.path.join(walk.root, folder)
     return None
 
 
-def _nfc(name: str) -> str:
+def nfc(name: str) -> str:
     """A name as it is compared: accented letters have two Unicode forms, and systems differ in which they write."""
     return unicodedata.normalize("NFC", name)
 

@@ -82,8 +82,9 @@ def _reason(inputs: Inputs, i: int) -> str:
 
 
 def prediction_header(classes: Sequence[str], networks: Iterable[str]) -> list[str]:
-    """The columns of predictions.csv: ``p_CLASS`` are the probabilities that the prediction was made from."""
-    fixed = ["path", "split", "true_label", "predicted_label", "probability", "margin", "agree"]
+    """The columns of predictions.csv: ``p_CLASS`` are the probabilities that the prediction was made from. ``label`` is
+    empty, to be filled in where somebody knows better, for ``--labels``."""
+    fixed = ["path", "split", "true_label", "predicted_label", "label", "probability", "margin", "agree"]
     votes = [f"{name}_vote" for name in networks if name != "ensemble"]
     return fixed + votes + [f"p_{name}" for name in classes]
 
@@ -108,6 +109,7 @@ def prediction_rows(
             part,
             "" if label == images.UNKNOWN else classes[label],
             classes[place],
+            "",
             f"{first:.6f}",
             f"{first - second:.6f}",
             int(len(set(cast)) == 1),

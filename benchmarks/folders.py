@@ -250,8 +250,10 @@ def _agree(cwd: Path, made: Made, problems: list[str]) -> bool:
             problems.append(f"{name}: another split")
     for path, row in first.items():
         label, given = made.labeled.get(path, ""), made.given.get(path, "")
-        if row["label"].encode("utf-8", "surrogateescape") != _normal(label).encode("utf-8", "surrogateescape"):
-            problems.append(f"{path}: label {row['label']}")
+        if (row["label"] or row["true_label"]).encode("utf-8", "surrogateescape") != _normal(label).encode(
+            "utf-8", "surrogateescape"
+        ):
+            problems.append(f"{path}: label {row['label'] or row['true_label']}")
         if given and row["split"] not in (given, "unused"):
             problems.append(f"{path}: {row['split']} in place of {given}")
         if not row["split"]:

@@ -472,10 +472,12 @@ def test_any_name_survives_into_the_tables_and_none_becomes_a_formula(cli, tmp_p
         for i, name in enumerate(NAMES):
             (root / f"=class {c}" / f"{i:03d}.png").rename(root / f"=class {c}" / name)
     cli.forked("--name", "a", "--data_dir", root, *RUN, "--test_percent", "40")
-    for file in ("split.csv", "predictions.csv"):
+    for file in ("split.csv", "predictions.csv", "labels.csv"):
         rows = table(cli.cwd / "results/a" / file)
         assert all(row["path"].startswith("'=class") for row in rows)
-        assert all(value.startswith("'=") for row in rows for key, value in row.items() if key.endswith("label"))
+        labels = [value for row in rows for key, value in row.items() if key.endswith("label") and value]
+        assert all(value.startswith("'=") for value in labels)
+        assert labels
     paths = {row["path"] for row in table(cli.cwd / "results/a/split.csv")}
     assert paths >= {f"'=class {c}/{name}" for c in range(3) for name in NAMES}
 

@@ -121,8 +121,9 @@ def test_what_cannot_be_labelled_is_said_in_one_line(trained, tmp_path):
 def test_predictions_are_a_plain_table(trained):
     with (trained.cwd / "results/exp/predictions.csv").open(newline="", encoding="utf-8-sig") as file:
         header, *rows = csv.reader(file)
-    assert header[:7] == ["path", "split", "true_label", "predicted_label", "probability", "margin", "agree"]
-    assert header[7:] == ["student_vote", "teacher_vote", "p_class 0", "p_class 1", "p_class 2"]
+    assert header[:5] == ["path", "split", "true_label", "predicted_label", "label"]
+    assert header[5:8] == ["probability", "margin", "agree"]
+    assert header[8:] == ["student_vote", "teacher_vote", "p_class 0", "p_class 1", "p_class 2"]
     assert {len(row) for row in rows} == {len(header)}
 
 

@@ -1,0 +1,194 @@
+"""Tables that say which image has which label: who writes them, how they are read, what becomes of each row."""
+
+import numpy as np
+import pytest
+from conftest import TINY, make_folder
+from test_folders import picture, pictures
+
+import data
+import images
+from utils import DataError, read_csv
+
+RUN = [*TINY, "--num_epochs", "1", "--warmup_epoch_num", "0"]
+
+
+@pytest.fixture
+def flat(tmp_path):
+    """A folder of images at several depths, none of which has a class."""
+    for path in ("a.png", "b.jpg", "in/c.png", "in/deep/d.png", "in/e.png", "other/e.png"):
+        picture(tmp_path / "photos" / path)
+    return tmp_path / "photos"
+
+
+def labeled(root, *tables: str, encoding: str = "utf-8") -> dict[str, str]:
+    """The labels that tables with these texts give to the images of a folder."""
+    files = []
+    for i, text in enumerate(tables):
+        files.append(str(root.parent / f"table{i}.csv"))
+        (root.parent / f"table{i}.csv").write_text(text, encoding=encoding)
+    index = data.find_labeled(str(root), None, (), files)
+    return {path: index.classes[c] for path, c in zip(index.paths, index.labels, strict=True) if c != images.UNKNOWN}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path,label\na.png,x\nin/c.png,y\n",
+        "label;note;file_name\nx;;a.png\ny;say;in/c.png\n",
+        "PATH\tLabel\na.png\tx\nin/c.png\ty\n",
+        'path,label\n"a.png", x \n\nin\\c.png,y\nb.jpg,\n',
+        "id,label\na,x\nc,y\n",  # as Kaggle has them
+        "path,label\n./a.png,x\nphotos/in/../in/c.png,y\n",  # from where the table lies
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_tables_are_read_as_spreadsheets_and_people_write_them(flat, text, encoding):
+    assert labeled(flat, text, encoding=encoding) == {"a.png": "x", "in/c.png": "y"}
+
+
+def test_paths_may_be_absolute_and_lie_in_the_unlabelled_folder(flat, tmp_path):
+    pictures(tmp_path / "more", 2)
+    table = tmp_path / "t.csv"
+    table.write_text(f"path,label\n{flat / 'a.png'},x\n{tmp_path / 'more' / '001.png'},y\n")
+    index = data.find_labeled(str(flat), str(tmp_path / "more"), (), [str(table)])
+    assert index.paths[:2] == (str(tmp_path / "more" / "001.png"), "a.png")
+    assert [index.classes[c] for c in index.labels[:2]] == ["y", "x"]
+    assert (index.labels[2:] == images.UNKNOWN).all()
+    assert len(index) == 8
+
+
+def test_of_two_tables_the_later_ones_word_counts(flat):
+    first = "path,label\na.png,x\nb.jpg,x\nin/c.png,y\n"
+    second = "path,label\na.png,y\nb.jpg,?\nin/c.png,\n"
+    assert labeled(flat, first, second) == {"a.png": "y", "in/c.png": "y"}
+    assert labeled(flat, second, first) == {"a.png": "x", "b.jpg": "x", "in/c.png": "y"}
+
+
+def test_a_class_that_was_corrected_away_is_none(flat):
+    assert set(labeled(flat, "path,label\na.png,x\nb.jpg,tpyo\n", "path,label\nb.jpg,y\n").values()) == {"x", "y"}
+
+
+def test_rows_that_cannot_be_followed_are_said(flat, tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_text("path,label\na.png,x\nnever.png,x\nno/a.png,x\ne.png,y\nin/e.png,y\n")
+    index = data.find_labeled(str(flat), None, (), [str(table)])
+    assert f"2 rows of {table} not used: no image is called so (first: never.png)" in index.notes
+    assert f"1 row of {table} not used: several images are called so (first: e.png)" in index.notes
+    assert (index.labels != images.UNKNOWN).sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("path,label\na.png,x\na.png,y\n", "a.png is x in line 2 and y in line 3"),
+        ("path,label\na.png,x\n./a.png,y\n", "is x in line 2 and y in line 3"),
+        ("path,class\na.png,x\n", "must have the columns path and label; it has 'path,class'"),
+        ("", "it is empty"),
+        ("path,label\na.png,\n", "fill in the column label"),
+        ("path,label\nz.png,x\n", "1 row of .*no image is called so"),
+        ("path,label\na.png,-\n", "fill in the column label"),
+    ],
+)
+def test_a_table_that_says_nothing_or_two_things_is_refused(flat, text, says):
+    with pytest.raises(DataError, match=says):
+        labeled(flat, text)
+
+
+def test_a_label_in_an_unknown_encoding_is_refused_by_line(flat, tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_bytes("path,label\na.png,x\nb.jpg,Äpfel\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"line 3: .* save the table as CSV UTF-8"):
+        data.find_labeled(str(flat), None, (), [str(table)])
+    with pytest.raises(DataError, match="No such file"):
+        data.find_labeled(str(flat), None, (), [str(tmp_path / "none.csv")])
+
+
+def test_accents_are_the_same_in_either_unicode_form(tmp_path):
+    picture(tmp_path / "p" / "A\u0308pfel.png")
+    picture(tmp_path / "p" / "b.png")
+    found = labeled(tmp_path / "p", "path,label\n\u00c4pfel.png,A\u0308pfel\nb.png,\u00c4pfel\n")
+    assert set(found.values()) == {"\u00c4pfel"}
+    assert len(found) == 2
+
+
+def test_images_of_none_of_the_classes_are_not_trained_on(flat):
+    (flat.parent / "t.csv").write_text("path,label\na.png,x\nb.jpg,y\nin/c.png,-\n")
+    picture(flat / "copy.png").write_bytes((flat / "in/c.png").read_bytes())
+    index = images.check_images(data.find_labeled(str(flat), None, (), [str(flat.parent / "t.csv")]), None)
+    split = data.make_split(
+        index.paths,
+        index.labels,
+        seed=0,
+        num_labels_percent=100,
+        val_percent=0,
+        test_percent=0,
+        duplicates=index.duplicates,
+        given_parts=index.given_parts,
+    )
+    assert {index.paths[i] for i in split.unused} == {"in/c.png", "copy.png"}
+    written = flat.parent / "again.csv"
+    written.write_bytes(data.labels_to_csv(index))
+    assert {row["path"]: row["label"] for row in read_csv(written)} == {"a.png": "x", "b.jpg": "y", "in/c.png": "-"}
+    again = data.find_labeled(str(flat), None, (), [str(written)])
+    assert (again.paths, again.given_parts, again.labels.tolist()) == (
+        index.paths,
+        index.given_parts,
+        index.labels.tolist(),
+    )
+
+
+def test_folders_and_a_table_that_says_the_same_give_the_same_predictions(cli, tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=9)
+    pictures(root / "unlabeled", 6)
+    cli.inside("--name", "folders", "--data_dir", root, *RUN)
+    results = cli.cwd / "results"
+    cli.inside("--name", "table", "--data_dir", root, *RUN, "--labels", results / "folders/labels.csv")
+    for file in ("predictions.csv", "labels.csv", "split.csv"):
+        assert (results / "table" / file).read_bytes() == (results / "folders" / file).read_bytes()
+
+
+def test_what_a_run_learned_from_tables_it_needs_no_table_to_test_or_to_go_on_from(cli, tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=9)
+    table = tmp_path / "t.csv"
+    rows = [f"class {c}/{i:03d}.png,{'xy'[c]}" for c in range(2) for i in range(6)]
+    table.write_text("\n".join(["path,label", *rows, "class 1/008.png,-"]))
+    cli.inside("--name", "e", "--data_dir", root, *RUN, "--labels", table)
+    table.unlink()
+    (root / "class 0/000.png").rename(root / "renamed.png")
+    (root / "class 0").rename(root / "holiday")
+    results = cli.cwd / "results"
+    said = {row["path"]: row["label"] for row in read_csv(results / "e/labels.csv")}
+    assert len(said) == 13
+    said["renamed.png"] = said.pop("class 0/000.png")
+    said = {path.replace("class 0", "holiday"): label for path, label in said.items()}
+    for name, mode in (("t", "--test_mode"), ("f", "--finetune_mode")):
+        cli.inside("--name", name, mode, "--load_path", "e", *(() if name == "t" else ("--num_epochs", "1")))
+        assert {row["path"]: row["label"] for row in read_csv(results / name / "labels.csv")} == said
+    parts = {row["path"]: row["split"] for row in read_csv(results / "f/split.csv")}
+    assert parts["class 1/008.png"] == "unused"
+
+
+def test_a_table_that_was_corrected_survives_the_run_that_it_is_given_to(cli, tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=9)
+    results = cli.cwd / "results"
+    cli.inside("--name", "e", "--data_dir", root, *RUN)
+    mine = results / "e/labels.csv"
+    text = mine.read_text(encoding="utf-8-sig").replace("class 0/000.png,class 0", "class 0/000.png,class 1")
+    mine.write_text(text + "\n# mine\n")
+    corrected = mine.read_bytes()
+    cli.inside("--name", "e", "--overwrite", "--data_dir", root, *RUN, "--labels", mine)
+    assert (results / "e/labels.edited.csv").read_bytes() == corrected
+    assert "class 0/000.png,class 1" in mine.read_text()
+    cli.inside("--name", "e", "--overwrite", "--data_dir", root, *RUN)
+    assert (results / "e/labels.edited.csv").read_bytes() == corrected
+
+
+def test_the_digits_take_a_table_too(tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_text("id,label\n0000,zero\n1/0001,one\n")
+    index = data.find_labeled("digits", None, (), [str(table)])
+    assert index.paths[:2] == ("0/0000", "1/0001")
+    assert index.classes == ("one", "zero")
+    assert np.count_nonzero(index.labels != images.UNKNOWN) == 2
+    plain = images.find_images("digits")
+    assert (index.pixels[index.paths.index("4/0004")] == plain.pixels[plain.paths.index("4/0004")]).all()
