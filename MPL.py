@@ -24,6 +24,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import signal
 import time
 import traceback
@@ -36,6 +37,7 @@ import numpy as np
 import torch
 
 import checkpoints
+import crossfit
 import data
 import distributed
 import features
@@ -261,6 +263,7 @@ class Work(NamedTuple):
     architecture: models.Architecture
     inputs: features.Inputs
     notes: list[str]
+    guide: mixture.Guide = mixture.Guide(None, None)  # what the features of all images say to its training
 
     def features(self, rows: np.ndarray) -> torch.Tensor:
         """What the mixture learns from: features averaged over an image's views, [n, D]."""
@@ -351,10 +354,12 @@ def loaded_learners(
 
 def assist(work: Work, signals: Signals) -> None:
     """What every process but the first does: its share of the training and of the predictions."""
+    cross_validate(work)
+    work = guided(work)
     trained = {} if work.start.config.mode == "test" else train_networks(work, signals)
     work, learners = ready_to_test(work, trained)
     score(work, learners)
-    predict_others(work, learners)
+    out_of_fold(work, predict_others(work, learners)["unlabeled"])
 
 
 def lead(work: Work, signals: Signals) -> None:
@@ -400,27 +405,52 @@ def carry_out(work: Work, begin: Callable[[], None], signals: Signals) -> None:
         print(models.describe_network(work.architecture, config.seed))
     trained: dict[str, models.Learner] = {}
     defaults = None
+    held_out = cross_validate(work)
     if config.mode == "optuna":
         import optuna_search
 
         train_one = functools.partial(train_trial, work, signals)
         tuned = optuna_search.search(config, work.data, work.features, train_one, folder.results, begin, folder.writing)
         print("training once with the options as given, and once with the best:")
-        _, defaults = score(work, train_networks(work, signals))
+        _, defaults = score(work, train_networks(guided(work), signals))
         last = folder.take_up(tuned, work.architecture.origin)
-        work = work._replace(start=work.start._replace(config=tuned, last=last))
+        work = guided(work._replace(start=work.start._replace(config=tuned, last=last)))
         trained = train_networks(work, signals, folder)
     elif config.mode == "test":
         begin()
     else:
-        trained = train_networks(work, signals, folder, begin=begin)
-    conclude(work, trained, defaults, time.perf_counter() - work.start.began)
+        work = guided(work)
+        trained = train_networks(work, signals, folder, held_out=held_out, begin=begin)
+    conclude(work, trained, held_out, defaults, time.perf_counter() - work.start.began)
 
 
-def make_guide(work: Work) -> mixture.Guide:
-    """What the features of all images say to the run's training."""
+def cross_validate(work: Work) -> crossfit.HeldOut | None:
+    """Where no image is set aside to test on: what heads on kept features predict of labelled images whose labels they
+    have not seen."""
     config, found = work.start.config, work.data
-    return mixture.guide(
+    if len(found.split.test) or not len(found.split.labeled) or not work.architecture.frozen:
+        return None
+    held_out = crossfit.cross_validate(
+        work.features,
+        found.split,
+        found.labels,
+        found.index.contents,
+        len(found.classes),
+        targets="labels" if config.finetune_mode else config.targets,
+        alignment=config.alignment,
+        seed=config.seed,
+    )
+    if held_out is None:
+        print("no class has two labels, so nothing can tell how good the predictions are: label more")
+    return held_out
+
+
+def guided(work: Work) -> Work:
+    """The run with what the features of all images say to its training, unless it trains on labelled images alone."""
+    config, found = work.start.config, work.data
+    if config.mode in ("finetune", "test"):
+        return work
+    guide = mixture.guide(
         work.features,
         found.known,
         found.split.train,
@@ -428,6 +458,10 @@ def make_guide(work: Work) -> mixture.Guide:
         targets=config.targets,
         alignment=config.alignment,
     )
+    if config.alignment == "estimated" and guide.prior is not None:
+        given = mixture.label_shares(found.known, len(found.classes))
+        print(mixture.describe_shares(guide.prior, given, found.classes))
+    return work._replace(guide=guide)
 
 
 def train_networks(
@@ -435,7 +469,7 @@ def train_networks(
     signals: Signals,
     folder: RunFolder | None = None,
     *,
-    guide: mixture.Guide | None = None,
+    held_out: crossfit.HeldOut | None = None,
     begin: Callable[[], None] = lambda: None,
     on_score: Callable[[int, float], None] | None = None,
 ) -> dict[str, models.Learner]:
@@ -443,22 +477,20 @@ def train_networks(
 
     Args:
         folder: where history and checkpoints go; None keeps nothing.
+        held_out: what cross-validation predicts, whose accuracy stands for that on validation images if there are none.
         begin: called when all is ready for the first step.
         on_score: hears each epoch's validation score, in place of a progress bar.
     """
     config, found, inputs, saved, last = work.start.config, work.data, work.inputs, work.start.saved, work.start.last
-    if guide is None and not config.finetune_mode:
-        guide = make_guide(work)
-        if folder and config.alignment == "estimated" and guide.prior is not None:
-            given = mixture.label_shares(found.known, len(found.classes))
-            print(mixture.describe_shares(guide.prior, given, found.classes))
-    plan = train.make_plan(config, found.split, *(guide or ()))
+    plan = train.make_plan(config, found.split, *work.guide)
     learners = train.new_learners(config, plan.updates, work.architecture, inputs.device, inputs.precision)
     if saved:
         for name, learner in learners.items():
             learner.load_weights(saved.best.learners.get(name) or next(iter(saved.best.learners.values())))
     val = found.split.val
-    watched = learners, plan.mode.scored, train.validator(inputs.source, val, inputs.device), found.labels[val]
+    validate = train.validator(inputs.source, val, inputs.device)
+    unvalidated = scores_of(held_out, found.labels).get("accuracy", math.nan)
+    watched = learners, plan.mode.scored, validate, found.labels[val], unvalidated
     if folder is None:
         keeper = train.Keeper(*watched)
     else:
@@ -486,8 +518,8 @@ def train_trial(
     on_score: Callable[[int, float], None],
 ) -> None:
     """Train once for a search, with its options and images."""
-    trial = work._replace(start=work.start._replace(config=config), data=found)
-    train_networks(trial, signals, guide=guide, on_score=on_score)
+    trial = work._replace(start=work.start._replace(config=config), data=found, guide=guide)
+    train_networks(trial, signals, on_score=on_score)
 
 
 def write_beginning(work: Work) -> None:
@@ -544,6 +576,11 @@ def label_predict_dir(
 Scores = dict[str, dict[str, dict[str, float]]]  # by part, network and metric
 
 
+def scores_of(held_out: crossfit.HeldOut | None, labels: np.ndarray) -> dict[str, float]:
+    """How good the cross-validated predictions are; nothing if there are none."""
+    return {} if held_out is None else metrics.classification_metrics(held_out.probabilities, labels[held_out.rows])
+
+
 def score(work: Work, learners: Mapping[str, models.Learner]) -> tuple[dict[str, predict.Predicted], Scores]:
     """What is predicted of the validation and test images, and how good that is."""
     parts: tuple[str, ...] = ("val", "test")
@@ -569,6 +606,45 @@ def predict_others(work: Work, learners: Mapping[str, models.Learner]) -> dict[s
     return {part: predict_part(work, learners, part) for part in parts}
 
 
+def out_of_fold(work: Work, predicted: predict.Predicted) -> torch.Tensor | None:
+    """What is said of the unlabelled images by heads that have not learned from them, [U, C], where heads on kept
+    features have learned from such images; None elsewhere.
+
+    Args:
+        predicted: what the networks say of them, which they were taught if their own teacher gave the labels.
+    """
+    config, found, guide = work.start.config, work.data, work.guide
+    kept = config.views or config.targets == "mixture"
+    if config.mode in ("finetune", "test") or not (work.architecture.frozen and kept and len(found.split.unlabeled)):
+        return None
+    targets = guide.targets
+    if targets is None:
+        targets = np.zeros((len(found.index), len(found.classes)), dtype=np.float32)
+        targets[found.split.labeled, found.labels[found.split.labeled]] = 1
+        targets[predicted.rows] = train.final(predicted.probabilities).numpy()
+    return crossfit.out_of_fold(
+        work.features, found.split, found.index.contents, targets, guide.prior, seed=config.seed
+    )
+
+
+def say_out_of_fold(work: Work, predicted: predict.Predicted) -> predict.Predicted:
+    """The predictions of the unlabelled images, out of fold where that can be; these are kept for later tests."""
+    saved, digests = work.start.saved, work.data.index.digests
+    if saved and work.start.config.mode == "test":
+        p, then = saved.out_of_fold, saved.split.digests_of("unlabeled")
+    else:
+        p, then = out_of_fold(work, predicted), digests[work.data.split.unlabeled].tolist()
+        if p is not None:
+            checkpoints.keep_out_of_fold(work.start.folder.checkpoints / checkpoints.BEST, p)
+    if p is None:
+        return predicted
+    place = {content: i for i, content in enumerate(then)}
+    known = np.array([place.get(content, -1) for content in digests[predicted.rows].tolist()], dtype=np.int64)
+    final = train.final(predicted.probabilities).clone()
+    final[known >= 0] = p[known[known >= 0]]
+    return predicted._replace(probabilities={**predicted.probabilities, "ensemble": final})
+
+
 def ready_to_test(work: Work, trained: Mapping[str, models.Learner]) -> tuple[Work, dict[str, models.Learner]]:
     """The networks to be tested: those just trained, or the checkpoint's if there are none; without mixed precision if
     they are exported, so that what is reported is what the exported file gives."""
@@ -590,6 +666,7 @@ def ready_to_test(work: Work, trained: Mapping[str, models.Learner]) -> tuple[Wo
 def conclude(
     work: Work,
     trained: Mapping[str, models.Learner],
+    held_out: crossfit.HeldOut | None,
     defaults: Scores | None,
     seconds_train: float,
 ) -> None:
@@ -610,17 +687,24 @@ def conclude(
     predicted, scores = score(work, learners)
     seconds = {"total": time.perf_counter() - work.start.began, "train": seconds_train if trained else 0.0}
     seconds["test"] = seconds["total"] - seconds_train
-    figures = figures_of(work, trained, learners, predicted, scores, defaults, seconds)
+    figures = figures_of(work, trained, learners, predicted, scores, held_out, defaults, seconds)
     with attempts.attempt("metrics.json"):
         with folder.writing("metrics.json"):
             utils.write_json(results / "metrics.json", figures)
         write_config(config, folder)  # a study's is the best; and one gone on with may be exported now
     with attempts.attempt("predictions.csv"):
         predicted |= predict_others(work, learners)
+    if "unlabeled" in predicted:
+        with attempts.attempt("the predictions out of fold", needed=False):
+            predicted["unlabeled"] = say_out_of_fold(work, predicted["unlabeled"])
     with attempts.attempt("predictions.csv"), folder.writing("predictions.csv"):
         order = [part for part in ("test", "unlabeled", "labeled", "val", "unused") if part in predicted]
         of_parts = {str(part): predicted[part][:2] for part in order}
         predict.write_predictions(results / "predictions.csv", work.data.index, of_parts)
+    if held_out is not None:
+        with attempts.attempt("cross_validation.csv"), folder.writing("cross_validation.csv"):
+            of_folds = {"labeled": (held_out.rows, {"held_out": torch.from_numpy(held_out.probabilities)})}
+            predict.write_predictions(results / "cross_validation.csv", work.data.index, of_folds)
     missing = [each for part in predicted.values() for each in part.missing]
     if missing:
         left_out = (
@@ -673,6 +757,7 @@ def figures_of(
     learners: Mapping[str, models.Learner],
     predicted: Mapping[str, predict.Predicted],
     scores: Scores,
+    held_out: crossfit.HeldOut | None,
     defaults: Scores | None,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
@@ -680,6 +765,9 @@ def figures_of(
     config, labels, saved = work.start.config, work.data.labels, work.start.saved
     rows = {part: each.rows for part, each in predicted.items()}
     final = {part: train.final(each.probabilities).numpy() for part, each in predicted.items()}
+    about = {part: (final[part], labels[rows[part]]) for part in final}
+    if held_out is not None:
+        about |= dict.fromkeys(("val", "test"), (held_out.probabilities, labels[held_out.rows]))
     tested = saved if config.mode == "test" else None
     trainings = tested.trainings if tested else checkpoints.learned_from(config, work.data, saved)
     changed, usual = args.changed(config.options())
@@ -693,10 +781,13 @@ def figures_of(
         "networks": {name: "trained" if name in (trained or ()) else "loaded" for name in learners},
         "test": scores["test"],
         "val": scores["val"],
+        "cross_validation": {}
+        if held_out is None
+        else scores_of(held_out, labels) | {"images": len(held_out.rows), "folds": held_out.folds},
         **({} if defaults is None else {"defaults": defaults}),
         "classes": list(work.data.classes),
-        "per_class": metrics.per_class(final["test"], labels[rows["test"]]),
-        "temperature": metrics.fit_temperature(final["val"], labels[rows["val"]]),
+        "per_class": metrics.per_class(*about["test"]),
+        "temperature": metrics.fit_temperature(*about["val"]),
         "seconds": dict(seconds),
         "notes": work.notes,
         "commands": commands(config, work.data.index.name),

@@ -169,7 +169,7 @@ class Config:
         low=0,
         high=90,
         unit="percent",
-        shown="0.8 percent",
+        shown="0.8 percent; 0 with --unlabeled_dir or --labels if a head is trained",
     )
     test_percent: float = option(
         None,
@@ -178,7 +178,7 @@ class Config:
         low=0,
         high=90,
         unit="percent",
-        shown="6 percent",
+        shown="6 percent; 0 with --unlabeled_dir or --labels if a head is trained",
     )
     max_bad_percent: float = option(
         5.0,
@@ -687,12 +687,15 @@ def _resolve(config: Config) -> Config:
     frozen = config.trainable == "head"
     config = _filled(config, targets="mixture" if frozen and config.weights != "none" else "teacher")
     mixture = config.targets == "mixture"
+    labels_percent = config.num_labels_percent or (100.0 if config.chosen_labels else 3.0)
+    # Labels that are all there are cannot be spared: cross-validation says how good a head on kept features is.
+    all_to_learn_from = config.chosen_labels and labels_percent == 100 and frozen and not config.optuna_mode
     unknown_shares = "estimated" if mixture else "none"  # who chose the labels need not have kept the classes' shares
     return _filled(
         config,
-        num_labels_percent=100.0 if config.chosen_labels else 3.0,
-        val_percent=0.8,
-        test_percent=6.0,
+        num_labels_percent=labels_percent,
+        val_percent=0.0 if all_to_learn_from else 0.8,
+        test_percent=0.0 if all_to_learn_from else 6.0,
         views=4 if frozen else 8 if digits else 0,
         unlabeled_batch_size=config.batch_size * (2 if digits else 1),
         alignment=unknown_shares if config.chosen_labels else "labels",

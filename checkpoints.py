@@ -60,9 +60,15 @@ OF_STUDY = (
     *("optuna_slices.png", "optuna_importances.png", "optuna_parallel.png"),
 )
 OF_NETWORKS = (  # what speaks of the weights in the checkpoints
-    *("history.csv", "metrics.json", "predictions.csv", "report.html"),
+    *("history.csv", "metrics.json", "predictions.csv", "cross_validation.csv", "report.html"),
     *("graphs.png", "calibration.png", "mistakes.png", "disagreements.png", "Student_CM.png", "Teacher_CM.png"),
-    *("Teacher and Student_CM.png", "Model 1_CM.png", "Model 2_CM.png", "Both models_CM.png"),
+    *(
+        "Teacher and Student_CM.png",
+        "Model 1_CM.png",
+        "Model 2_CM.png",
+        "Both models_CM.png",
+        "Cross-validation_CM.png",
+    ),
     *("model_card.md", "model.onnx", "model.onnx.data", "model.pt2"),
 )
 IN_RESULTS = (*OF_BEGINNING, *OF_STUDY, *OF_NETWORKS)
@@ -499,6 +505,7 @@ class BestCheckpoint(Checkpoint):
 
     best: Best
     digest: str | None = None  # of the file that this was read from, which cannot hold its own
+    out_of_fold: torch.Tensor | None = None  # [U, C] what is said of the unlabelled images of the split, in its order
 
     def partner(self) -> dict[str, dict[str, Any]]:
         """The weights of the second network, if there is one: finetuning leaves them as they are, and the new student
@@ -574,7 +581,13 @@ def load_best(path: Path) -> BestCheckpoint:
     """
     with _structure_checked(path):
         state, digest = _read_with_digest(path)
-        return BestCheckpoint(**_typed(state), best=Best(**state["best"]), digest=digest)
+        best, out_of_fold = Best(**state["best"]), state.get("out_of_fold")
+        return BestCheckpoint(**_typed(state), best=best, digest=digest, out_of_fold=out_of_fold)
+
+
+def keep_out_of_fold(path: Path, probabilities: torch.Tensor) -> None:
+    """Add what is said of the unlabelled images to the checkpoint of a run's best weights."""
+    save_checkpoint(path, dataclasses.replace(load_best(path), digest=None, out_of_fold=probabilities))
 
 
 def load_last(path: Path) -> LastCheckpoint:

@@ -425,6 +425,10 @@ class Manifest:
     def digest_list(self) -> list[bytes]:
         return self.digests.contiguous().numpy().view("S16").ravel().tolist()
 
+    def digests_of(self, part: str) -> list[bytes]:
+        """Of the images of a part, in their order."""
+        return [content for content, own in zip(self.digest_list(), self.parts, strict=True) if own == part]
+
     def knows_any(self, index: Index) -> bool:
         """Whether an image of the index is among these."""
         return bool(np.isin(index.digests, np.array(self.digest_list(), dtype="S16")).any())
@@ -512,9 +516,11 @@ def split_from_manifest(
             part = _part_of_known(label, by_digest[content], testing or given in ("val", "test"))
         elif label != entry.label:
             changes[_label_change(entry.label, label)].append(path)
-            part = _part_of_known(label, [entry], testing)
+            part = _part_of_known(label, by_digest[content] if entry.part == "unused" else [entry], testing)
         else:
             part = entry.part
+        if given == "unused":
+            part = given
         if content in conflicting:  # no label of it is believed
             part = "unlabeled" if part in ("labeled", "unlabeled") and content in by_digest else "unused"
         parts.append(part)
@@ -526,9 +532,10 @@ def split_from_manifest(
     here, now = set(index.paths), set(index.digests.tolist())
     changes["gone"] = [path for path, entry in then.items() if path not in here and entry.digest not in now]
     split = Split.of(parts)
-    if testing and not len(split.test):
+    whole = not {"val", "test"}.intersection(saved.parts)  # every label was learned from
+    if testing and not len(split.test) and not (whole and saved.knows_any(index)):
         raise DataError(f"{index.root}: no labelled image in it that was not trained on; put the test images back")
-    if not testing and not (len(split.val) and len(split.test)):
+    if not testing and not whole and not (len(split.val) and len(split.test)):
         raise DataError(f"{index.root}: none of the checkpoint's validation or test images are left; put them back")
     listed = [f"{counted(len(paths), 'image')} {what} (first: {paths[0]})" for what, paths in changes.items() if paths]
     if testing and len(changes["new"]) == len(index):
@@ -567,9 +574,9 @@ def _part_of_known(label: int, then: Sequence[_Then], testing: bool) -> str:
         return "unused" if held_out else "unlabeled"
     if held_out or "labeled" in parts:
         return held_out or "labeled"
-    if "unlabeled" in parts and all(entry.label == UNKNOWN for entry in then):
-        return "unlabeled" if testing else "labeled"  # nobody had labelled it
-    return "unlabeled" if "unlabeled" in parts else "unused"
+    then_too = "unlabeled" if "unlabeled" in parts else "unused"
+    nobody_had_labeled_it = all(entry.label == UNKNOWN for entry in then)
+    return "labeled" if nobody_had_labeled_it and not testing else then_too
 
 
 def _entries(saved: Manifest) -> list[_Then]:

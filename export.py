@@ -121,10 +121,10 @@ A classifier of images into $n_classes classes: $classes. The exported file hold
 |---|---|
 | backbone | `$model_name`, weights `$weights`, trained: $trainable |
 | training | $training |
-| chosen by | $val validation images |
-| tested on | $test images of `$tested`, none of them or an exact copy of them in training |
+| chosen by | $chosen |
+| tested on | $tested |
 
-## Scores on the test images
+## Scores
 
 | network | accuracy | 95 % interval | balanced | macro F1 | calibration error |
 |---|---|---|---|---|---|
@@ -135,7 +135,7 @@ $honesty
 ## Limits
 
 - It knows these classes alone: any image gets one of them, whatever it shows.
-- The scores hold for images like those in `$tested`. Others were not tested.$guesses
+- The scores hold for images like those in `$dataset`. Others were not tested.$guesses
 - Least reliable classes (F1): $worst.
 
 ## Use
@@ -228,6 +228,7 @@ def write_card(
         weights: where the backbone's come from; ``frozen``: whether they stay.
     """
     counts, trainings, classes = figures["counts"], figures["trainings"], figures["classes"]
+    folds = figures["cross_validation"]
     # What several trainings on one data set learned from is nearly the same.
     of_dataset = {
         each["dataset"]: [one for one in trainings if one["dataset"] == each["dataset"]] for each in trainings
@@ -256,20 +257,26 @@ def write_card(
         weights=weights,
         trainable="a linear layer on frozen features" if frozen else "the whole network",
         training="; then ".join(map(_described, trainings)),
-        tested=plain(figures["dataset"]),
+        dataset=plain(figures["dataset"]),
+        chosen=f"{trainings[-1]['val']:,} validation images"
+        if trainings[-1]["val"]
+        else "nothing: it is the last epoch's",
+        tested=f"labelled images, by {folds['folds']}-fold cross-validation of heads like these on {folds['images']:,} "
+        "of them whose labels they had not seen"
+        if folds
+        else f"{counts['test']:,} images of `{plain(figures['dataset'])}`, none of them or an exact copy of them in "
+        "training",
         network="the ensemble of " * (len(networks) > 1) + " and ".join(networks),
-        val=f"{trainings[-1]['val']:,}",
-        test=f"{counts['test']:,}",
         guesses=GUESSES.format(utils.counted(labeled, "label"), "most" if unlabeled > labeled else "a part")
         if unlabeled
         else "",
         scores="\n".join(
             f"| {name.replace('_', ' ')} | {own['accuracy']:.1%} "
-            f"| {metrics.interval(own['accuracy'], counts['test'])} "
+            f"| {metrics.interval(own['accuracy'], metrics.n_measured(figures))} "
             f"| {own['balanced_accuracy']:.1%} | {own['macro_f1']:.3f} | {own['ece']:.3f} |"
-            for name, own in figures["test"].items()
+            for name, own in ({"heads, held out": folds} if folds else figures["test"]).items()
         ),
-        honesty=f"No temperature is advised for the confidences: {metrics.why_no_temperature(counts['val'])}."
+        honesty=f"No temperature is advised for the confidences: {metrics.why_no_temperature(figures)}."
         if figures["temperature"] is None
         else HONESTY.format(figures["temperature"]),
         worst=", ".join(f"{plain(classes[i])} ({f1[i]:.2f})" for i in worst),

@@ -1,7 +1,9 @@
 """How good predictions are, and how far their confidence can be believed: the formulas. What a run notes of itself in
 metrics.json is in ``MPL.figures_of``."""
 
+from collections.abc import Mapping
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -106,8 +108,20 @@ def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float | No
     return None if best in TEMPERATURES[[0, -1]] else best
 
 
-def why_no_temperature(n: int) -> str:
-    """Why :func:`fit_temperature` gave none of n validation images."""
+# ---------------------------------------------------------------------------------------------------------------------
+# What metrics.json says of itself
+
+
+def n_measured(figures: Mapping[str, Any]) -> int:
+    """On how many images it was measured how good the predictions are: on test images or, where none were set aside, by
+    cross-validation on labelled ones."""
+    return figures["counts"]["test"] or figures["cross_validation"].get("images", 0)
+
+
+def why_no_temperature(figures: Mapping[str, Any]) -> str:
+    """Why :func:`fit_temperature` gave none."""
+    folds = figures["cross_validation"]
+    n, kind = (folds["images"], "labelled") if folds else (figures["counts"]["val"], "validation")
     if n < ENOUGH_FOR_A_TEMPERATURE:
-        return f"{n} validation image{' is' if n == 1 else 's are'} too few to choose one by"
-    return "the validation images do not determine one"
+        return f"{n} {kind} image{' is' if n == 1 else 's are'} too few to choose one by"
+    return f"the {kind} images do not determine one"

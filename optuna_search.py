@@ -28,10 +28,11 @@ import torch
 from optuna.trial import TrialState
 
 import args
+import crossfit
 import mixture
 import utils
 from args import Config
-from data import Data, Split, fingerprint
+from data import Data, fingerprint
 from train import VERSION, make_plan
 
 BEST_PARAMS = "best_params.json"
@@ -150,42 +151,16 @@ def validation_folds(config: Config, data: Data, features: mixture.Features) -> 
     seeded = [dataclasses.replace(config, seed=config.seed + s) for s in range(times)]
     each = f"each trial trains {utils.counted(times, 'time')} for {utils.counted(config.num_epochs, 'epoch')}"
     pool = np.union1d(split.labeled, split.val)
-    n = min(times, np.bincount(data.labels[pool]).max())  # a class of one image is in one fold
-    if n_val >= ENOUGH_TO_VALIDATE or n == 1:
+    splits = crossfit.fold_splits(split, data.labels, data.index.contents, times, config.seed)
+    if n_val >= ENOUGH_TO_VALIDATE or not splits:
         return [Fold(c, data, features) for c in seeded], f"{each} and is scored on {n_val} validation images"
-    splits = fold_splits(split, data.labels, data.index.contents, n, config.seed)
+    n = len(splits)
     note = (
         f"{n_val} validation images are too few to choose by: {each}; each time another of {n} parts of the "
         f"labelled and validation images is validated on, {len(pool) // n} images or so"
     )
     folds = [dataclasses.replace(data, split=splits[s % n]) for s in range(times)]
     return [Fold(c, fold, features) for c, fold in zip(seeded, folds, strict=True)], note
-
-
-def fold_splits(split: Split, labels: np.ndarray, contents: np.ndarray, n: int, seed: int) -> list[Split]:
-    """The split with its labelled and validation images dealt anew, ``n`` times, so that each is validated on once.
-
-    Classes are spread evenly and copies of one image (equal ``contents``) stay together: unlabelled ones of an image
-    that is validated on are not used.
-    """
-    from sklearn.model_selection import StratifiedGroupKFold  # late: it takes seconds to import
-
-    pool = np.union1d(split.labeled, split.val)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of classes with fewer images than folds
-        dealt = list(StratifiedGroupKFold(n, shuffle=True, random_state=seed).split(pool, labels[pool], contents[pool]))
-    folds = []
-    for rest, held_out in dealt:
-        is_copy = np.isin(contents[split.unlabeled], contents[pool[held_out]])
-        fold = dataclasses.replace(
-            split,
-            labeled=pool[rest],
-            unlabeled=split.unlabeled[~is_copy],
-            val=pool[held_out],
-            unused=np.union1d(split.unused, split.unlabeled[is_copy]),
-        )
-        folds.append(fold)
-    return folds
 
 
 def score_trial(trial: optuna.Trial, folds: Sequence[Fold], train: Train) -> float:

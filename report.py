@@ -42,7 +42,7 @@ def write_report(results: Path) -> Path:
     """
     figures = json.loads((results / "metrics.json").read_bytes())
     best = results / "best_params.json"
-    n_classes, n_tested = len(figures["classes"]), figures["counts"]["test"]
+    n_classes, n_tested = len(figures["classes"]), metrics.n_measured(figures)
     seconds = [(f"seconds, {what}", f"{value:.0f}") for what, value in figures["seconds"].items()]
     page = template("report.html").render(
         name=results.name,
@@ -50,7 +50,7 @@ def write_report(results: Path) -> Path:
         tested=tested(figures),
         n_tested=f"{n_tested:,}",
         few_tested=n_tested < FEW,
-        why_no_temperature=metrics.why_no_temperature(figures["counts"]["val"]),
+        why_no_temperature=metrics.why_no_temperature(figures),
         scores=score_rows(figures),
         scores_untuned=score_rows(figures["defaults"]) if "defaults" in figures else [],
         classes=class_rows(figures),
@@ -103,12 +103,16 @@ def template(name: str) -> jinja2.Template:
 
 def result_table(figures: Mapping[str, Any]) -> str:
     """The figures of a run, within 80 columns; a dash stands where there were no images to test on."""
-    counts, seconds = figures["counts"], figures["seconds"]
+    seconds, folds = figures["seconds"], figures["cross_validation"]
+    measured = (
+        f"{folds['folds']}-fold cross-validation on {folds['images']} of the labelled images"
+        if folds
+        else f"tested on {figures['counts']['test']} images"
+    )
     lines = [
         "",
         *textwrap.wrap(
-            f"{figures['dataset']}: trained with {figures['learned_from']}; tested on {counts['test']} images, "
-            f"{seconds['total']:.0f} s",
+            f"{figures['dataset']}: trained with {figures['learned_from']}; {measured}, {seconds['total']:.0f} s",
             80,
             break_long_words=False,
             break_on_hyphens=False,
@@ -116,8 +120,8 @@ def result_table(figures: Mapping[str, Any]) -> str:
         f"{'':10} {'accuracy':>9} {'balanced':>9} {'macro F1':>9} {'ECE':>7} {'validation':>11}",
     ]
     lines += _aligned(figures)
-    if figures["test"]:
-        networks = tested(figures)
+    networks = tested(figures)
+    if networks:
         width = max(len(each["name"]) for each in networks)
         lines += ["95 % intervals of the accuracy:"]
         lines += [f"  {each['name']:{width}}  {each['interval']}" for each in networks]
@@ -136,12 +140,15 @@ def _aligned(block: Mapping[str, Any]) -> list[str]:
 
 
 def score_rows(block: Mapping[str, Any]) -> list[list[str]]:
-    """Of each network its name, its scores on the test images and its accuracy on the validation images.
+    """Of each network its name, its scores on the test images and its accuracy on the validation images; of the heads
+    of a cross-validation their scores.
 
     Args:
         block: ``metrics.json``, or what it says of another training on the same images: ``test`` and ``val``.
     """
     test, val = block["test"], block["val"]
+    if block.get("cross_validation"):
+        test, val = {"held out": block["cross_validation"]}, {}
     formats = {"accuracy": ".2%", "balanced_accuracy": ".2%", "macro_f1": ".3f", "ece": ".3f"}
     return [
         [
@@ -158,11 +165,13 @@ def tested(figures: Mapping[str, Any]) -> list[dict[str, str]]:
 
     After finetuning, a teacher that was loaded with the student is part of the ensemble, and has learned nothing since.
     """
+    if figures["cross_validation"]:
+        figures = {**figures, "test": {"heads": figures["cross_validation"]}}
     names = {name: name.replace("_", " ") for name in figures["test"]}
     if figures["trainings"][-1]["mode"] == "finetune" and "teacher" in names:
         names |= {"student": "finetuned student", "teacher": "unchanged teacher"}
     names["ensemble"] = "ensemble of " + " and ".join(names[name] for name in figures["test"] if name != "ensemble")
-    n = figures["counts"]["test"]
+    n = metrics.n_measured(figures)
     return [
         {
             "name": names[name],
@@ -174,8 +183,8 @@ def tested(figures: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def class_rows(figures: Mapping[str, Any]) -> list[list[object]]:
-    """Of each class its name, number, precision, recall, F1 and test images; a dash stands where no image was
-    tested."""
+    """Of each class its name, number, precision, recall, F1 and images that this was measured on; a dash stands where
+    there was none."""
     columns = [figures["per_class"].get(key, []) for key in ("precision", "recall", "f1", "images")]
     return [
         [name, f"#{i}", *((f"{precision:.1%}", f"{recall:.1%}", f"{f1:.3f}") if n else ("–",) * 3), n]

@@ -7,6 +7,7 @@ images. B labelled and U unlabelled images a step, C classes.
 import contextlib
 import dataclasses
 import functools
+import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from data import Batch, Schedule, Source, Split
 from models import Architecture, Learner
 from utils import Bar, DivergedError, Signals, seed_torch
 
-VERSION = 3  # raised whenever the same options, images and seed come to train otherwise; then no run goes on
+VERSION = 4  # raised whenever the same options, images and seed come to train otherwise; then no run goes on
 ALIGNMENT_RATE = 0.1  # of the ascent: some ten batches are averaged over
 
 Measurements = dict[str, torch.Tensor]
@@ -593,14 +594,17 @@ class Keeper:
         scored: Sequence[str],
         validate: Callable[[Sequence[Learner]], list[torch.Tensor]],
         labels: np.ndarray,
+        unvalidated: float = math.nan,
     ) -> None:
         """
         Args:
             scored: the learners whose ensemble's validation accuracy decides which epoch was best.
             validate: gives each learner's logits on the validation images.
-            labels: of the validation images, [N] int64.
+            labels: of the validation images, [N] int64. Without any the last epoch is the best.
+            unvalidated: the score of every epoch then.
         """
         self.learners, self.scored, self.validate, self.labels = learners, scored, validate, labels
+        self.unvalidated = unvalidated
         self.history: list[dict[str, Any]] = []
         self.best: Best | None = None
         self.meter = Meter()
@@ -613,17 +617,20 @@ class Keeper:
         last epoch that is not worse than the highest by more than the tolerance: its learning rate had come down
         furthest.
         """
-        logits = dict(zip(self.learners, self.validate([*self.learners.values()]), strict=True))
-        score, _ = evaluate(ensemble([logits[name] for name in self.scored]), self.labels)
+        score, logits = self.unvalidated, {}
+        if len(self.labels):
+            logits = dict(zip(self.learners, self.validate([*self.learners.values()]), strict=True))
+            score, _ = evaluate(ensemble([logits[name] for name in self.scored]), self.labels)
         for place, name in enumerate(players):
             role = "teacher" if len(players) == 2 and place == 0 else "student"
             own = [key for key in means if len(players) == 1 or (key in OF_TEACHER) == (role == "teacher")]
-            accuracy, loss = evaluate(logits[name].softmax(-1), self.labels)
             row = {"epoch": epoch, "network": name, "role": role, "lr": self.learners[name].lr}
-            row |= {"val_accuracy": accuracy, "val_loss": loss} | {key: means[key] for key in own}
+            row |= {key: means[key] for key in own}
+            if logits:
+                row["val_accuracy"], row["val_loss"] = evaluate(logits[name].softmax(-1), self.labels)
             self.history.append({key: row.get(key, "") for key in HISTORY})
-        highest = max(score, self.best.highest) if self.best else score
-        if score >= highest - selection_tolerance(highest, len(self.labels)):
+        highest = max(score, self.best.highest) if self.best and logits else score
+        if not logits or score >= highest - selection_tolerance(highest, len(self.labels)):
             weights = {name: learner.weights() for name, learner in self.learners.items()}
             self.best = Best(epoch, score, highest, weights)
         return score
@@ -702,10 +709,11 @@ def epoch_text(score: float, means: Mapping[str, float], rows: Sequence[Mapping[
     """How an epoch went, whose ``rows`` of the history these are: while the student waits, how the teacher does by
     itself."""
     waits = len(rows) > 1 and "loss_s" not in means
-    right = f"teacher {rows[0]['val_accuracy']:.1%}" if waits else f"{score:.1%}"
+    validated = rows[0]["val_accuracy"] != ""
+    right = f"teacher {rows[0]['val_accuracy']:.1%}" if waits and validated else f"{score:.1%}"
     values = {"loss": means["loss_l"], "student": means.get("loss_s"), "confident": means.get("mask_rate")}
     text = "  ".join(f"{key} {value:.2f}" for key, value in values.items() if value is not None)
-    return f"{text}  validation {right}"
+    return f"{text}  validation {right}" if validated else text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

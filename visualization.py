@@ -89,11 +89,16 @@ def pictures(results: Path) -> Iterator[tuple[str, Callable[[], Path]]]:
     if (results / "history.csv").exists():
         name = "graphs.png"
         yield name, lambda: draw_curves(utils.read_csv(results / "history.csv"), title, results / name)
-    if not figures["test"]:
+    by_folds = figures["cross_validation"]
+    if not (figures["test"] or by_folds):
         return
-    rows = utils.read_csv(results / "predictions.csv", split="test")
+    if by_folds:
+        rows = utils.read_csv(results / "cross_validation.csv")
+    else:
+        rows = utils.read_csv(results / "predictions.csv", split="test")
     truth = [row["true_label"] for row in rows]
-    columns = {TITLES[name]: f"{name}_vote" for name in figures["test"] if name != "ensemble"}
+    columns = {"Cross-validation": "predicted_label"} if by_folds else {}
+    columns |= {TITLES[name]: f"{name}_vote" for name in figures["test"] if name != "ensemble"}
     if len(columns) > 1:
         columns[TITLES["switch" if "model_1" in figures["test"] else "train"]] = "predicted_label"
     for heading, column in columns.items():
@@ -201,6 +206,9 @@ def draw_curves(history: list[dict[str, str]], title: str, path: Path) -> Path:
         x, y = _series(rows, "lr")
         axes["rates"].plot(x, y, color=color, label=TITLES[network], alpha=0.85)
     axes["accuracy"].set(title="Validation accuracy", ylabel="percent", ylim=(None, 101))
+    if not any(row["val_accuracy"] for row in history):
+        axes["accuracy"].set_ylim(0, 101)
+        axes["accuracy"].annotate("no image was set aside", (0.5, 0.5), xycoords="axes fraction", ha="center")
     axes["rates"].set(title="Learning rate at the end of the epoch", ylabel="AdamW step size")
 
     if has_mpl:

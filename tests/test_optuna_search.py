@@ -65,27 +65,6 @@ def test_the_options_as_they_stand_are_a_trial():
     assert optuna_search.suggest(optuna.trial.FixedTrial(values | {"uda_steps": 1.0}), given, 80).lr == given.lr
 
 
-def test_folds_validate_every_image_once_and_keep_copies_together():
-    labels = np.repeat([0, 1, 2], 20)
-    contents = np.arange(60)
-    contents[1] = contents[0]
-    split = data.Split(
-        labeled=np.flatnonzero(np.arange(60) % 20 < 8),
-        val=np.flatnonzero(np.isin(np.arange(60) % 20, (8, 9))),
-        test=np.array([19, 39, 59]),
-        unlabeled=np.flatnonzero((np.arange(60) % 20 > 9) & (np.arange(60) % 20 < 19)),
-        unused=np.array([], dtype=np.int64),
-    )
-    parts = optuna_search.fold_splits(split, labels, contents, 3, seed=0)
-    assert sorted(np.concatenate([part.val for part in parts])) == sorted({*split.labeled, *split.val})
-    for part in parts:
-        assert not set(part.val) & set(part.labeled)
-        assert set(part.val) | set(part.labeled) == {*split.labeled, *split.val}
-        assert (0 in part.val) == (1 in part.val)
-        assert np.array_equal(part.test, split.test)
-        assert set(labels[part.val]) == set(labels[part.labeled]) == {0, 1, 2}
-
-
 STATES = ("COMPLETE", "FAIL", "RUNNING", "WAITING")
 
 

@@ -1,0 +1,187 @@
+"""Predictions of images by what has not learned from them: out of fold.
+
+Of an unlabelled image that a run trains on, its networks say what they were told. With fewer images than features they
+have learned all of it by heart, mistakes included; heads that were trained on the other images have not. And of a
+labelled image, heads that have not seen its label say how far such predictions are right, without setting any label
+aside (cross-validation; Stone, JRSS B 36, 1974).
+
+All folds train heads on kept features, not the whole loop.
+"""
+
+import dataclasses
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import mixture
+from data import Split
+from utils import uncompiled
+
+FOLDS = 5
+PENALTY = 1e-4  # of a head's squared weights
+HEAD_ROUNDS = 100
+
+
+class HeldOut(NamedTuple):
+    """What is predicted of labelled images by heads that have not seen their labels."""
+
+    rows: np.ndarray  # [n] int64, the images' places in the index, sorted
+    probabilities: np.ndarray  # [n, C] float32
+    folds: int
+
+
+def fold_splits(split: Split, labels: np.ndarray, contents: np.ndarray, n: int, seed: int) -> list[Split]:
+    """The split with its labelled and validation images dealt anew, ``n`` times, so that each is validated on once.
+
+    Classes are spread evenly and copies of one image (equal ``contents``, [N]) stay together: unlabelled ones of an
+    image that is validated on are not used. The only image of a class is never validated on, as nothing would tell what
+    it is. There are fewer folds where no class has ``n`` images, and none where none has two.
+    """
+    from sklearn.model_selection import StratifiedKFold  # late: it takes seconds to import
+
+    pool = np.union1d(split.labeled, split.val)
+    _, first = np.unique(contents[pool], return_index=True)
+    images = pool[np.sort(first)]  # one of each content
+    count = np.bincount(labels[images])
+    images = images[count[labels[images]] > 1]
+    n = min(n, count.max(initial=0))
+    if n < 2:
+        return []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of classes with fewer images than folds
+        dealt = list(StratifiedKFold(n, shuffle=True, random_state=seed).split(images, labels[images]))
+    folds = []
+    for _, held_out in dealt:
+        is_held_out = np.isin(contents, contents[images[held_out]])
+        unlabeled = np.zeros(len(labels), dtype=bool)
+        unlabeled[split.unlabeled] = True
+        fold = dataclasses.replace(
+            split,
+            labeled=pool[~is_held_out[pool]],
+            unlabeled=np.flatnonzero(unlabeled & ~is_held_out),
+            val=pool[is_held_out[pool]],
+            unused=np.union1d(split.unused, np.flatnonzero(unlabeled & is_held_out)),
+        )
+        folds.append(fold)
+    return folds
+
+
+def cross_validate(
+    features: mixture.Features,
+    split: Split,
+    labels: np.ndarray,
+    contents: np.ndarray,
+    n_classes: int,
+    *,
+    targets: str,
+    alignment: str,
+    seed: int,
+) -> HeldOut | None:
+    """Predict each labelled image from the others; None where no class has two.
+
+    Args:
+        features: of images by their places in the index.
+        labels, contents: [N] int64.
+        targets: ``labels`` for heads that learn from the labelled images alone; else the option ``--targets``, of which
+            the teacher's own are taken for the labels alone too.
+        alignment: the option ``--alignment``.
+    """
+    folds = fold_splits(split, labels, contents, FOLDS, seed)
+    if not folds:
+        return None
+    known = np.full(len(labels), -1)
+    known[split.labeled] = labels[split.labeled]
+    useful = split.train if targets == "mixture" else split.labeled
+    order = mixture.in_order_of_use(known[useful], n_classes, seed)[: mixture.MOST_IMAGES]
+    some = np.sort(useful[order])  # the labelled ones first of all
+    x = features(some)
+    z = mixture.normaliser(x)(x)
+    rows, probabilities = [], []
+    for fold in folds:
+        held_out = np.isin(some, fold.val)
+        left_out = held_out | np.isin(some, fold.unused)
+        known_here = np.where(left_out, -1, known[some])
+        trained = np.flatnonzero(~left_out | held_out)  # without its label an image is one of the unlabelled ones
+        if targets == "mixture":
+            here = x[trained]
+            guide = mixture.guide(
+                here.__getitem__,
+                known_here[trained],
+                np.arange(len(trained)),
+                n_classes,
+                targets=targets,
+                alignment=alignment,
+            )
+            target = torch.as_tensor(guide.targets)
+        else:
+            trained = np.flatnonzero(known_here >= 0)
+            target = F.one_hot(torch.from_numpy(known_here[trained]), n_classes).float()
+        head = fit_head(z[trained], target)
+        rows.append(some[held_out])
+        probabilities.append(head(z[held_out]).softmax(-1).detach().numpy())
+    order = np.argsort(np.concatenate(rows))
+    return HeldOut(np.concatenate(rows)[order], np.concatenate(probabilities)[order], len(folds))
+
+
+def out_of_fold(
+    features: mixture.Features,
+    split: Split,
+    contents: np.ndarray,
+    targets: np.ndarray,
+    shares: torch.Tensor | None,
+    *,
+    seed: int,
+) -> torch.Tensor:
+    """Predict each unlabelled training image by a head that was trained on the targets of the others. Returns the
+    probabilities of ``split.unlabeled``, [U, C] float32.
+
+    Args:
+        features: of images by their places in the index.
+        contents: [N] int64; copies of one image have the same, and are in one fold.
+        targets: [N, C] float32 what the run's networks learned of each training image, one-hot where it has a label.
+        shares: [C] the classes' shares among the images, which are kept; None: any.
+    """
+    n_classes = targets.shape[1]
+    known = np.full(len(targets), -1)
+    known[split.labeled] = targets[split.labeled].argmax(1)
+    order = mixture.in_order_of_use(known[split.train], n_classes, seed)[: mixture.MOST_IMAGES]
+    some = np.sort(split.train[order])
+    x = features(some)
+    normalise = mixture.normaliser(x)
+    z, target = normalise(x), torch.from_numpy(targets[some])
+    part = np.random.default_rng([seed, FOLDS]).permutation(contents.max() + 1)[contents] % FOLDS
+    trained = [((part != k) | (known >= 0))[some] for k in range(FOLDS)]
+    heads = [fit_head(z[rows], target[rows]) for rows in trained]
+    p = torch.empty(len(targets), n_classes)
+
+    def predict(rows: np.ndarray, z: torch.Tensor) -> None:
+        for k, head in enumerate(heads):
+            here = part[rows] == k
+            p[rows[here]] = head(z[here]).softmax(-1).detach()
+
+    predict(some, z)
+    others = torch.from_numpy(np.setdiff1d(split.unlabeled, some))
+    for rows in others.split(mixture.MOST_IMAGES) if len(others) else ():
+        predict(rows.numpy(), normalise(features(rows.numpy())))
+    return mixture.balanced(p[split.unlabeled], shares)
+
+
+def fit_head(z: torch.Tensor, target: torch.Tensor) -> torch.nn.Linear:
+    """A linear head [D] -> [C] that gives features [n, D] the distributions ``target`` [n, C]: logistic regression with
+    soft labels."""
+    head = torch.nn.Linear(z.shape[1], target.shape[1])
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    search = uncompiled(torch.optim.LBFGS)(head.parameters(), max_iter=HEAD_ROUNDS, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        search.zero_grad()
+        total = F.cross_entropy(head(z), target) + PENALTY * head.weight.square().sum()
+        total.backward()
+        return total
+
+    search.step(loss)
+    return head

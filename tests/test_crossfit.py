@@ -1,0 +1,188 @@
+"""Predictions out of fold: what they know of an image's own label or target, which is nothing."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, make_folder
+from test_folders import picture, pictures
+
+import crossfit
+import data
+import mixture
+from utils import read_csv
+
+NONE = np.array([], dtype=np.int64)
+FROZEN = [*TINY, "--trainable", "head", "--views", "2", "--num_epochs", "2", "--targets", "mixture"]
+
+
+def split_of(labeled, unlabeled) -> data.Split:
+    return data.Split(np.asarray(labeled), np.asarray(unlabeled), NONE, NONE, NONE)
+
+
+def clusters(n: int, d: int, classes: int, apart: float, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:
+    """Features that are never negative, as after a ReLU, of images whose classes lie so far apart."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, n)
+    x = rng.normal(size=(n, d)) + apart * rng.normal(size=(classes, d))[labels]
+    return torch.from_numpy(np.abs(x).astype(np.float32)), labels
+
+
+def cross_validated(x, labels, split, contents=None, **options) -> crossfit.HeldOut | None:
+    contents = np.arange(len(labels)) if contents is None else contents
+    asked = {"targets": "mixture", "alignment": "labels", "seed": 0} | options
+    return crossfit.cross_validate(lambda rows: x[rows], split, labels, contents, int(labels.max()) + 1, **asked)
+
+
+def test_folds_validate_every_image_once_and_keep_copies_together():
+    labels = np.repeat([0, 1, 2], 20)
+    contents = np.arange(60)
+    contents[1] = contents[0]
+    split = data.Split(
+        labeled=np.flatnonzero(np.arange(60) % 20 < 8),
+        val=np.flatnonzero(np.isin(np.arange(60) % 20, (8, 9))),
+        test=np.array([19, 39, 59]),
+        unlabeled=np.flatnonzero((np.arange(60) % 20 > 9) & (np.arange(60) % 20 < 19)),
+        unused=np.array([], dtype=np.int64),
+    )
+    parts = crossfit.fold_splits(split, labels, contents, 3, seed=0)
+    assert sorted(np.concatenate([part.val for part in parts])) == sorted({*split.labeled, *split.val})
+    for part in parts:
+        assert not set(part.val) & set(part.labeled)
+        assert set(part.val) | set(part.labeled) == {*split.labeled, *split.val}
+        assert (0 in part.val) == (1 in part.val)
+        assert np.array_equal(part.test, split.test)
+        assert set(labels[part.val]) == set(labels[part.labeled]) == {0, 1, 2}
+
+
+def test_the_only_image_of_a_class_is_never_held_out():
+    labels = np.array([0] * 7 + [1, 1, 2] + [0, 0])
+    contents = np.arange(12)
+    parts = crossfit.fold_splits(split_of(np.arange(10), [10, 11]), labels, contents, 5, seed=0)
+    assert len(parts) == 5
+    assert sorted(np.concatenate([part.val for part in parts])) == list(range(9))
+    assert all({0, 1, 2} == set(labels[part.labeled]) for part in parts)
+    two = np.array([0, 0, 1])
+    assert len(crossfit.fold_splits(split_of([0, 1, 2], NONE), two, np.arange(3), 5, seed=0)) == 2
+    assert crossfit.fold_splits(split_of([0, 2], [1]), two, np.arange(3), 5, seed=0) == []
+    assert crossfit.fold_splits(split_of([0, 1, 2], NONE), two, np.array([0, 0, 1]), 5, seed=0) == []  # one, twice
+
+
+@pytest.mark.parametrize("targets", ["mixture", "teacher"])
+def test_labels_that_nothing_tells_are_predicted_at_chance(targets):
+    x, _ = clusters(240, 300, 2, apart=0.0)
+    labels = np.random.default_rng(1).integers(0, 2, 240)
+    held_out = cross_validated(x, labels, split_of(np.arange(120), np.arange(120, 240)), targets=targets)
+    assert held_out.rows.tolist() == list(range(120))
+    assert 0.35 < (held_out.probabilities.argmax(1) == labels[:120]).mean() < 0.65
+
+
+@pytest.mark.parametrize("targets", ["mixture", "teacher"])
+def test_labels_that_features_tell_are_predicted(targets):
+    x, labels = clusters(240, 40, 3, apart=1.5)
+    held_out = cross_validated(x, labels, split_of(np.arange(60), np.arange(60, 240)), targets=targets)
+    assert (held_out.probabilities.argmax(1) == labels[:60]).mean() > 0.9
+    assert held_out.folds == crossfit.FOLDS
+    again = cross_validated(x, labels, split_of(np.arange(60), np.arange(60, 240)), targets=targets)
+    assert (again.probabilities == held_out.probabilities).all()
+
+
+def test_a_copy_of_a_held_out_image_says_nothing_of_it():
+    x, _ = clusters(120, 300, 2, apart=0.0)
+    x[60:] = x[:60]  # each labelled image is there twice, with one label
+    labels = np.random.default_rng(1).integers(0, 2, 60)
+    labels, contents = np.tile(labels, 2), np.tile(np.arange(60), 2)
+    held_out = cross_validated(x, labels, split_of(np.arange(120), NONE), contents, targets="teacher")
+    right = (held_out.probabilities.argmax(1) == labels).mean()
+    assert 0.3 < right < 0.7
+    assert (held_out.probabilities[:60].argmax(1) == held_out.probabilities[60:].argmax(1)).all()
+
+
+def test_mistakes_of_the_targets_are_not_repeated_of_the_images_that_they_are_about():
+    x, labels = clusters(400, 500, 2, apart=0.5)  # fewer images than features
+    targets = np.eye(2, dtype=np.float32)[labels]
+    wrong = np.arange(40, 400, 6)
+    targets[wrong] = 1 - targets[wrong]
+    split = split_of(np.arange(40), np.arange(40, 400))
+    by_heart = crossfit.fit_head(mixture.normaliser(x)(x), torch.from_numpy(targets))(mixture.normaliser(x)(x))
+    assert (by_heart.argmax(1).numpy()[wrong] != labels[wrong]).mean() > 0.9
+    p = crossfit.out_of_fold(lambda rows: x[rows], split, np.arange(400), targets, None, seed=0)
+    assert p.shape == (360, 2)
+    assert (p.argmax(1).numpy()[wrong - 40] == labels[wrong]).mean() > 0.8
+
+
+def test_out_of_fold_predictions_do_not_depend_on_how_many_fit_into_memory(monkeypatch):
+    x, labels = clusters(300, 30, 2, apart=1.0)
+    targets = np.eye(2, dtype=np.float32)[labels]
+    split, asked = split_of(np.arange(20), np.arange(20, 300)), []
+
+    def features(rows):
+        asked.append(len(rows))
+        return x[rows]
+
+    monkeypatch.setattr(mixture, "MOST_IMAGES", 90)
+    p = crossfit.out_of_fold(features, split, np.arange(300), targets, torch.tensor([0.5, 0.5]), seed=0)
+    assert max(asked) <= 90
+    assert sum(asked) == 300
+    assert (p.argmax(1).numpy() == labels[20:]).mean() > 0.9
+    assert p.sum(1).numpy() == pytest.approx(1, abs=1e-5)
+    assert p.mean(0).numpy() == pytest.approx(0.5, abs=0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def probabilities(cli, name: str, part: str) -> dict[str, list[str]]:
+    rows = read_csv(cli.cwd / "results" / name / "predictions.csv", split=part)
+    return {row["path"]: [value for key, value in row.items() if key.startswith("p_")] for row in rows}
+
+
+def test_a_run_whose_labels_are_all_there_are_sets_none_aside(cli, tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=6)
+    pictures(root / "unlabeled", 8)
+    out = cli.inside("--name", "e", "--data_dir", root, *FROZEN).stdout
+    assert "12 labelled, 8 unlabelled, 0 validation and 0 test images" in out
+    assert "5-fold cross-validation on 12 of the labelled images" in " ".join(out.split())
+    figures = json.loads((cli.cwd / "results/e/metrics.json").read_text())
+    assert (figures["test"], figures["val"]) == ({}, {})
+    folds = figures["cross_validation"]
+    rows = read_csv(cli.cwd / "results/e/cross_validation.csv")
+    assert len(rows) == folds["images"] == 12
+    right = [row["true_label"] == row["predicted_label"] for row in rows]
+    assert folds["accuracy"] == pytest.approx(np.mean(right))
+    page = (cli.cwd / "results/e/report.html").read_text()
+    assert "as far as cross-validation tells" in page
+    assert (cli.cwd / "results/e/Cross-validation_CM.png").exists()
+    history = read_csv(cli.cwd / "results/e/history.csv")
+    assert {row["val_accuracy"] for row in history} == {""}
+    again = cli.inside("--name", "t", "--test_mode", "--load_path", "e").stdout
+    assert "5-fold cross-validation on 12" in " ".join(again.split())
+    assert json.loads((cli.cwd / "results/t/metrics.json").read_text())["cross_validation"] == folds
+    assert probabilities(cli, "t", "unlabeled") == probabilities(cli, "e", "unlabeled")
+    cli.inside("--name", "s", "--data_dir", root, *FROZEN, "--test_percent", "20")
+    assert json.loads((cli.cwd / "results/s/metrics.json").read_text())["cross_validation"] == {}
+
+
+def test_with_one_label_of_each_class_it_is_said_that_nothing_can_be_known(cli, tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=1)
+    pictures(root / "unlabeled", 8)
+    out = cli.inside("--name", "e", "--data_dir", root, *FROZEN).stdout
+    assert "no class has two labels" in out
+    assert "No image was there to test on" in (cli.cwd / "results/e/report.html").read_text()
+
+
+@pytest.mark.parametrize("mode", [[], ["--switch_mode"], ["--recipe", "mpl"]])
+def test_what_is_said_of_unlabelled_images_is_out_of_fold_and_the_same_in_every_later_test(cli, tmp_path, mode):
+    root = make_folder(tmp_path / "d", classes=2, images=14)
+    options = FROZEN[:-2] if "mpl" in mode else FROZEN
+    cli.inside("--name", "e", "--data_dir", root, *options, *mode)
+    said = probabilities(cli, "e", "unlabeled")
+    rows = read_csv(cli.cwd / "results/e/predictions.csv", split="unlabeled")
+    (root / rows[0]["path"]).rename(root / "class 0/renamed.png")
+    picture(root / "class 1" / "new.png", seed=9)
+    cli.inside("--name", "t", "--test_mode", "--load_path", "e")
+    now = probabilities(cli, "t", "unlabeled")
+    assert now.pop("class 0/renamed.png") == said.pop(rows[0]["path"])
+    assert now == said
