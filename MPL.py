@@ -25,6 +25,7 @@ import dataclasses
 import functools
 import logging
 import math
+import shlex
 import signal
 import time
 import traceback
@@ -90,6 +91,9 @@ def run(config: Config, signals: Signals) -> None:
         start = find_start(config, distributed.agents())._replace(process_began=began)
         if start.saved is not None and start.config.predict_dir is not None:
             label_predict_dir(start, start.saved, start.config.predict_dir, device, precision)
+            return
+        if config.select is not None:
+            select_images(start, config.select, device, precision)
             return
         with distributed.one_first():
             found = find_data(start)
@@ -570,6 +574,101 @@ def label_predict_dir(
         write_config(config, folder)
 
 
+def select_images(start: Start, n: int, device: torch.device, precision: torch.dtype | None) -> None:
+    """Choose the images that are to be labelled next, and make a table and a page to label them on."""
+    import report  # only now: what other runs do without
+    import selection
+
+    config, folder, saved = start.config, start.folder, start.saved
+    index = find_to_label(start)
+    hidden = np.isin(index.digests, saved.split.hidden_digests()) if saved else np.zeros(len(index), dtype=bool)
+    given = np.array(index.given_parts or [""] * len(index))
+    labeled = np.flatnonzero(((index.labels != images.UNKNOWN) & ~hidden) | (given == "unused"))
+    unlabeled = np.setdiff1d(np.arange(len(index)), labeled)
+    if not len(unlabeled):
+        raise DataError(f"--select {n}: every image of {config.data_dir} has a label; --labels says which have one")
+    with folder.claim(keep=start.keep, overwrite=config.overwrite, trains=False) as begin:
+        print(config.describe())
+        there = dataclasses.replace(index, classes=saved.classes) if saved else index
+        architecture, preparation = open_networks(start, there, device, precision)
+        inputs = inputs_for(config, images.Images(index, preparation), architecture, device, precision)
+        for line in (f"{index.name}: {len(labeled)} labelled and {len(unlabeled)} unlabelled images", *index.notes):
+            print(line)
+        rows, p = unlabeled, None
+        if saved:
+            learners = loaded_learners(config, saved.best.learners, architecture, inputs)
+            predicted = with_known(predict.predict(learners, inputs, there, unlabeled), index.digests, saved)
+            rows, p = predicted.rows, train.final(predicted.probabilities)
+            best, guess = (each.numpy() for each in p.topk(2, dim=-1))
+
+        def features_of(places: np.ndarray) -> torch.Tensor:
+            if architecture.frozen:
+                return inputs.average(places, n_averaged(config))
+            pixels = inputs.source("plain", places, np.zeros(len(places), dtype=np.int64))  # nothing has learned yet
+            return torch.nn.functional.adaptive_avg_pool2d(pixels.float().mean(1, keepdim=True), 8).flatten(1)
+
+        chosen = selection.choose(
+            features_of,
+            labeled,
+            rows,
+            index.contents,
+            n,
+            margins=None if p is None else best[:, 0] - best[:, 1],
+            seed=config.seed,
+        )
+        place = {row: i for i, row in enumerate(rows.tolist())}
+        asked = [
+            report.ToLabel(
+                path=index.paths[row],
+                stands_for=int(count),
+                guess=there.classes[guess[place[row], 0]] if saved else "",
+                probability=float(best[place[row], 0]) if saved else None,
+                margin=float(best[place[row], 0] - best[place[row], 1]) if saved else None,
+            )
+            for row, count in zip(chosen.rows.tolist(), chosen.stands_for, strict=True)
+        ]
+        pictures = (
+            images.picture(index, row, report.side_for(len(asked)), preparation.value_range) for row in chosen.rows
+        )
+        begin()
+        write_config(config, folder)
+        with folder.writing("labels.csv", report.TO_LABEL, report.LABEL_PAGE):
+            utils.write_atomically(folder.results / "labels.csv", data.labels_to_csv(index))
+            report.write_to_label(folder.results, asked)
+            classes = sorted({*index.classes, *(saved.classes if saved else ())}, key=images.natural_order)
+            report.write_label_page(folder.results, asked, pictures, classes, data.labels_of(index))
+    stand_for = sum(each.stands_for for each in asked)
+    options: dict[str, Any] = {
+        key: getattr(config, key) for key in ("data_dir", "output_dir", "cache_dir") if key in config.given
+    }
+    table = shlex.quote(f"{config.name}-labels.csv")
+    print(
+        f"\n{utils.counted(len(asked), 'image')} to label, which stand for {stand_for} of {len(index)}. Open\n"
+        f"    {folder.results / report.LABEL_PAGE}\n"
+        f"in a browser, or fill in the column label of {report.TO_LABEL} beside it. Then train:\n"
+        f"    {args.written(options)} --labels ~/Downloads/{table}"
+    )
+
+
+def find_to_label(start: Start) -> images.Index:
+    """The images among which some are chosen to be labelled: with the labels that tables give them; without a table,
+    with those that a checkpoint remembers, or of class folders beside which there is a folder without labels. Else none
+    has one, whatever folders are there."""
+    config, saved = start.config, start.saved
+    given = "labels" in config.given
+    by_folder = config.labels is None and config.unlabeled_dir is not None
+    return data.find_index(
+        config.data_dir,
+        config.unlabeled_dir,
+        checkpoints.own_folders(config.output_dir),
+        max_bad_percent=config.max_bad_percent,
+        cache_dir=utils.cache_folder(config.cache_dir) if config.cache_gb else None,
+        labels=config.labels if given else None if by_folder else (),
+        remembered=saved.split if saved and not given else None,
+        classes=saved.classes if saved and not given else None,
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What it ends with
 
@@ -631,14 +730,21 @@ def say_out_of_fold(work: Work, predicted: predict.Predicted) -> predict.Predict
     """The predictions of the unlabelled images, out of fold where that can be; these are kept for later tests."""
     saved, digests = work.start.saved, work.data.index.digests
     if saved and work.start.config.mode == "test":
-        p, then = saved.out_of_fold, saved.split.digests_of("unlabeled")
-    else:
-        p, then = out_of_fold(work, predicted), digests[work.data.split.unlabeled].tolist()
-        if p is not None:
-            checkpoints.keep_out_of_fold(work.start.folder.checkpoints / checkpoints.BEST, p)
+        return with_known(predicted, digests, saved)
+    p = out_of_fold(work, predicted)
     if p is None:
         return predicted
-    place = {content: i for i, content in enumerate(then)}
+    path = work.start.folder.checkpoints / checkpoints.BEST
+    checkpoints.keep_out_of_fold(path, p)
+    return with_known(predicted, digests, checkpoints.load_best(path))
+
+
+def with_known(predicted: predict.Predicted, digests: np.ndarray, saved: BestCheckpoint) -> predict.Predicted:
+    """The predictions with what a checkpoint knows out of fold in their place."""
+    if saved.out_of_fold is None:
+        return predicted
+    p = saved.out_of_fold
+    place = {content: i for i, content in enumerate(saved.split.digests_of("unlabeled"))}
     known = np.array([place.get(content, -1) for content in digests[predicted.rows].tolist()], dtype=np.int64)
     final = train.final(predicted.probabilities).clone()
     final[known >= 0] = p[known[known >= 0]]

@@ -125,6 +125,14 @@ class Config:
         "checkpoint file",
         metavar="RUN",
     )
+    select: int | None = option(
+        None,
+        "mode",
+        "instead of training, choose so many images to label first, or next if --load_path or --labels say what there "
+        "is already: to_label.html is a page to label them on, and saves a table for --labels",
+        low=1,
+        metavar="N",
+    )
     load_best: bool = option(
         False,
         "mode",
@@ -404,7 +412,9 @@ class Config:
 
     @property
     def mode(self) -> str:
-        """``train``, ``switch``, ``finetune``, ``test`` or ``optuna``."""
+        """``train``, ``switch``, ``finetune``, ``test``, ``optuna`` or ``select``."""
+        if self.select is not None:
+            return "select"
         if self.optuna_mode:
             return "optuna"
         return next((mode.removesuffix("_mode") for mode in MODES if getattr(self, mode)), "train")
@@ -428,7 +438,7 @@ class Config:
         """The options that were given, and what matters most of those that follow from them: the recipe first."""
         options = self.options()
         outline = ["recipe", "data_dir", "model_name", "img_size"]
-        if not self.test_mode:
+        if not (self.test_mode or self.select):
             outline += ["num_labels_percent", *(() if self.finetune_mode else ("targets",)), "num_epochs"]
         lines = {"given": self.given, "implied": [key for key in outline if key not in self.given]}
         return "\n".join(
@@ -604,7 +614,7 @@ FIXED = (
     "recipe",
 )
 INHERITED = (*FIXED, "data_dir", "unlabeled_dir", "labels", "augmentation", "views", "amp", "targets")
-ADDED: dict[str, Any] = {"labels": None}  # options that came later, with what runs before them had
+ADDED: dict[str, Any] = {"labels": None, "select": None}  # options that came later, with what runs before them had
 
 # What changes no number of a run: a resumed one may have it otherwise.
 HARMLESS = (
@@ -720,6 +730,7 @@ def _check_shared(config: Config, processes: int) -> None:
     for option, instead in (
         ("optuna_mode", "--workers K on one machine, or the same command with one --storage on several"),
         ("predict_dir", "one process for each part of the folder"),
+        ("select", "one process"),
     ):
         if getattr(config, option):
             raise ValueError(f"--{option} is not shared by torchrun: use {instead}")
@@ -742,7 +753,7 @@ def _check_together(config: Config) -> None:
 
 def _check_run(config: Config) -> None:
     """What is done, and under which name."""
-    modes = [f"--{mode}" for mode in MODES if getattr(config, mode)]
+    modes = [f"--{mode}" for mode in (*MODES, "select") if getattr(config, mode)]
     if len(modes) > 1 and set(modes) != {"--switch_mode", "--optuna_mode"}:
         raise ValueError(f"{' and '.join(modes)} exclude each other: give one of them")
     if config.test_mode and not config.loads:
@@ -755,7 +766,7 @@ def _check_run(config: Config) -> None:
         raise ValueError("--resume and --overwrite exclude each other: continue the earlier run, or replace it")
     if config.resume and config.name is None:
         raise ValueError("--resume needs --name: which run to continue")
-    if config.resume and config.test_mode:
+    if config.resume and (config.test_mode or config.select):
         raise ValueError("--resume goes with training and tuning only")
     if (config.name is not None and not re.fullmatch(PLAIN_NAME, config.name)) or config.name in (".", ".."):
         raise ValueError(f"--name {config.name!r}: must be a plain name, without slashes")

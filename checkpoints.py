@@ -55,6 +55,7 @@ JOB = ".job"  # the agents of the torchrun job that has begun the run
 WRITTEN = ".written"  # the digests of what the run has written, by which a file that was edited since is known
 # What a run writes, by name: whatever else is in its folders is somebody else's, and stays.
 OF_BEGINNING = (CONFIG, "commandline_args.txt", "split.csv", "labels.csv", "bad_files.csv", "samples.png", WRITTEN)
+OF_SELECTION = ("to_label.csv", "to_label.html")
 OF_STUDY = (
     *("study.db", "study.db-journal", "best_params.json", "optuna_history.png", "optuna_timeline.png"),
     *("optuna_slices.png", "optuna_importances.png", "optuna_parallel.png"),
@@ -71,7 +72,7 @@ OF_NETWORKS = (  # what speaks of the weights in the checkpoints
     ),
     *("model_card.md", "model.onnx", "model.onnx.data", "model.pt2"),
 )
-IN_RESULTS = (*OF_BEGINNING, *OF_STUDY, *OF_NETWORKS)
+IN_RESULTS = (*OF_BEGINNING, *OF_SELECTION, *OF_STUDY, *OF_NETWORKS)
 IN_CHECKPOINTS = (BEST, LAST)
 OF_TRAINING = (*IN_CHECKPOINTS, "history.csv", "study.db")  # what a test does not leave, and could not make again
 REPLACED = ".replaced"  # the folder beside a run's files for those that it replaces; the next is .replaced2

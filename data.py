@@ -212,17 +212,19 @@ def label_as_before(index: Index, saved: "Manifest", classes: Sequence[str]) -> 
     return index.labeled_as(labels, classes, none)
 
 
+def labels_of(index: Index) -> list[tuple[str, str]]:
+    """The labels that an index has, by path."""
+    parts = index.given_parts or ("",) * len(index)
+    return [
+        (path, NO_CLASS if label == UNKNOWN else index.classes[label])
+        for path, label, part in zip(index.paths, index.labels, parts, strict=True)
+        if label != UNKNOWN or part == "unused"
+    ]
+
+
 def labels_to_csv(index: Index) -> bytes:
     """The labels that an index has, as a table to be corrected and given back."""
-    parts = index.given_parts or ("",) * len(index)
-    return BOM + csv_bytes(
-        [("path", "label")]
-        + [
-            (path, NO_CLASS if label == UNKNOWN else index.classes[label])
-            for path, label, part in zip(index.paths, index.labels, parts, strict=True)
-            if label != UNKNOWN or part == "unused"
-        ]
-    )
+    return BOM + csv_bytes([("path", "label"), *labels_of(index)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -429,6 +431,15 @@ class Manifest:
         """Of the images of a part, in their order."""
         return [content for content, own in zip(self.digest_list(), self.parts, strict=True) if own == part]
 
+    def hidden_digests(self) -> np.ndarray:
+        """Of the images whose label was kept from the training, bytes of length 16."""
+        kept = [
+            c
+            for c, label, part in zip(self.digest_list(), self.labels, self.parts, strict=True)
+            if part == "unlabeled" and label != UNKNOWN
+        ]
+        return np.array(kept, dtype="S16")
+
     def knows_any(self, index: Index) -> bool:
         """Whether an image of the index is among these."""
         return bool(np.isin(index.digests, np.array(self.digest_list(), dtype="S16")).any())
@@ -615,7 +626,7 @@ class Data:
 def find_labeled(data_dir: str, unlabeled_dir: str | None, own: Sequence[Path], labels: Sequence[str] | None) -> Index:
     """The images of a data folder with their labels, by names alone: see :func:`find_images`."""
     index = find_images(data_dir, unlabeled_dir, own, by_folder=labels is None)
-    return index if labels is None else label_by_tables(index, labels)
+    return label_by_tables(index, labels) if labels else index
 
 
 def find_index(
@@ -635,7 +646,7 @@ def find_index(
     Args:
         own: folders of this program, which hold no data.
         cache_dir: where what was found is kept for the next time; None: nowhere.
-        labels: the tables that label the images; None: class folders do.
+        labels: the tables that label the images; None: class folders do; if empty, nothing does.
         remembered: what a checkpoint remembers of the images, whose labels are those in place of anything else's.
         classes: those of the checkpoint that the run starts from. When ``testing``, some may be absent.
 

@@ -755,6 +755,29 @@ def to_rgb(image: Image.Image, value_range: tuple[float, float] | None) -> Image
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def picture(index: Index, i: int, side: int, value_range: tuple[float, float] | None) -> Image.Image:
+    """An image of an index as a person is shown it: whole, upright, at most ``side`` pixels long, without anything that
+    its file says beside.
+
+    Raises:
+        DataError: it can no longer be read.
+    """
+
+    def shown(image: Image.Image) -> Image.Image:
+        image.draft("RGB", (side, side))
+        ImageOps.exif_transpose(image, in_place=True)
+        rgb = to_rgb(image, value_range)
+        rgb.thumbnail((side, side), reducing_gap=2.0)
+        return Image.fromarray(np.array(rgb))
+
+    if index.pixels is not None:
+        return Image.fromarray(index.pixels[i]).convert("RGB")
+    try:
+        return read_image(index.file(i).read_bytes(), shown)
+    except (OSError, Unreadable) as error:
+        raise DataError(f"{index.file(i)}: {error}") from error
+
+
 @dataclasses.dataclass(frozen=True)
 class Preparation:
     """How an image becomes what a network sees: all that its pixels depend on beside the file. It is kept in every

@@ -151,8 +151,9 @@ def validation_folds(config: Config, data: Data, features: mixture.Features) -> 
     seeded = [dataclasses.replace(config, seed=config.seed + s) for s in range(times)]
     each = f"each trial trains {utils.counted(times, 'time')} for {utils.counted(config.num_epochs, 'epoch')}"
     pool = np.union1d(split.labeled, split.val)
-    splits = crossfit.fold_splits(split, data.labels, data.index.contents, times, config.seed)
-    if n_val >= ENOUGH_TO_VALIDATE or not splits:
+    few = n_val < ENOUGH_TO_VALIDATE
+    splits = crossfit.fold_splits(split, data.labels, data.index.contents, times, config.seed) if few else []
+    if not splits:
         return [Fold(c, data, features) for c in seeded], f"{each} and is scored on {n_val} validation images"
     n = len(splits)
     note = (

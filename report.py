@@ -5,11 +5,12 @@ and runs no script; Jinja2 escapes every text from outside (names of classes, fi
 """
 
 import base64
+import dataclasses
 import io
 import json
 import pkgutil
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,74 @@ def write_report(results: Path) -> Path:
     path = results / "report.html"
     utils.write_atomically(path, page.encode("utf-8", "backslashreplace"))
     return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images to be labelled
+
+TO_LABEL, LABEL_PAGE = "to_label.csv", "to_label.html"
+PAGE_BYTES = 12_000_000  # of the pictures in a page
+
+
+@dataclasses.dataclass(frozen=True)
+class ToLabel:
+    """An image to be labelled: how many others it stands for, and what a network says of it, if there is one."""
+
+    path: str
+    stands_for: int
+    guess: str = ""
+    probability: float | None = None
+    margin: float | None = None
+
+
+def side_for(n: int) -> int:
+    """The longer side of the pictures in a page of n, in pixels: as large as the page can be."""
+    return int(min(640, max(160, (PAGE_BYTES / (0.22 * max(n, 1))) ** 0.5)))  # bytes a pixel, of photographs
+
+
+def write_to_label(results: Path, asked: Sequence[ToLabel]) -> None:
+    """Write the table of images to be labelled, with an empty column ``label`` to be filled in."""
+
+    def text(value: float | None) -> str:
+        return "" if value is None else f"{value:.6f}"
+
+    rows = [("path", "label", "stands_for", "guess", "probability", "margin")]
+    rows += [
+        (each.path, "", str(each.stands_for), each.guess, text(each.probability), text(each.margin)) for each in asked
+    ]
+    utils.write_atomically(results / TO_LABEL, utils.BOM + utils.csv_bytes(rows))
+
+
+def write_label_page(
+    results: Path,
+    asked: Sequence[ToLabel],
+    pictures: Iterable[Image.Image],
+    classes: Sequence[str],
+    labels: Sequence[tuple[str, str]],
+) -> None:
+    """Make the page on which images are labelled: one file that needs no network and no server.
+
+    Args:
+        pictures: of the images, in their order, without metadata.
+        labels: those that there are already, by path; the table that the page saves has them too.
+    """
+    shown = [
+        dataclasses.asdict(each) | {"picture": _embedded(picture)}
+        for each, picture in zip(asked, pictures, strict=True)
+    ]
+    about = {"run": results.name, "classes": [*classes], "labels": labels, "images": shown}
+    page = template(LABEL_PAGE).render(name=results.name, about=about, n=len(shown))
+    utils.write_atomically(results / LABEL_PAGE, page.encode("utf-8", "backslashreplace"))
+
+
+def _embedded(picture: Image.Image) -> str:
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=80, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pages
 
 
 def template(name: str) -> jinja2.Template:

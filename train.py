@@ -709,7 +709,7 @@ def epoch_text(score: float, means: Mapping[str, float], rows: Sequence[Mapping[
     """How an epoch went, whose ``rows`` of the history these are: while the student waits, how the teacher does by
     itself."""
     waits = len(rows) > 1 and "loss_s" not in means
-    validated = rows[0]["val_accuracy"] != ""
+    validated = not math.isnan(score) and all(row["val_accuracy"] != "" for row in rows)
     right = f"teacher {rows[0]['val_accuracy']:.1%}" if waits and validated else f"{score:.1%}"
     values = {"loss": means["loss_l"], "student": means.get("loss_s"), "confident": means.get("mask_rate")}
     text = "  ".join(f"{key} {value:.2f}" for key, value in values.items() if value is not None)

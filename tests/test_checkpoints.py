@@ -107,7 +107,7 @@ def test_a_test_never_takes_the_place_of_a_training(folder, tmp_path):
 
 def test_what_a_run_starts_from_stays(folder, tmp_path):
     put(folder, *OURS)
-    with folder.claim(keep=False, overwrite=True, spare=folder.checkpoints / checkpoints.BEST) as remove_old:
+    with folder.claim(keep=False, overwrite=True, spare=[folder.checkpoints / checkpoints.BEST]) as remove_old:
         remove_old()
     assert left(tmp_path) == {"best_student.pth"}
 

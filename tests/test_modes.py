@@ -45,6 +45,7 @@ def test_training_leaves_what_the_design_promises(trained):
         "config.json",
         "commandline_args.txt",
         "split.csv",
+        "labels.csv",
         "history.csv",
         "metrics.json",
         "predictions.csv",

@@ -17,6 +17,7 @@ from torch import nn
 
 import args
 import checkpoints
+import crossfit
 import data
 import export
 import images
@@ -119,7 +120,7 @@ def test_a_trial_learns_from_no_copy_of_what_it_is_scored_on():
     labels = np.array([CAT, CAT, DOG, DOG, images.UNKNOWN, images.UNKNOWN])
     contents = np.array([0, 1, 2, 3, 0, 4])  # the fifth is a copy of the first
     split = data.Split.of(["labeled"] * 4 + ["unlabeled"] * 2)
-    for fold in optuna_search.fold_splits(split, labels, contents, 2, seed=0):
+    for fold in crossfit.fold_splits(split, labels, contents, 2, seed=0):
         assert 5 in fold.unlabeled
         assert (4 in fold.unlabeled) == (0 in fold.labeled)
         assert (4 in fold.unused) == (0 in fold.val)
@@ -277,6 +278,7 @@ def card(tmp_path: Path, *trainings: checkpoints.Training, n_val: int = 60, netw
         "classes": ["cat", "dog"],
         "per_class": {"f1": [0.5, 0.6], "images": [5, 5]},
         "test": {"student": {"accuracy": 0.5, "balanced_accuracy": 0.5, "macro_f1": 0.5, "ece": 0.1}},
+        "cross_validation": {},
         "temperature": None,
         "commands": {"label a folder of images": "python MPL.py"},
     }
