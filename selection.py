@@ -6,6 +6,7 @@ a Budget, arXiv 2202.02794). Once there is a network, the clusters are made of t
 lie closest together, so that the chosen ones differ from one another.
 """
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -89,6 +90,7 @@ class _Space:
 def _medoids(space: _Space, labeled: np.ndarray, candidates: np.ndarray, n: int, seed: int) -> np.ndarray:
     """The candidate nearest to the centre of each of the ``n`` largest clusters in which no image has a label."""
     from sklearn.cluster import KMeans, MiniBatchKMeans  # late: it takes seconds to import
+    from sklearn.exceptions import ConvergenceWarning
 
     everyone = np.concatenate([labeled, candidates])
     some = np.random.default_rng(seed).permutation(everyone)[:MOST_CLUSTERED]
@@ -96,16 +98,19 @@ def _medoids(space: _Space, labeled: np.ndarray, candidates: np.ndarray, n: int,
     k = min(len(labeled) + n, len(some))
     while True:
         kind = KMeans if k * len(some) < 10**7 else MiniBatchKMeans
-        centres = torch.from_numpy(kind(k, n_init=STARTS, random_state=seed).fit(z).cluster_centers_).to(torch.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # of images that are all alike
+            found = kind(k, n_init=STARTS, random_state=seed).fit(z)
+        centres = torch.from_numpy(found.cluster_centers_).to(torch.float32)
         place, distance = space.nearest(everyone, centres)
         size = np.bincount(place, minlength=k)
         size[place[: len(labeled)]] = 0
-        found = np.argsort(-size, kind="stable")[:n]
-        if size[found[-1]] or k == len(some):
+        largest = np.argsort(-size, kind="stable")[:n]
+        if size[largest[-1]] or k == len(some):
             break
-        k = min(k + int((size[found] == 0).sum()), len(some))
+        k = min(k + int((size[largest] == 0).sum()), len(some))
     place, distance = place[len(labeled) :], distance[len(labeled) :]
-    nearest = [np.flatnonzero(place == c)[distance[place == c].argmin()] for c in found[size[found] > 0]]
+    nearest = [np.flatnonzero(place == c)[distance[place == c].argmin()] for c in largest[size[largest] > 0]]
     rows = candidates[nearest]
     if len(rows) < n:  # images so alike that clusters are fewer
         rest = np.setdiff1d(candidates, rows)

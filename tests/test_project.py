@@ -46,7 +46,7 @@ def test_every_import_is_required():
 
 def test_imports_go_one_way():
     order = """
-        args utils distributed images metrics data models features mixture crossfit train checkpoints predict
+        args utils distributed images metrics data models features mixture crossfit selection train checkpoints predict
         visualization report export optuna_search MPL
     """.split()
     assert sorted(order) == sorted(path.stem for path in ROOT.glob("*.py"))
