@@ -6,10 +6,10 @@ semi-supervised by expectation maximisation (Nigam et al., Machine Learning 39, 
 Local and Global Consistency, NIPS 2003). Throughout, the classes keep given shares: those among the labels, or an
 estimate of those among the unlabelled images, which need not be the same (label shift).
 
-That estimate is the mean of two that fail on different images. The mixture finds groups, but may let a class take
-another's images, all the more as it then looks larger. A classifier of the labelled images alone cannot be drawn along:
-its confidence is calibrated on labelled images that it was not trained on, and then the shares are sought under which
-its predictions for all the others are the likeliest.
+That estimate is the mean of two that fail on different images. Each unlabelled image counts for the labelled one that
+is nearest to it, however many labels a class has: this needs one of each class, but knows little where classes meet.
+And the confidence of a classifier of the labelled images is calibrated on those that it was not trained on; then the
+shares are sought under which its predictions for all the others are the likeliest.
 """
 
 from collections.abc import Callable, Sequence
@@ -207,10 +207,13 @@ def estimated_shares(features: Features, labels: np.ndarray, n_classes: int, *, 
     unknown = labels < 0
     if not unknown.any():
         return torch.from_numpy(np.bincount(labels, minlength=n_classes) / len(labels)).float()
-    found = posterior(lambda places: x[places], labels, n_classes, None)[unknown].mean(0)
+    z = normaliser(x)(x)
+    known = torch.from_numpy(np.flatnonzero(~unknown))
+    nearest_known = torch.cat([torch.cdist(part, z[known]).argmin(1) for part in z[unknown].split(CHUNK)])
+    found = torch.from_numpy(np.bincount(labels[known[nearest_known]], minlength=n_classes) / unknown.sum()).float()
     if np.bincount(labels[~unknown]).min() < 2 or 2 * n_classes > MOST_LABELLED:  # none of a class could be held out
         return found
-    held_out, truth, logits = classifier_logits(normaliser(x)(x).numpy(), labels, seed)
+    held_out, truth, logits = classifier_logits(z.numpy(), labels, seed)
     scale, bias = calibration(held_out, truth)
     likeliest = likeliest_shares(softmax(scale * logits + bias))
     return (found + torch.from_numpy(likeliest).float()) / 2

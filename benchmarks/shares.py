@@ -20,10 +20,15 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # two runs of one thread are faster than one of two, one after the other
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import args
+import images
+import mixture
+import MPL
 import utils
 
 N_LABELS = 100
@@ -98,13 +103,6 @@ def divide(source: Path, folder: Path, division: str, seed: int) -> None:
 def compare_estimates(options: argparse.Namespace) -> None:
     """How far estimates of the shares are from the truth (the class that is furthest), and how many of the images
     without a label the mixture gives the right one under them."""
-    import torch
-
-    import args
-    import images
-    import mixture
-    import MPL
-
     start = MPL.find_start(args.parse(["--data_dir", str(options.data_dir), *options.rest]), [])
     found, cpu = MPL.find_data(start), torch.device("cpu")
     work = MPL.make_ready(start, found, cpu, utils.pick_precision(start.config.amp, cpu))
@@ -127,6 +125,7 @@ def compare_estimates(options: argparse.Namespace) -> None:
             estimates = {
                 "the labels'": torch.from_numpy(np.bincount(labels[~unknown]) / len(labelled)).float(),
                 "the mixture's": mixture.posterior(features, labels, n_classes, None)[unknown].mean(0),
+                "the nearest labels'": nearest_shares(features(np.arange(len(rows))), labels, n_classes),
                 "the estimated ones": mixture.estimated_shares(features, labels, n_classes),
                 "the true ones": torch.from_numpy(np.bincount(truth[unknown]) / unknown.sum()).float(),
             }
@@ -138,6 +137,13 @@ def compare_estimates(options: argparse.Namespace) -> None:
             gain = spread(np.subtract(right[name], right["the mixture's"]), "+")
             cells = [division, name, spread(np.array(off[name])), spread(np.array(right[name])), gain]
             print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def nearest_shares(x: torch.Tensor, labels: np.ndarray, n_classes: int) -> torch.Tensor:
+    """The shares if each image counts for the labelled one nearest to it, [C]: half of the estimate."""
+    z, known = mixture.normaliser(x)(x), np.flatnonzero(labels >= 0)
+    nearest = torch.cdist(z[labels < 0], z[known]).argmin(1).numpy()
+    return torch.from_numpy(np.bincount(labels[known[nearest]], minlength=n_classes) / len(nearest)).float()
 
 
 def link(file: Path, place: Path) -> None:
