@@ -363,7 +363,7 @@ def assist(work: Work, signals: Signals) -> None:
     trained = {} if work.start.config.mode == "test" else train_networks(work, signals)
     work, learners = ready_to_test(work, trained)
     score(work, learners)
-    out_of_fold(work, predict_others(work, learners)["unlabeled"])
+    predict_others(work, learners)
 
 
 def lead(work: Work, signals: Signals) -> None:
@@ -440,13 +440,20 @@ def cross_validate(work: Work) -> crossfit.HeldOut | None:
         found.labels,
         found.index.contents,
         len(found.classes),
-        targets="labels" if config.finetune_mode else config.targets,
+        targets=config.targets if learned_from_targets(work) else "labels",
         alignment=config.alignment,
         seed=config.seed,
     )
     if held_out is None:
         print("no class has two labels, so nothing can tell how good the predictions are: label more")
     return held_out
+
+
+def learned_from_targets(work: Work) -> bool:
+    """Whether the networks have learned, or are to learn, from anything but labelled images."""
+    saved, mode = work.start.saved, work.start.config.mode
+    earlier = [each.mode for each in saved.trainings] if saved else []
+    return any(each != "finetune" for each in (earlier if mode == "test" else [*earlier, mode]))
 
 
 def guided(work: Work) -> Work:
@@ -569,7 +576,8 @@ def label_predict_dir(
         inputs = inputs_for(once, stream, architecture, device, precision)
         learners = loaded_learners(config, saved.best.learners, architecture, inputs)
         print(f"{utils.counted(len(index), 'image')} in {predict_dir}, {' and '.join(learners)} of {config.load_path}")
-        predict.label_folder(stream, learners, inputs, folder.results, what=what)
+        with folder.writing("predictions.csv", "bad_files.csv"):
+            predict.label_folder(stream, learners, inputs, folder.results, what=what)
         begin()
         write_config(config, folder)
 
@@ -581,9 +589,8 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
 
     config, folder, saved = start.config, start.folder, start.saved
     index = find_to_label(start)
-    hidden = np.isin(index.digests, saved.split.hidden_digests()) if saved else np.zeros(len(index), dtype=bool)
     given = np.array(index.given_parts or [""] * len(index))
-    labeled = np.flatnonzero(((index.labels != images.UNKNOWN) & ~hidden) | (given == "unused"))
+    labeled = np.flatnonzero((index.labels != images.UNKNOWN) | (given == "unused"))
     unlabeled = np.setdiff1d(np.arange(len(index)), labeled)
     if not len(unlabeled):
         raise DataError(f"--select {n}: every image of {config.data_dir} has a label; --labels says which have one")
@@ -597,7 +604,7 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
         rows, p = unlabeled, None
         if saved:
             learners = loaded_learners(config, saved.best.learners, architecture, inputs)
-            predicted = with_known(predict.predict(learners, inputs, there, unlabeled), index.digests, saved)
+            predicted = predict.predict(learners, inputs, there, unlabeled)
             rows, p = predicted.rows, train.final(predicted.probabilities)
             best, guess = (each.numpy() for each in p.topk(2, dim=-1))
 
@@ -636,10 +643,14 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
             utils.write_atomically(folder.results / "labels.csv", data.labels_to_csv(index))
             report.write_to_label(folder.results, asked)
             classes = sorted({*index.classes, *(saved.classes if saved else ())}, key=images.natural_order)
-            report.write_label_page(folder.results, asked, pictures, classes, data.labels_of(index))
+            key = images.digest(index.digests[chosen.rows].tobytes()).hex()
+            report.write_label_page(folder.results, asked, pictures, classes, data.labels_of(index), key)
     stand_for = sum(each.stands_for for each in asked)
-    options: dict[str, Any] = {
-        key: getattr(config, key) for key in ("data_dir", "output_dir", "cache_dir") if key in config.given
+    kept = (*args.INHERITED, "output_dir", "cache_dir")
+    changed, _ = args.changed(config.options())
+    left_out = ("num_labels_percent", "val_percent", "test_percent", "labels")
+    options = {"data_dir": config.data_dir} | {
+        key: value for key, value in changed.items() if key in kept and key not in left_out and value is not None
     }
     table = shlex.quote(f"{config.name}-labels.csv")
     print(
@@ -657,7 +668,7 @@ def find_to_label(start: Start) -> images.Index:
     config, saved = start.config, start.saved
     given = "labels" in config.given
     by_folder = config.labels is None and config.unlabeled_dir is not None
-    return data.find_index(
+    index = data.find_index(
         config.data_dir,
         config.unlabeled_dir,
         checkpoints.own_folders(config.output_dir),
@@ -667,6 +678,12 @@ def find_to_label(start: Start) -> images.Index:
         remembered=saved.split if saved and not given else None,
         classes=saved.classes if saved and not given else None,
     )
+    if saved is None:
+        return index
+    hidden = np.isin(
+        index.digests, saved.split.hidden_digests()
+    )  # which the training was not told: nor is anybody here
+    return index.labeled_as(np.where(hidden, images.UNKNOWN, index.labels), index.classes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -703,52 +720,6 @@ def predict_others(work: Work, learners: Mapping[str, models.Learner]) -> dict[s
     """What is predicted of the images that were trained on, and of those that served for nothing."""
     parts: tuple[str, ...] = ("unlabeled", "labeled", "unused")
     return {part: predict_part(work, learners, part) for part in parts}
-
-
-def out_of_fold(work: Work, predicted: predict.Predicted) -> torch.Tensor | None:
-    """What is said of the unlabelled images by heads that have not learned from them, [U, C], where heads on kept
-    features have learned from such images; None elsewhere.
-
-    Args:
-        predicted: what the networks say of them, which they were taught if their own teacher gave the labels.
-    """
-    config, found, guide = work.start.config, work.data, work.guide
-    kept = config.views or config.targets == "mixture"
-    if config.mode in ("finetune", "test") or not (work.architecture.frozen and kept and len(found.split.unlabeled)):
-        return None
-    targets = guide.targets
-    if targets is None:
-        targets = np.zeros((len(found.index), len(found.classes)), dtype=np.float32)
-        targets[found.split.labeled, found.labels[found.split.labeled]] = 1
-        targets[predicted.rows] = train.final(predicted.probabilities).numpy()
-    return crossfit.out_of_fold(
-        work.features, found.split, found.index.contents, targets, guide.prior, seed=config.seed
-    )
-
-
-def say_out_of_fold(work: Work, predicted: predict.Predicted) -> predict.Predicted:
-    """The predictions of the unlabelled images, out of fold where that can be; these are kept for later tests."""
-    saved, digests = work.start.saved, work.data.index.digests
-    if saved and work.start.config.mode == "test":
-        return with_known(predicted, digests, saved)
-    p = out_of_fold(work, predicted)
-    if p is None:
-        return predicted
-    path = work.start.folder.checkpoints / checkpoints.BEST
-    checkpoints.keep_out_of_fold(path, p)
-    return with_known(predicted, digests, checkpoints.load_best(path))
-
-
-def with_known(predicted: predict.Predicted, digests: np.ndarray, saved: BestCheckpoint) -> predict.Predicted:
-    """The predictions with what a checkpoint knows out of fold in their place."""
-    if saved.out_of_fold is None:
-        return predicted
-    p = saved.out_of_fold
-    place = {content: i for i, content in enumerate(saved.split.digests_of("unlabeled"))}
-    known = np.array([place.get(content, -1) for content in digests[predicted.rows].tolist()], dtype=np.int64)
-    final = train.final(predicted.probabilities).clone()
-    final[known >= 0] = p[known[known >= 0]]
-    return predicted._replace(probabilities={**predicted.probabilities, "ensemble": final})
 
 
 def ready_to_test(work: Work, trained: Mapping[str, models.Learner]) -> tuple[Work, dict[str, models.Learner]]:
@@ -800,9 +771,6 @@ def conclude(
         write_config(config, folder)  # a study's is the best; and one gone on with may be exported now
     with attempts.attempt("predictions.csv"):
         predicted |= predict_others(work, learners)
-    if "unlabeled" in predicted:
-        with attempts.attempt("the predictions out of fold", needed=False):
-            predicted["unlabeled"] = say_out_of_fold(work, predicted["unlabeled"])
     with attempts.attempt("predictions.csv"), folder.writing("predictions.csv"):
         order = [part for part in ("test", "unlabeled", "labeled", "val", "unused") if part in predicted]
         of_parts = {str(part): predicted[part][:2] for part in order}

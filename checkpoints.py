@@ -9,6 +9,7 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import pickle
 import re
@@ -506,7 +507,6 @@ class BestCheckpoint(Checkpoint):
 
     best: Best
     digest: str | None = None  # of the file that this was read from, which cannot hold its own
-    out_of_fold: torch.Tensor | None = None  # [U, C] what is said of the unlabelled images of the split, in its order
 
     def partner(self) -> dict[str, dict[str, Any]]:
         """The weights of the second network, if there is one: finetuning leaves them as they are, and the new student
@@ -582,13 +582,7 @@ def load_best(path: Path) -> BestCheckpoint:
     """
     with _structure_checked(path):
         state, digest = _read_with_digest(path)
-        best, out_of_fold = Best(**state["best"]), state.get("out_of_fold")
-        return BestCheckpoint(**_typed(state), best=best, digest=digest, out_of_fold=out_of_fold)
-
-
-def keep_out_of_fold(path: Path, probabilities: torch.Tensor) -> None:
-    """Add what is said of the unlabelled images to the checkpoint of a run's best weights."""
-    save_checkpoint(path, dataclasses.replace(load_best(path), digest=None, out_of_fold=probabilities))
+        return BestCheckpoint(**_typed(state), best=Best(**state["best"]), digest=digest)
 
 
 def load_last(path: Path) -> LastCheckpoint:
@@ -690,7 +684,7 @@ def choose_checkpoint(config: Config) -> tuple[Path, BestCheckpoint]:
         except CheckpointError as fault:
             faults.append(fault)
             continue
-        about[path] = saved.classes, saved.data_dir, saved.best.score
+        about[path] = saved.classes, saved.data_dir, -1.0 if math.isnan(saved.best.score) else saved.best.score
     if not about:
         raise faults[0]
     fitting, same = about, {}

@@ -1,11 +1,8 @@
-"""Predictions of images by what has not learned from them: out of fold.
+"""How far predictions are right, without setting any label aside: cross-validation over the labelled images (Stone,
+JRSS B 36, 1974).
 
-Of an unlabelled image that a run trains on, its networks say what they were told. With fewer images than features they
-have learned all of it by heart, mistakes included; heads that were trained on the other images have not. And of a
-labelled image, heads that have not seen its label say how far such predictions are right, without setting any label
-aside (cross-validation; Stone, JRSS B 36, 1974).
-
-All folds train heads on kept features, not the whole loop.
+The folds train heads on kept features, not the whole loop: on such targets as the run's networks learn from, made anew
+without the labels of the fold.
 """
 
 import dataclasses
@@ -124,49 +121,6 @@ def cross_validate(
         probabilities.append(head(z[held_out]).softmax(-1).detach().numpy())
     order = np.argsort(np.concatenate(rows))
     return HeldOut(np.concatenate(rows)[order], np.concatenate(probabilities)[order], len(folds))
-
-
-def out_of_fold(
-    features: mixture.Features,
-    split: Split,
-    contents: np.ndarray,
-    targets: np.ndarray,
-    shares: torch.Tensor | None,
-    *,
-    seed: int,
-) -> torch.Tensor:
-    """Predict each unlabelled training image by a head that was trained on the targets of the others. Returns the
-    probabilities of ``split.unlabeled``, [U, C] float32.
-
-    Args:
-        features: of images by their places in the index.
-        contents: [N] int64; copies of one image have the same, and are in one fold.
-        targets: [N, C] float32 what the run's networks learned of each training image, one-hot where it has a label.
-        shares: [C] the classes' shares among the images, which are kept; None: any.
-    """
-    n_classes = targets.shape[1]
-    known = np.full(len(targets), -1)
-    known[split.labeled] = targets[split.labeled].argmax(1)
-    order = mixture.in_order_of_use(known[split.train], n_classes, seed)[: mixture.MOST_IMAGES]
-    some = np.sort(split.train[order])
-    x = features(some)
-    normalise = mixture.normaliser(x)
-    z, target = normalise(x), torch.from_numpy(targets[some])
-    part = np.random.default_rng([seed, FOLDS]).permutation(contents.max() + 1)[contents] % FOLDS
-    trained = [((part != k) | (known >= 0))[some] for k in range(FOLDS)]
-    heads = [fit_head(z[rows], target[rows]) for rows in trained]
-    p = torch.empty(len(targets), n_classes)
-
-    def predict(rows: np.ndarray, z: torch.Tensor) -> None:
-        for k, head in enumerate(heads):
-            here = part[rows] == k
-            p[rows[here]] = head(z[here]).softmax(-1).detach()
-
-    predict(some, z)
-    others = torch.from_numpy(np.setdiff1d(split.unlabeled, some))
-    for rows in others.split(mixture.MOST_IMAGES) if len(others) else ():
-        predict(rows.numpy(), normalise(features(rows.numpy())))
-    return mixture.balanced(p[split.unlabeled], shares)
 
 
 def fit_head(z: torch.Tensor, target: torch.Tensor) -> torch.nn.Linear:

@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import threading
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from multiprocessing.process import BaseProcess
@@ -52,6 +53,7 @@ from utils import (
     UsageError,
     counted,
     csv_bytes,
+    csv_text,
     derive_seed,
     first_few,
     resolve_path,
@@ -93,25 +95,29 @@ def read_labels(table: str) -> list[_Said]:
         text = content.decode(encoding, errors)
     except UnicodeDecodeError as error:
         raise DataError(f"--labels {table}: {error}") from error
+    first = text.partition("\n")[0]
     for delimiter in ",;\t":
-        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-        header = [name.strip().lower() for name in next(rows, [])]
+        header = [name.strip().lower() for name in next(csv.reader([first[:10_000]], delimiter=delimiter), [])]
         named = next((name for name in PATH_COLUMNS if name in header), None)
         if named and "label" in header:
             break
     else:
-        there = f"it has {text.splitlines()[0][:80]!r}" if text.strip() else "it is empty"
+        there = f"it has {first[:80]!r}" if text.strip() else "it is empty"
         raise DataError(f"--labels {table}: its first line must have the columns path and label; {there}")
+    if header.count("label") > 1:
+        raise DataError(f"--labels {table}: several of its columns are called label")
     said = []
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    next(rows)
     try:
         for row in rows:
-            cells = {name: cell[1:] if cell[:1] == "'" else cell for name, cell in zip(header, row, strict=False)}
+            cells = {name: csv_text(cell) for name, cell in zip(header, row, strict=False)}
             label = nfc(cells.get("label", "").strip())
             if label:
-                said.append(_Said(cells[named], label, table, rows.line_num))
+                said.append(_Said(cells.get(named, ""), label, table, rows.line_num))
     except csv.Error as error:
         raise DataError(f"--labels {table}, line {rows.line_num}: {error}") from error
-    undecoded = next((each for each in said if not each.label.isprintable()), None)
+    undecoded = next((each for each in said if {*map(unicodedata.category, each.label)} & {"Cc", "Cs"}), None)
     if undecoded:
         raise DataError(
             f"--labels {table}, line {undecoded.row}: the label {undecoded.label!r} is no text in UTF-8; save the "
@@ -125,32 +131,32 @@ class _Named:
 
     def __init__(self, index: Index) -> None:
         self.root = os.path.abspath(index.root)
-        self.by_path = {nfc(path): i for i, path in enumerate(index.paths)}
-        self.by_stem: dict[str, list[int]] = defaultdict(list)  # paths and bare names, with and without the suffix
+        self.exactly = {path: i for i, path in enumerate(index.paths)}
+        self.by_path: dict[str, set[int]] = defaultdict(set)
+        self.by_stem: dict[str, set[int]] = defaultdict(set)  # paths and bare names, with and without the suffix
         for i, path in enumerate(index.paths):
+            self.by_path[nfc(path)].add(i)
             bare = path.rsplit("/", 1)[-1]
             for name in {os.path.splitext(path)[0], bare, os.path.splitext(bare)[0]} - {path}:
-                self.by_stem[nfc(name)].append(i)
+                self.by_stem[nfc(name)].add(i)
 
-    def find(self, name: str, table: str) -> list[int]:
-        """The images that a name in a table may mean: one as a path, else as a path without its suffix or a bare name,
-        which more of them may have.
+    def find(self, name: str, table: str) -> set[int]:
+        """The images that a name in a table may mean: as a path, else as a path without its suffix or a bare name.
 
-        A path is absolute, or relative to the data folder, to the table's own or to the working folder.
+        A path is absolute, or relative to the data folder, to the table's own or to the working folder; these may mean
+        different images.
         """
-        written = nfc(name)
-        for each in dict.fromkeys([written, written.replace("\\", "/")]):
-            if each in self.by_path:
-                return [self.by_path[each]]
+        for written in dict.fromkeys([name, name.replace("\\", "/")]):
+            meant: set[int] = set()
             for folder in (self.root, os.path.dirname(os.path.abspath(resolve_path(table))), os.getcwd()):
-                absolute = os.path.normpath(os.path.join(folder, each))
-                relative = os.path.relpath(absolute, self.root).replace(os.sep, "/")
-                for path in (relative, absolute):
-                    if nfc(path) in self.by_path:
-                        return [self.by_path[nfc(path)]]
-            if each in self.by_stem:
-                return self.by_stem[each]
-        return []
+                absolute = os.path.normpath(os.path.join(folder, written))
+                inside = Path(absolute).is_relative_to(self.root)
+                path = Path(absolute).relative_to(self.root).as_posix() if inside else absolute
+                meant |= {self.exactly[path]} if path in self.exactly else self.by_path.get(nfc(path), set())
+            meant = meant or self.by_stem.get(nfc(written), set())
+            if meant:
+                return meant
+        return set()
 
 
 def label_by_tables(index: Index, tables: Sequence[str]) -> Index:
@@ -164,7 +170,7 @@ def label_by_tables(index: Index, tables: Sequence[str]) -> Index:
     """
     named = _Named(index)
     word: dict[int, _Said] = {}
-    lost: list[tuple[_Said, list[int]]] = []
+    lost: list[tuple[_Said, set[int]]] = []
     for table in tables:
         here: dict[int, _Said] = {}
         for said in read_labels(table):
@@ -172,7 +178,8 @@ def label_by_tables(index: Index, tables: Sequence[str]) -> Index:
             if len(meant) != 1:
                 lost.append((said, meant))
                 continue
-            earlier = here.setdefault(meant[0], said)
+            (image,) = meant
+            earlier = here.setdefault(image, said)
             if earlier.label != said.label:
                 raise DataError(
                     f"--labels {table}: {said.name} is {earlier.label} in line {earlier.row} and {said.label} in line "
@@ -426,10 +433,6 @@ class Manifest:
 
     def digest_list(self) -> list[bytes]:
         return self.digests.contiguous().numpy().view("S16").ravel().tolist()
-
-    def digests_of(self, part: str) -> list[bytes]:
-        """Of the images of a part, in their order."""
-        return [content for content, own in zip(self.digest_list(), self.parts, strict=True) if own == part]
 
     def hidden_digests(self) -> np.ndarray:
         """Of the images whose label was kept from the training, bytes of length 16."""

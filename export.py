@@ -150,7 +150,7 @@ To label a folder with this program:
 """)
 
 HONESTY = """Confidences become the most honest divided by temperature {:.2f} (that is, each probability to the power of
-1/temperature, scaled to sum to one), chosen on the validation images."""
+1/temperature, scaled to sum to one), chosen on the {}."""
 PARTS = {"labeled": "labelled", "unlabeled": "unlabelled"}
 METHODS = {
     "finetune": "the labelled images alone",
@@ -278,7 +278,9 @@ def write_card(
         ),
         honesty=f"No temperature is advised for the confidences: {metrics.why_no_temperature(figures)}."
         if figures["temperature"] is None
-        else HONESTY.format(figures["temperature"]),
+        else HONESTY.format(
+            figures["temperature"], "labels held out from heads like these" if folds else "validation images"
+        ),
         worst=", ".join(f"{plain(classes[i])} ({f1[i]:.2f})" for i in worst),
         use=USE[kind],
         command=figures["commands"]["label a folder of images"],

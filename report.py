@@ -113,18 +113,20 @@ def write_label_page(
     pictures: Iterable[Image.Image],
     classes: Sequence[str],
     labels: Sequence[tuple[str, str]],
+    key: str,
 ) -> None:
     """Make the page on which images are labelled: one file that needs no network and no server.
 
     Args:
         pictures: of the images, in their order, without metadata.
         labels: those that there are already, by path; the table that the page saves has them too.
+        key: of the very images that are asked about; what a browser keeps of another page is not theirs.
     """
     shown = [
         dataclasses.asdict(each) | {"picture": _embedded(picture)}
         for each, picture in zip(asked, pictures, strict=True)
     ]
-    about = {"run": results.name, "classes": [*classes], "labels": labels, "images": shown}
+    about = {"run": results.name, "key": key, "classes": [*classes], "labels": labels, "images": shown}
     page = template(LABEL_PAGE).render(name=results.name, about=about, n=len(shown))
     utils.write_atomically(results / LABEL_PAGE, page.encode("utf-8", "backslashreplace"))
 

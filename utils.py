@@ -327,10 +327,16 @@ def read_csv(path: Path, **wanted: str) -> list[dict[str, str]]:
     """The rows of what :func:`csv_bytes` made, or those alone that have the ``wanted`` cells."""
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         return [
-            {key: cell[1:] if cell[:1] == "'" else cell for key, cell in row.items()}
+            {key: csv_text(cell) for key, cell in row.items()}
             for row in csv.DictReader(file)
             if all(row[key] == cell for key, cell in wanted.items())
         ]
+
+
+def csv_text(cell: str) -> str:
+    """The text that :func:`csv_bytes` has made a cell of; a foreign one that begins with an apostrophe, as a name may,
+    stays as it is."""
+    return cell[1:] if cell[:1] == "'" and cell[1:].startswith(FORMULA) else cell
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -93,9 +93,9 @@ def pictures(results: Path) -> Iterator[tuple[str, Callable[[], Path]]]:
     if not (figures["test"] or by_folds):
         return
     if by_folds:
-        rows = utils.read_csv(results / "cross_validation.csv")
+        rows, kind = utils.read_csv(results / "cross_validation.csv"), "labelled images"
     else:
-        rows = utils.read_csv(results / "predictions.csv", split="test")
+        rows, kind = utils.read_csv(results / "predictions.csv", split="test"), "test images"
     truth = [row["true_label"] for row in rows]
     columns = {"Cross-validation": "predicted_label"} if by_folds else {}
     columns |= {TITLES[name]: f"{name}_vote" for name in figures["test"] if name != "ensemble"}
@@ -103,7 +103,7 @@ def pictures(results: Path) -> Iterator[tuple[str, Callable[[], Path]]]:
         columns[TITLES["switch" if "model_1" in figures["test"] else "train"]] = "predicted_label"
     for heading, column in columns.items():
         predicted, path = [row[column] for row in rows], results / f"{heading}_CM.png"
-        yield path.name, functools.partial(draw_confusion, truth, predicted, classes, f"{heading}, {title}", path)
+        yield path.name, functools.partial(draw_confusion, truth, predicted, classes, f"{heading}, {title}", path, kind)
     probabilities = np.array([[float(row[f"p_{name}"]) for name in classes] for row in rows])
     labels = np.array([classes.index(name) for name in truth])
     path = results / "calibration.png"
@@ -282,7 +282,12 @@ def _series(rows: list[dict[str, str]], key: str) -> tuple[list[int], list[float
 
 @styled(STYLE)
 def draw_confusion(
-    truth: Sequence[str], predicted: Sequence[str], classes: Sequence[str], title: str, path: Path
+    truth: Sequence[str],
+    predicted: Sequence[str],
+    classes: Sequence[str],
+    title: str,
+    path: Path,
+    kind: str = "test images",
 ) -> Path:
     """Counts in the cells, shares of the true class as shades; readable from 2 to 102 classes and beyond.
 
@@ -313,7 +318,7 @@ def draw_confusion(
             j, i, text, ha="center", va="center", fontsize=font - 1, color="white" if shares[i, j] > 0.55 else "black"
         )
     accuracy = np.trace(counts) / max(counts.sum(), 1)
-    heading, score = f"{title}:", f"{accuracy:.2%} of {counts.sum()} test images"
+    heading, score = f"{title}:", f"{accuracy:.2%} of {counts.sum()} {kind}"
     width = max(30, int(side * 11))
     fits = len(heading) + 1 + len(score) <= width
     ax.set_title(f"{heading} {score}" if fits else f"{textwrap.fill(heading, width)}\n{score}", fontsize=10)
@@ -609,7 +614,11 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def _comparison_table(groups: dict[str, list[Run]]) -> str:
-    networks = list(dict.fromkeys(name for group in groups.values() for run in group for name in run.figures["test"]))
+    def tests_of(run: Run) -> dict[str, dict[str, float]]:
+        folds = run.figures.get("cross_validation")
+        return run.figures["test"] | ({"cross_validated": folds} if folds else {})
+
+    networks = list(dict.fromkeys(name for group in groups.values() for run in group for name in tests_of(run)))
     width = min(34, max(map(len, groups)))
     lines = [
         " " * width + f" {'runs':>4} {'labels':>7}" + "".join(f" {name.replace('_', ' '):>15}" for name in networks)
@@ -618,7 +627,7 @@ def _comparison_table(groups: dict[str, list[Run]]) -> str:
         first, *more = textwrap.wrap(name, width) or [""]
         labels = sorted({run.figures.get("trainings", [run.figures["counts"]])[-1]["labeled"] for run in group})
         line = f"{first:{width}} {len(group):4} {'/'.join(map(str, labels)):>7}"
-        tests = [run.figures["test"] for run in group]
+        tests = [tests_of(run) for run in group]
         for network in networks:
             values = [100 * test[network]["accuracy"] for test in tests if network in test]
             spread = f" ± {statistics.stdev(values):4.2f}" if len(values) > 1 else ""

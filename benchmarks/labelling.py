@@ -46,7 +46,7 @@ def main() -> int:
                 page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
                 page.goto(page_file.resolve().as_uri())
                 page.screenshot(path=options.out / f"{size}-{scheme}.png")
-                page.keyboard.press("Tab")
+                page.keyboard.press("*")
                 page.screenshot(path=options.out / f"{size}-{scheme}-all.png")
                 page.close()
         page = browser.new_page(viewport={"width": 1280, "height": 900}, accept_downloads=True)

@@ -1,4 +1,4 @@
-"""Predictions out of fold: what they know of an image's own label or target, which is nothing."""
+"""Cross-validation: what a prediction knows of the label that it is compared with, which is nothing."""
 
 import json
 
@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, make_folder
-from test_folders import picture, pictures
+from test_folders import pictures
 
 import crossfit
 import data
-import mixture
 from utils import read_csv
 
 NONE = np.array([], dtype=np.int64)
@@ -99,44 +98,8 @@ def test_a_copy_of_a_held_out_image_says_nothing_of_it():
     assert (held_out.probabilities[:60].argmax(1) == held_out.probabilities[60:].argmax(1)).all()
 
 
-def test_mistakes_of_the_targets_are_not_repeated_of_the_images_that_they_are_about():
-    x, labels = clusters(400, 500, 2, apart=0.5)  # fewer images than features
-    targets = np.eye(2, dtype=np.float32)[labels]
-    wrong = np.arange(40, 400, 6)
-    targets[wrong] = 1 - targets[wrong]
-    split = split_of(np.arange(40), np.arange(40, 400))
-    by_heart = crossfit.fit_head(mixture.normaliser(x)(x), torch.from_numpy(targets))(mixture.normaliser(x)(x))
-    assert (by_heart.argmax(1).numpy()[wrong] != labels[wrong]).mean() > 0.9
-    p = crossfit.out_of_fold(lambda rows: x[rows], split, np.arange(400), targets, None, seed=0)
-    assert p.shape == (360, 2)
-    assert (p.argmax(1).numpy()[wrong - 40] == labels[wrong]).mean() > 0.8
-
-
-def test_out_of_fold_predictions_do_not_depend_on_how_many_fit_into_memory(monkeypatch):
-    x, labels = clusters(300, 30, 2, apart=1.0)
-    targets = np.eye(2, dtype=np.float32)[labels]
-    split, asked = split_of(np.arange(20), np.arange(20, 300)), []
-
-    def features(rows):
-        asked.append(len(rows))
-        return x[rows]
-
-    monkeypatch.setattr(mixture, "MOST_IMAGES", 90)
-    p = crossfit.out_of_fold(features, split, np.arange(300), targets, torch.tensor([0.5, 0.5]), seed=0)
-    assert max(asked) <= 90
-    assert sum(asked) == 300
-    assert (p.argmax(1).numpy() == labels[20:]).mean() > 0.9
-    assert p.sum(1).numpy() == pytest.approx(1, abs=1e-5)
-    assert p.mean(0).numpy() == pytest.approx(0.5, abs=0.02)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
-
-
-def probabilities(cli, name: str, part: str) -> dict[str, list[str]]:
-    rows = read_csv(cli.cwd / "results" / name / "predictions.csv", split=part)
-    return {row["path"]: [value for key, value in row.items() if key.startswith("p_")] for row in rows}
 
 
 def test_a_run_whose_labels_are_all_there_are_sets_none_aside(cli, tmp_path):
@@ -160,7 +123,6 @@ def test_a_run_whose_labels_are_all_there_are_sets_none_aside(cli, tmp_path):
     again = cli.inside("--name", "t", "--test_mode", "--load_path", "e").stdout
     assert "5-fold cross-validation on 12" in " ".join(again.split())
     assert json.loads((cli.cwd / "results/t/metrics.json").read_text())["cross_validation"] == folds
-    assert probabilities(cli, "t", "unlabeled") == probabilities(cli, "e", "unlabeled")
     cli.inside("--name", "s", "--data_dir", root, *FROZEN, "--test_percent", "20")
     assert json.loads((cli.cwd / "results/s/metrics.json").read_text())["cross_validation"] == {}
 
@@ -171,18 +133,3 @@ def test_with_one_label_of_each_class_it_is_said_that_nothing_can_be_known(cli, 
     out = cli.inside("--name", "e", "--data_dir", root, *FROZEN).stdout
     assert "no class has two labels" in out
     assert "No image was there to test on" in (cli.cwd / "results/e/report.html").read_text()
-
-
-@pytest.mark.parametrize("mode", [[], ["--switch_mode"], ["--recipe", "mpl"]])
-def test_what_is_said_of_unlabelled_images_is_out_of_fold_and_the_same_in_every_later_test(cli, tmp_path, mode):
-    root = make_folder(tmp_path / "d", classes=2, images=14)
-    options = FROZEN[:-2] if "mpl" in mode else FROZEN
-    cli.inside("--name", "e", "--data_dir", root, *options, *mode)
-    said = probabilities(cli, "e", "unlabeled")
-    rows = read_csv(cli.cwd / "results/e/predictions.csv", split="unlabeled")
-    (root / rows[0]["path"]).rename(root / "class 0/renamed.png")
-    picture(root / "class 1" / "new.png", seed=9)
-    cli.inside("--name", "t", "--test_mode", "--load_path", "e")
-    now = probabilities(cli, "t", "unlabeled")
-    assert now.pop("class 0/renamed.png") == said.pop(rows[0]["path"])
-    assert now == said

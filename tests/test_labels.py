@@ -7,7 +7,7 @@ from test_folders import picture, pictures
 
 import data
 import images
-from utils import DataError, read_csv
+from utils import DataError, csv_bytes, read_csv
 
 RUN = [*TINY, "--num_epochs", "1", "--warmup_epoch_num", "0"]
 
@@ -87,6 +87,8 @@ def test_rows_that_cannot_be_followed_are_said(flat, tmp_path):
         ("path,label\na.png,\n", "fill in the column label"),
         ("path,label\nz.png,x\n", "1 row of .*no image is called so"),
         ("path,label\na.png,-\n", "fill in the column label"),
+        ("path,label,label\na.png,x,y\n", "several of its columns are called label"),
+        ('{"images": [' + "1," * 200_000 + "]}", "must have the columns path and label"),
     ],
 )
 def test_a_table_that_says_nothing_or_two_things_is_refused(flat, text, says):
@@ -109,6 +111,26 @@ def test_accents_are_the_same_in_either_unicode_form(tmp_path):
     found = labeled(tmp_path / "p", "path,label\n\u00c4pfel.png,A\u0308pfel\nb.png,\u00c4pfel\n")
     assert set(found.values()) == {"\u00c4pfel"}
     assert len(found) == 2
+
+
+def test_a_row_that_may_mean_two_images_is_not_guessed_at(flat):
+    picture(flat / "in" / "a.png")
+    table = flat / "in" / "table.csv"  # in its folder there is an a.png as well as in the data folder
+    table.write_text("label,path\nx,a.png\ny,b.jpg\nz\n")
+    index = data.find_labeled(str(flat), None, (), [str(table)])
+    assert index.classes == ("y",)
+    assert f"1 row of {table} not used: several images are called so (first: a.png)" in index.notes
+    for name in ("e\u0301.png", "\u00e9.png"):
+        picture(flat / name)
+    assert labeled(flat, "path,label\ne\u0301.png,x\n\u00e9.png,y\n") == {"e\u0301.png": "x", "\u00e9.png": "y"}
+
+
+def test_an_apostrophe_belongs_to_a_name_unless_it_guards_a_formula(flat):
+    picture(flat / "'tis.png")
+    found = labeled(flat, "path,label\n'tis.png,'s Gravenhage\na.png,'=sum\nb.jpg,\U0001f469\u200d\U0001f33e\u00a0x\n")
+    assert found == {"'tis.png": "'s Gravenhage", "a.png": "=sum", "b.jpg": "\U0001f469\u200d\U0001f33e\u00a0x"}
+    again = csv_bytes([("path", "label"), *found.items()]).decode()
+    assert labeled(flat, again) == found
 
 
 def test_images_of_none_of_the_classes_are_not_trained_on(flat):

@@ -210,7 +210,7 @@ def test_frozen_weights_from_a_file_are_in_the_checkpoint(cli, colours):
     cli.inside("--name", "exp", *frozen)
     (cli.cwd / "weights.pth").unlink()
     predict(cli, colours, "labels")
-    tested = {row["path"]: row for row in utils.read_csv(cli.cwd / "results/exp/predictions.csv", split="test")}
+    tested = {row["path"]: row for row in utils.read_csv(cli.cwd / "results/exp/predictions.csv")}
     for row in utils.read_csv(cli.cwd / "results/labels/predictions.csv"):
         same = tested.get(row["path"].removeprefix(f"{colours}/"))
         assert same is None or float(same["probability"]) == pytest.approx(float(row["probability"]), abs=1e-5)

@@ -114,7 +114,7 @@ def test_the_page_is_one_file_in_which_every_name_stays_text(tmp_path):
     nasty = "</script><b>x</b>'\"&{{ name }}\u2028.png"
     asked = [report.ToLabel(nasty, 3, guess="<i>", probability=0.5, margin=0.25), report.ToLabel("b.png", 1)]
     pages = (Image.new("RGB", (8, 8)) for _ in asked)
-    report.write_label_page(tmp_path, asked, pages, ["<i>", "b"], [("old.png", "b")])
+    report.write_label_page(tmp_path, asked, pages, ["<i>", "b"], [("old.png", "b")], "k")
     text = (tmp_path / "to_label.html").read_text(encoding="utf-8")
     assert text.count("</script>") == 2
     assert "<b>x</b>" not in text
@@ -169,7 +169,8 @@ def test_from_no_label_to_labels_for_all_and_on_to_the_next_to_label(cli, tmp_pa
     ]
     table = tmp_path / "first.csv"
     table.write_bytes(csv_bytes([("path", "label"), *((row["path"], row["path"][6]) for row in rows)]))
-    cli.inside("--name", "exp", "--data_dir", root, "--labels", table, *FROZEN, *TRAIN)
+    learn = ["--num_epochs", "40", "--lr", "0.1", "--targets", "mixture"]
+    cli.inside("--name", "exp", "--data_dir", root, "--labels", table, *FROZEN, *learn)
     predicted = read_csv(results / "exp/predictions.csv", split="unlabeled")
     assert len(predicted) == 30
     assert np.mean([row["path"][6] == row["predicted_label"] for row in predicted]) > 0.6
