@@ -646,12 +646,16 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
             key = images.digest(index.digests[chosen.rows].tobytes()).hex()
             report.write_label_page(folder.results, asked, pictures, classes, data.labels_of(index), key)
     stand_for = sum(each.stands_for for each in asked)
-    kept = (*args.INHERITED, "output_dir", "cache_dir")
-    changed, _ = args.changed(config.options())
-    left_out = ("num_labels_percent", "val_percent", "test_percent", "labels")
-    options = {"data_dir": config.data_dir} | {
-        key: value for key, value in changed.items() if key in kept and key not in left_out and value is not None
+    options = {"data_dir": config.data_dir, "model_name": config.model_name} | args.changed(config.options())[0]
+    kept = {*args.INHERITED, "output_dir", "cache_dir"} - {
+        "num_labels_percent",
+        "val_percent",
+        "test_percent",
+        "labels",
     }
+    options = {key: value for key, value in options.items() if key in kept and value is not None}
+    if config.model_name == args.defaults(config.data_dir)["model_name"]:
+        del options["model_name"]
     table = shlex.quote(f"{config.name}-labels.csv")
     print(
         f"\n{utils.counted(len(asked), 'image')} to label, which stand for {stand_for} of {len(index)}. Open\n"

@@ -205,6 +205,21 @@ def test_a_table_that_was_corrected_survives_the_run_that_it_is_given_to(cli, tm
     assert (results / "e/labels.edited.csv").read_bytes() == corrected
 
 
+def test_what_was_filled_in_survives_another_labelling_of_the_folder(cli, tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=9)
+    pictures(tmp_path / "new", 3)
+    cli.inside("--name", "e", "--data_dir", root, *RUN)
+    label = ["--name", "l", "--test_mode", "--load_path", "e", "--predict_dir", tmp_path / "new", "--overwrite"]
+    cli.inside("--name", "l", "--test_mode", "--load_path", "e")
+    results = cli.cwd / "results/l"
+    for place, command in ((results / "predictions.edited.csv", label), (results / "predictions.edited1.csv", label)):
+        table = (results / "predictions.csv").read_text(encoding="utf-8-sig") + "mine\n"
+        (results / "predictions.csv").write_text(table)
+        cli.inside(*command)
+        assert place.read_text() == table
+        assert len(read_csv(results / "predictions.csv")) == 3
+
+
 def test_the_digits_take_a_table_too(tmp_path):
     table = tmp_path / "t.csv"
     table.write_text("id,label\n0000,zero\n1/0001,one\n")

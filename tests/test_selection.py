@@ -175,7 +175,9 @@ def test_from_no_label_to_labels_for_all_and_on_to_the_next_to_label(cli, tmp_pa
     assert len(predicted) == 30
     assert np.mean([row["path"][6] == row["predicted_label"] for row in predicted]) > 0.6
 
-    cli.inside("--name", "round2", "--select", "5", "--load_path", "exp", "--labels", table)
+    out = cli.inside("--name", "round2", "--select", "5", "--load_path", "exp", "--labels", table).stdout
+    assert f"--data_dir {root}" in out.splitlines()[-1]
+    assert "--model_name wrn_10_1" in out.splitlines()[-1]
     second = read_csv(results / "round2/to_label.csv")
     assert not {row["path"] for row in second} & {row["path"] for row in rows}
     assert all(row["guess"] in "012" and 0 <= float(row["margin"]) <= 1 for row in second)
@@ -212,6 +214,10 @@ def test_labels_that_were_hidden_from_a_training_may_be_asked_for(cli, tmp_path)
     cli.inside("--name", "s", "--select", "4", "--load_path", "e")
     parts = {row["path"]: row["split"] for row in read_csv(cli.cwd / "results/e/split.csv")}
     assert {parts[row["path"]] for row in read_csv(cli.cwd / "results/s/to_label.csv")} == {"unlabeled"}
+    given_away = {row["path"] for row in read_csv(cli.cwd / "results/s/labels.csv")}
+    assert "unlabeled" not in {parts[path] for path in given_away}
+    told = about_page(cli.cwd / "results/s/to_label.html")["labels"]
+    assert {path for path, _ in told} == given_away
 
 
 def test_the_digits_are_chosen_by_their_pixels(cli):
