@@ -601,12 +601,11 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
         inputs = inputs_for(config, images.Images(index, preparation), architecture, device, precision)
         for line in (f"{index.name}: {len(labeled)} labelled and {len(unlabeled)} unlabelled images", *index.notes):
             print(line)
-        rows, p = unlabeled, None
+        p = None
         if saved:
             learners = loaded_learners(config, saved.best.learners, architecture, inputs)
             predicted = predict.predict(learners, inputs, there, unlabeled)
-            rows, p = predicted.rows, train.final(predicted.probabilities)
-            best, guess = (each.numpy() for each in p.topk(2, dim=-1))
+            unlabeled, p = predicted.rows, train.final(predicted.probabilities).numpy()
 
         def features_of(places: np.ndarray) -> torch.Tensor:
             if architecture.frozen:
@@ -614,29 +613,12 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
             pixels = inputs.source("plain", places, np.zeros(len(places), dtype=np.int64))  # nothing has learned yet
             return torch.nn.functional.adaptive_avg_pool2d(pixels.float().mean(1, keepdim=True), 8).flatten(1)
 
-        chosen = selection.choose(
-            features_of,
-            labeled,
-            rows,
-            index.contents,
-            n,
-            margins=None if p is None else best[:, 0] - best[:, 1],
-            seed=config.seed,
-        )
-        place = {row: i for i, row in enumerate(rows.tolist())}
-        asked = [
-            report.ToLabel(
-                path=index.paths[row],
-                stands_for=int(count),
-                guess=there.classes[guess[place[row], 0]] if saved else "",
-                probability=float(best[place[row], 0]) if saved else None,
-                margin=float(best[place[row], 0] - best[place[row], 1]) if saved else None,
-            )
-            for row, count in zip(chosen.rows.tolist(), chosen.stands_for, strict=True)
-        ]
-        pictures = (
-            images.picture(index, row, report.side_for(len(asked)), preparation.value_range) for row in chosen.rows
-        )
+        margins = None if p is None else selection.margins(p)
+        chosen = selection.choose(features_of, labeled, unlabeled, index.contents, n, margins=margins, seed=config.seed)
+        said = None if p is None else p[np.searchsorted(unlabeled, chosen.rows)]
+        asked = report.to_label([index.paths[i] for i in chosen.rows], chosen.stands_for, there.classes, said)
+        side = report.side_for(len(asked))
+        pictures = [images.picture(index, i, side, preparation.value_range) for i in chosen.rows]
         begin()
         write_config(config, folder)
         with folder.writing("labels.csv", report.TO_LABEL, report.LABEL_PAGE):
@@ -645,7 +627,17 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
             classes = sorted({*index.classes, *(saved.classes if saved else ())}, key=images.natural_order)
             key = images.digest(index.digests[chosen.rows].tobytes()).hex()
             report.write_label_page(folder.results, asked, pictures, classes, data.labels_of(index), key)
-    stand_for = sum(each.stands_for for each in asked)
+    print(
+        f"\n{utils.counted(len(asked), 'image')} to label, which stand for {chosen.stands_for.sum()} of {len(index)}. "
+        f"Open\n    {folder.results / report.LABEL_PAGE}\n"
+        f"in a browser, or fill in the column label of {report.TO_LABEL} beside it. Then train:\n"
+        f"    {training_on_labels(config)}"
+    )
+
+
+def training_on_labels(config: Config) -> str:
+    """The command that trains on the table that the page to label on saves; as the checkpoint was trained, if there is
+    one."""
     options = {"data_dir": config.data_dir, "model_name": config.model_name} | args.changed(config.options())[0]
     kept = {*args.INHERITED, "output_dir", "cache_dir"} - {
         "num_labels_percent",
@@ -657,12 +649,7 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
     if config.model_name == args.defaults(config.data_dir)["model_name"]:
         del options["model_name"]
     table = shlex.quote(f"{config.name}-labels.csv")
-    print(
-        f"\n{utils.counted(len(asked), 'image')} to label, which stand for {stand_for} of {len(index)}. Open\n"
-        f"    {folder.results / report.LABEL_PAGE}\n"
-        f"in a browser, or fill in the column label of {report.TO_LABEL} beside it. Then train:\n"
-        f"    {args.written(options)} --labels ~/Downloads/{table}"
-    )
+    return f"{args.written(options)} --labels ~/Downloads/{table}"
 
 
 def find_to_label(start: Start) -> images.Index:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from PIL import Image
 
 import metrics
@@ -87,6 +88,26 @@ class ToLabel:
     guess: str = ""
     probability: float | None = None
     margin: float | None = None
+
+
+def to_label(
+    paths: Sequence[str], stands_for: np.ndarray, classes: Sequence[str], probabilities: np.ndarray | None
+) -> list[ToLabel]:
+    """The images to be labelled.
+
+    Args:
+        stands_for: [n] int64.
+        probabilities: [n, C] what a network says of them, if there is one.
+    """
+    asked = [ToLabel(path, int(count)) for path, count in zip(paths, stands_for, strict=True)]
+    if probabilities is None:
+        return asked
+    best = np.argsort(-probabilities, 1, kind="stable")[:, :2]
+    said = np.take_along_axis(probabilities, best, 1)
+    return [
+        dataclasses.replace(each, guess=classes[place], probability=float(p[0]), margin=float(p[0] - p[-1]))
+        for each, (place, *_), p in zip(asked, best.tolist(), said, strict=True)
+    ]
 
 
 def side_for(n: int) -> int:

@@ -62,6 +62,12 @@ def choose(
     return Chosen(rows[by_count], counts[by_count])
 
 
+def margins(probabilities: np.ndarray) -> np.ndarray:
+    """The difference of the two best classes' probabilities [n], of [n, C]; of a single class, that one's."""
+    best = np.sort(probabilities, 1)[:, -2:]
+    return best[:, -1] - (best[:, 0] if best.shape[1] > 1 else 0)
+
+
 class _Space:
     """Directions of images' features around their mean; distances in it are between these."""
 

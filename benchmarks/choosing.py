@@ -83,7 +83,7 @@ class Oracle:
 
     def chosen(self, labeled: np.ndarray, n: int, seed: int, p: np.ndarray | None = None) -> np.ndarray:
         others = np.setdiff1d(self.everyone, labeled)
-        margins = None if p is None else np.diff(np.sort(p, 1)[:, -2:], axis=1)[:, 0]
+        margins = None if p is None else selection.margins(p)
         return selection.choose(
             lambda rows: self.x[rows], labeled, others, self.index.contents, n, margins=margins, seed=seed
         ).rows
