@@ -768,7 +768,10 @@ def conclude(
         predict.write_predictions(results / "predictions.csv", work.data.index, of_parts)
     if held_out is not None:
         with attempts.attempt("cross_validation.csv"), folder.writing("cross_validation.csv"):
-            of_folds = {"labeled": (held_out.rows, {"held_out": torch.from_numpy(held_out.probabilities)})}
+            doubt = np.argsort(held_out.probabilities[np.arange(len(held_out.rows)), work.data.labels[held_out.rows]])
+            of_folds = {
+                "labeled": (held_out.rows[doubt], {"held_out": torch.from_numpy(held_out.probabilities[doubt])})
+            }
             predict.write_predictions(results / "cross_validation.csv", work.data.index, of_folds)
     missing = [each for part in predicted.values() for each in part.missing]
     if missing:
@@ -786,7 +789,7 @@ def conclude(
         for name, draw in visualization.pictures(results):
             with attempts.attempt(name, needed=False), folder.writing(name):
                 written.append(draw())
-        for name, draw in doubtful(work, results, predicted).items():
+        for name, draw in doubtful(work, results, predicted, held_out).items():
             with attempts.attempt(name, needed=False), folder.writing(name):
                 written.append(draw())
     with attempts.attempt("report.html", needed=False), folder.writing("report.html"):
@@ -887,18 +890,24 @@ def commands(config: Config, dataset: str) -> dict[str, str]:
     return lines | {"label a folder of images": follow("labels", "test_mode", predict_dir="FOLDER")}
 
 
-def doubtful(work: Work, results: Path, predicted: Mapping[str, predict.Predicted]) -> dict[str, Callable[[], Path]]:
-    """What draws mistakes.png, test images, and disagreements.png, test and unlabelled ones; without such images,
-    nothing."""
+def doubtful(
+    work: Work, results: Path, predicted: Mapping[str, predict.Predicted], held_out: crossfit.HeldOut | None
+) -> dict[str, Callable[[], Path]]:
+    """What draws mistakes.png, test images or, without any, labelled ones whose label was held out, and
+    disagreements.png, test and unlabelled ones; without such images, nothing."""
     import visualization
 
     index = work.data.index
     names, key = visualization.drawable(index.classes)
     rows, test, _ = predicted["test"]
-    p, truth = train.final(test).numpy(), index.labels[rows]
+    p, title = train.final(test).numpy(), "Test images that are wrong most confidently"
+    if held_out is not None:
+        rows, p = held_out.rows, held_out.probabilities
+        title = "Labels that all the others contradict most confidently"
+    truth = index.labels[rows]
     wrong = visualization.most_confident_mistakes(p, truth)
     captions = visualization.mistake_captions(p[wrong], truth[wrong], names, [index.paths[i] for i in rows[wrong]])
-    grids = {"mistakes.png": ("Test images that are wrong most confidently", rows[wrong], captions)}
+    grids = {"mistakes.png": (title, rows[wrong], captions)}
     looked_at = [predicted[part] for part in ("test", "unlabeled") if part in predicted]
     rows = np.concatenate([each.rows for each in looked_at])
     votes = {

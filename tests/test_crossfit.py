@@ -114,6 +114,8 @@ def test_a_run_whose_labels_are_all_there_are_sets_none_aside(cli, tmp_path):
     rows = read_csv(cli.cwd / "results/e/cross_validation.csv")
     assert len(rows) == folds["images"] == 12
     right = [row["true_label"] == row["predicted_label"] for row in rows]
+    of_truth = [float(row[f"p_{row['true_label']}"]) for row in rows]
+    assert of_truth == sorted(of_truth)  # what should be looked at again comes first
     assert folds["accuracy"] == pytest.approx(np.mean(right))
     page = (cli.cwd / "results/e/report.html").read_text()
     assert "as far as cross-validation tells" in page
