@@ -685,7 +685,9 @@ Scores = dict[str, dict[str, dict[str, float]]]  # by part, network and metric
 
 def scores_of(held_out: crossfit.HeldOut | None, labels: np.ndarray) -> dict[str, float]:
     """How good the cross-validated predictions are; nothing if there are none."""
-    return {} if held_out is None else metrics.classification_metrics(held_out.probabilities, labels[held_out.rows])
+    if held_out is None:
+        return {}
+    return metrics.classification_metrics(held_out.probabilities, labels[held_out.rows], held_out.weights)
 
 
 def score(work: Work, learners: Mapping[str, models.Learner]) -> tuple[dict[str, predict.Predicted], Scores]:

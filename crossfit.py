@@ -2,7 +2,8 @@
 JRSS B 36, 1974).
 
 The folds train heads on kept features, not the whole loop: on such targets as the run's networks learn from, made anew
-without the labels of the fold.
+without the labels of the fold. Labels that somebody chose to give are not like the images: those that were asked for
+because a network was unsure are harder. So each counts for the images that it is nearest to.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ class HeldOut(NamedTuple):
 
     rows: np.ndarray  # [n] int64, the images' places in the index, sorted
     probabilities: np.ndarray  # [n, C] float32
+    weights: np.ndarray  # [n] int64, to how many images each of these is the nearest
     folds: int
 
 
@@ -87,13 +89,12 @@ def cross_validate(
         alignment: the option ``--alignment``.
     """
     folds = fold_splits(split, labels, contents, FOLDS, seed)
-    if not folds:
+    if not folds or len(np.unique(labels[split.labeled])) < n_classes:  # images of a class are gone since the training
         return None
     known = np.full(len(labels), -1)
     known[split.labeled] = labels[split.labeled]
-    useful = split.train if targets == "mixture" else split.labeled
-    order = mixture.in_order_of_use(known[useful], n_classes, seed)[: mixture.MOST_IMAGES]
-    some = np.sort(useful[order])  # the labelled ones first of all
+    order = mixture.in_order_of_use(known[split.train], n_classes, seed)[: mixture.MOST_IMAGES]
+    some = np.sort(split.train[order])  # the labelled ones first of all
     x = features(some)
     z = mixture.normaliser(x)(x)
     rows, probabilities = [], []
@@ -120,7 +121,11 @@ def cross_validate(
         rows.append(some[held_out])
         probabilities.append(head(z[held_out]).softmax(-1).detach().numpy())
     order = np.argsort(np.concatenate(rows))
-    return HeldOut(np.concatenate(rows)[order], np.concatenate(probabilities)[order], len(folds))
+    held_out = np.concatenate(rows)[order]
+    z_held_out = z[np.isin(some, held_out)]
+    nearest = torch.cat([torch.cdist(part, z_held_out).argmin(1) for part in z.split(mixture.CHUNK)])
+    weights = np.bincount(nearest.numpy(), minlength=len(held_out))
+    return HeldOut(held_out, np.concatenate(probabilities)[order], weights, len(folds))
 
 
 def fit_head(z: torch.Tensor, target: torch.Tensor) -> torch.nn.Linear:

@@ -261,8 +261,8 @@ def write_card(
         chosen=f"{trainings[-1]['val']:,} validation images"
         if trainings[-1]["val"]
         else "nothing: it is the last epoch's",
-        tested=f"labelled images, by {folds['folds']}-fold cross-validation of heads like these on {folds['images']:,} "
-        "of them whose labels they had not seen"
+        tested=f"labelled images, roughly, by {folds['folds']}-fold cross-validation of heads like these on "
+        f"{folds['images']:,} of them whose labels they had not seen"
         if folds
         else f"{counts['test']:,} images of `{plain(figures['dataset'])}`, none of them or an exact copy of them in "
         "training",
@@ -272,7 +272,7 @@ def write_card(
         else "",
         scores="\n".join(
             f"| {name.replace('_', ' ')} | {own['accuracy']:.1%} "
-            f"| {metrics.interval(own['accuracy'], metrics.n_measured(figures))} "
+            f"| {'–' if folds else metrics.interval(own['accuracy'], counts['test'])} "
             f"| {own['balanced_accuracy']:.1%} | {own['macro_f1']:.3f} | {own['ece']:.3f} |"
             for name, own in ({"heads, held out": folds} if folds else figures["test"]).items()
         ),

@@ -13,21 +13,27 @@ TEMPERATURES = np.geomspace(0.2, 5.0, 161)
 ENOUGH_FOR_A_TEMPERATURE = 50
 
 
-def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+def expected_calibration_error(
+    probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None, bins: int = 15
+) -> float:
     """Mean gap between confidence and accuracy over equal-width bins (Guo et al., arXiv 1706.04599, eq. 3).
 
     Args:
         probabilities: [N, C].
         labels: [N] int.
+        weights: [N] how much each image counts; None: all the same.
     """
+    weights = np.ones(len(labels)) if weights is None else weights
     confidence = probabilities.max(1)
     correct = probabilities.argmax(1) == labels
     index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gap = np.bincount(index, weights=correct - confidence, minlength=bins)
-    return float(np.abs(gap).sum() / len(labels))
+    gap = np.bincount(index, weights=weights * (correct - confidence), minlength=bins)
+    return float(np.abs(gap).sum() / weights.sum())
 
 
-def classification_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def classification_metrics(
+    probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None
+) -> dict[str, float]:
     """Accuracy, balanced accuracy, macro F1 and expected calibration error, all as fractions; without images, nothing.
 
     The means over classes are over those that have images: of the others nothing is known.
@@ -35,38 +41,47 @@ def classification_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dic
     Args:
         probabilities: [N, C].
         labels: [N] int.
+        weights: [N] how much each image counts; None: all the same.
     """
     if not len(labels):
         return {}
-    of_classes = _of_classes(probabilities, labels)
+    weights = np.ones(len(labels)) if weights is None else weights
+    of_classes = _of_classes(probabilities, labels, weights)
     tested = of_classes["images"] > 0
     return {
-        "accuracy": float((probabilities.argmax(1) == labels).mean()),
+        "accuracy": float(np.average(probabilities.argmax(1) == labels, weights=weights)),
         "balanced_accuracy": float(of_classes["recall"][tested].mean()),
         "macro_f1": float(of_classes["f1"][tested].mean()),
-        "ece": expected_calibration_error(probabilities, labels),
+        "ece": expected_calibration_error(probabilities, labels, weights),
     }
 
 
-def _of_classes(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+def _of_classes(
+    probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """Precision, recall and F1 of each class, 0 where they are not defined, and how many images it has; [C] each."""
-    counts = confusion(labels, probabilities.argmax(1), probabilities.shape[1])
+    counts = confusion(labels, probabilities.argmax(1), probabilities.shape[1], weights)
     right, images, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+    least = 1 if weights is None else 1e-9
     return {
-        "precision": right / np.maximum(predicted, 1),
-        "recall": right / np.maximum(images, 1),
-        "f1": 2 * right / np.maximum(images + predicted, 1),
+        "precision": right / np.maximum(predicted, least),
+        "recall": right / np.maximum(images, least),
+        "f1": 2 * right / np.maximum(images + predicted, least),
         "images": images,
     }
 
 
-def confusion(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
-    """How many images of each class are predicted as each, [C, C] int64: a row for each true class.
+def confusion(
+    labels: np.ndarray, predicted: np.ndarray, n_classes: int, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """How many images of each class are predicted as each, [C, C] int64: a row for each true class. With ``weights``,
+    how much they count, float64.
 
     Args:
         labels, predicted: [N] int.
     """
-    return np.bincount(labels * n_classes + predicted, minlength=n_classes**2).reshape(n_classes, n_classes)
+    each = np.bincount(labels * n_classes + predicted, weights=weights, minlength=n_classes**2)
+    return each.reshape(n_classes, n_classes)
 
 
 def interval(share: float, n: int) -> str:

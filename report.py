@@ -213,7 +213,9 @@ def result_table(figures: Mapping[str, Any]) -> str:
     ]
     lines += _aligned(figures)
     networks = tested(figures)
-    if networks:
+    if folds:
+        lines += ["roughly, as cross-validation tells: each label counts for the images nearest to it"]
+    elif networks:
         width = max(len(each["name"]) for each in networks)
         lines += ["95 % intervals of the accuracy:"]
         lines += [f"  {each['name']:{width}}  {each['interval']}" for each in networks]
@@ -267,7 +269,7 @@ def tested(figures: Mapping[str, Any]) -> list[dict[str, str]]:
     return [
         {
             "name": names[name],
-            "share": f"{scores['accuracy']:.{2 if n >= FEW else 0}%}",
+            "share": f"{scores['accuracy']:.{2 if n >= FEW and not figures['cross_validation'] else 0}%}",
             "interval": metrics.interval(scores["accuracy"], n),
         }
         for name, scores in figures["test"].items()

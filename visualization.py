@@ -93,7 +93,7 @@ def pictures(results: Path) -> Iterator[tuple[str, Callable[[], Path]]]:
     if not (figures["test"] or by_folds):
         return
     if by_folds:
-        rows, kind = utils.read_csv(results / "cross_validation.csv"), "labelled images"
+        rows, kind = utils.read_csv(results / "cross_validation.csv"), "held-out labels, each counted once"
     else:
         rows, kind = utils.read_csv(results / "predictions.csv", split="test"), "test images"
     truth = [row["true_label"] for row in rows]

@@ -340,7 +340,14 @@ def explained() -> dict[str, str]:
 
 def test_every_option_is_explained_with_its_default():
     assert explained().keys() == options().keys()
-    without_default = {"export", "predict_dir", "load_path", "unlabeled_dir", "params"}  # they do nothing if not given
+    without_default = {
+        "export",
+        "predict_dir",
+        "select",
+        "load_path",
+        "unlabeled_dir",
+        "params",
+    }  # they do nothing if not given
     for name, text in explained().items():
         assert len(text.split(" (default: ")[0].split()) > 3, name
         is_switch = isinstance(getattr(args.Config, name), bool)

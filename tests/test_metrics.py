@@ -65,3 +65,12 @@ def test_no_temperature_is_chosen_by_few_images_or_by_such_as_bound_none():
     assert metrics.fit_temperature(sure.repeat(49, 0), wrong[:49]) is None
     assert metrics.fit_temperature(sure.repeat(60, 0), np.zeros(60, int)) is None  # all right: the surer the better
     assert metrics.fit_temperature(sure.repeat(60, 0), wrong) == pytest.approx(2, rel=0.01)  # 9 = 3 ** 2
+
+
+def test_an_image_that_counts_twice_is_as_two():
+    rng = np.random.default_rng(0)
+    p, labels = rng.dirichlet(np.ones(3), 40), rng.integers(0, 3, 40)
+    weights = rng.integers(1, 4, 40)
+    weighted = metrics.classification_metrics(p, labels, weights)
+    repeated = metrics.classification_metrics(p.repeat(weights, 0), labels.repeat(weights))
+    assert weighted == pytest.approx(repeated)
