@@ -2,9 +2,18 @@
 
 ``python MPL.py --test_mode --load_path RUN --predict_dir FOLDER`` needs the checkpoint alone, not what it was trained
 on. A folder of any size streams through.
+
+``python predict.py results/exp sorted`` copies the images that a run has labelled into a folder for each class, below a
+new folder ``sorted``; with ``--link`` it makes links. The images themselves are never touched.
 """
 
+import argparse
 import itertools
+import json
+import os
+import re
+import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -254,3 +263,69 @@ def label_folder(stream: Stream, learners: Mapping[str, Learner], inputs: Inputs
         print(f"{count:9,} {name}")
     print(f"{counts.total():,} images in {seconds:.0f} s ({counts.total() / seconds:.0f} a second): ", end="")
     print(results / "predictions.csv")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder for each class
+
+
+def sort_into_folders(results: Path, folder: Path, *, link: bool = False) -> Counter[str]:
+    """Copy the images of a run's predictions.csv, or link to them, into ``folder/class/path``: by their label where
+    they have one that was learned from, else by the prediction. Returns how many of each class.
+
+    Raises:
+        CheckpointError: the folder is there already and has something in it.
+        DataError: the run has no predictions, or images are gone; the others are sorted.
+    """
+    table = results / "predictions.csv"
+    if not table.exists():
+        raise utils.DataError(f"{results}: no predictions.csv in it")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise utils.CheckpointError(f"{folder} exists and is not empty: name a new folder")
+    root = utils.resolve_path(json.loads((results / "config.json").read_bytes())["data_dir"])
+    roots = [root, images.innermost(str(root))]
+    counts: Counter[str] = Counter()
+    gone = []
+    folders: dict[str, str] = {}  # of classes
+    for row in utils.read_csv(table):
+        name = row["true_label"] if row["split"] == "labeled" else row["predicted_label"]
+        file = next((path for path in (each / row["path"] for each in roots) if path.is_file()), None)
+        if file is None:
+            gone.append(row["path"])
+            continue
+        if name not in folders:
+            plain = re.sub(r'[/\\:*?"<>|\0]|^\.+$', "_", name)
+            folders[name] = plain + "_" * sum(plain == each.rstrip("_") for each in folders.values())
+        place = folder / folders[name] / os.path.splitdrive(row["path"])[1].lstrip("/\\")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if link:
+            place.symlink_to(file.resolve())
+        else:
+            shutil.copy2(file, place)
+        counts[name] += 1
+    if gone:
+        raise utils.DataError(
+            f"{utils.counted(len(gone), 'image')} of {table} are not where they were (first: {gone[0]}); the other "
+            f"{counts.total()} are in {folder}"
+        )
+    return counts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="results/NAME")
+    parser.add_argument("folder", type=Path, help="new folder, in which each class gets one")
+    parser.add_argument("--link", action="store_true", help="make links in place of copies")
+    options = parser.parse_args()
+    try:
+        counts = sort_into_folders(options.run, options.folder, link=options.link)
+    except utils.Failure as error:
+        print(f"predict.py: {error}", file=sys.stderr)
+        return error.exit_code
+    for name, count in counts.most_common():
+        print(f"{count:9,} {name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,7 +14,7 @@ from PIL import Image
 import images
 import models
 import utils
-from predict import Stream
+from predict import Stream, sort_into_folders
 
 
 @pytest.fixture(scope="module")
@@ -214,3 +214,21 @@ def test_frozen_weights_from_a_file_are_in_the_checkpoint(cli, colours):
     for row in utils.read_csv(cli.cwd / "results/labels/predictions.csv"):
         same = tested.get(row["path"].removeprefix(f"{colours}/"))
         assert same is None or float(same["probability"]) == pytest.approx(float(row["probability"]), abs=1e-5)
+
+
+def test_images_are_sorted_into_a_folder_for_each_class_and_stay_where_they_are(
+    trained, colours, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(trained.cwd)
+    results, rows = trained.cwd / "results/exp", utils.read_csv(trained.cwd / "results/exp/predictions.csv")
+    before = {path: path.read_bytes() for path in colours.rglob("*.png")}
+    counts = sort_into_folders(results, tmp_path / "sorted")
+    assert counts.total() == len(rows) == len(before)
+    for row in rows:
+        name = row["true_label"] if row["split"] == "labeled" else row["predicted_label"]
+        assert (tmp_path / "sorted" / name / row["path"]).read_bytes() == before[colours / row["path"]]
+    assert {path: path.read_bytes() for path in before} == before
+    with pytest.raises(utils.CheckpointError, match="not empty"):
+        sort_into_folders(results, tmp_path / "sorted")
+    sort_into_folders(results, tmp_path / "links", link=True)
+    assert all(path.is_symlink() for path in (tmp_path / "links").rglob("*.png"))
