@@ -853,7 +853,8 @@ def figures_of(
         "val": scores["val"],
         "cross_validation": {}
         if held_out is None
-        else scores_of(held_out, labels) | {"images": len(held_out.rows), "folds": held_out.folds},
+        else scores_of(held_out, labels)
+        | {"images": len(held_out.rows), "folds": held_out.folds, "worth": held_out.worth},
         **({} if defaults is None else {"defaults": defaults}),
         "classes": list(work.data.classes),
         "per_class": metrics.per_class(*about["test"]),

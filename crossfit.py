@@ -31,6 +31,11 @@ class HeldOut(NamedTuple):
     weights: np.ndarray  # [n] int64, to how many images each of these is the nearest
     folds: int
 
+    @property
+    def worth(self) -> int:
+        """How many images that count the same would say as much (Kish's effective sample size)."""
+        return max(1, round(self.weights.sum() ** 2 / (self.weights**2).sum()))
+
 
 def fold_splits(split: Split, labels: np.ndarray, contents: np.ndarray, n: int, seed: int) -> list[Split]:
     """The split with its labelled and validation images dealt anew, ``n`` times, so that each is validated on once.

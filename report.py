@@ -214,7 +214,7 @@ def result_table(figures: Mapping[str, Any]) -> str:
     lines += _aligned(figures)
     networks = tested(figures)
     if folds:
-        lines += ["roughly, as cross-validation tells: each label counts for the images nearest to it"]
+        lines += [f"roughly {networks[-1]['interval']}: each label counts for the images nearest to it"]
     elif networks:
         width = max(len(each["name"]) for each in networks)
         lines += ["95 % intervals of the accuracy:"]
@@ -265,11 +265,12 @@ def tested(figures: Mapping[str, Any]) -> list[dict[str, str]]:
     if figures["trainings"][-1]["mode"] == "finetune" and "teacher" in names:
         names |= {"student": "finetuned student", "teacher": "unchanged teacher"}
     names["ensemble"] = "ensemble of " + " and ".join(names[name] for name in figures["test"] if name != "ensemble")
-    n = metrics.n_measured(figures)
+    folds = figures["cross_validation"]
+    n = folds["worth"] if folds else metrics.n_measured(figures)
     return [
         {
             "name": names[name],
-            "share": f"{scores['accuracy']:.{2 if n >= FEW and not figures['cross_validation'] else 0}%}",
+            "share": f"{scores['accuracy']:.{2 if n >= FEW and not folds else 0}%}",
             "interval": metrics.interval(scores["accuracy"], n),
         }
         for name, scores in figures["test"].items()

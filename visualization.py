@@ -207,7 +207,7 @@ def draw_curves(history: list[dict[str, str]], title: str, path: Path) -> Path:
         axes["rates"].plot(x, y, color=color, label=TITLES[network], alpha=0.85)
     axes["accuracy"].set(title="Validation accuracy", ylabel="percent", ylim=(None, 101))
     if not any(row["val_accuracy"] for row in history):
-        axes["accuracy"].set_ylim(0, 101)
+        axes["accuracy"].set_axis_off()
         axes["accuracy"].annotate("no image was set aside", (0.5, 0.5), xycoords="axes fraction", ha="center")
     axes["rates"].set(title="Learning rate at the end of the epoch", ylabel="AdamW step size")
 
@@ -233,7 +233,7 @@ def draw_curves(history: list[dict[str, str]], title: str, path: Path) -> Path:
             low, high = ax.get_ylim()
             ax.set_ylim(low, high + 0.28 * (high - low))  # room that no line crosses
             ax.legend(ncols=2, loc="upper right", fontsize="small")
-        elif name != "feedback":
+        elif name != "feedback" and ax.axison:
             ax.legend()
     if "model_1" in networks:
         axes["accuracy"].set_title("Validation accuracy (Model 1 teaches in even epochs, Model 2 in odd)", fontsize=9)

@@ -125,11 +125,7 @@ TABLES: dict[str, Callable[[], str]] = {
             "all labels",
         ),
     ),
-    "flowers5_budgets": lambda: budgets_table(
-        "flowers5", {name: name for name in ("labels only", "label spreading", "mpl", "mpl, role playing", "best")}
-    ),
     "digits": lambda: methods_table("digits_new_splits", "3", ("labels only", "best", "all labels")),
-    "digits_budgets": lambda: budgets_table("digits", {name: name for name in FOUR}),
     "feedback": lambda: parts_table(
         {"flowers5": "flowers, ", "digits": "digits, "},
         (
@@ -158,6 +154,7 @@ TABLES: dict[str, Callable[[], str]] = {
         ),
     ),
     "label_shares": lambda: whole_table("label_shares", without="mpl"),
+    "choosing": lambda: whole_table("choosing"),
     "tuning": lambda: whole_table("tuning", without="teacher"),
     "speed": lambda: whole_table("speed", processor="EPYC, bf16"),
     "seconds": lambda: whole_table("seconds"),
