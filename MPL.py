@@ -630,8 +630,8 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
     print(
         f"\n{utils.counted(len(asked), 'image')} to label, which stand for {chosen.stands_for.sum()} of {len(index)}. "
         f"Open\n    {folder.results / report.LABEL_PAGE}\n"
-        f"in a browser, or fill in the column label of {report.TO_LABEL} beside it. Then train:\n"
-        f"    {training_on_labels(config)}"
+        f"in a browser and save the table, then train:\n    {training_on_labels(config)}\n"
+        f"or fill in the column label of {report.TO_LABEL} beside it, and give that to --labels."
     )
 
 
@@ -649,7 +649,7 @@ def training_on_labels(config: Config) -> str:
     if config.model_name == args.defaults(config.data_dir)["model_name"]:
         del options["model_name"]
     table = shlex.quote(f"{config.name}-labels.csv")
-    return f"{args.written(options)} --labels ~/Downloads/{table}"
+    return f"{args.written({'name': f'{config.name}-trained'} | options)} --labels ~/Downloads/{table}"
 
 
 def find_to_label(start: Start) -> images.Index:
@@ -815,6 +815,7 @@ def conclude(
             )
             written.append(card)
     print(report.result_table(figures))
+    print(f"what each image is: {results / 'predictions.csv'}")
     print(f"pictures and tables: {results}/ ({', '.join(path.name for path in written)})")
     if trained:
         print(f"checkpoint: {folder.checkpoints / checkpoints.BEST}")
@@ -890,6 +891,9 @@ def commands(config: Config, dataset: str) -> dict[str, str]:
     if config.mode != "test":
         lines["finetune on the labelled images"] = follow("finetuned", "finetune_mode")
         lines["test"] = follow("test", "test_mode")
+        lines["choose the images to label next"] = args.written(
+            {"name": f"{config.name}-next", "select": 25} | load | run
+        )
     return lines | {"label a folder of images": follow("labels", "test_mode", predict_dir="FOLDER")}
 
 

@@ -16,6 +16,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -203,7 +204,19 @@ def label_by_tables(index: Index, tables: Sequence[str]) -> Index:
     for i, label in given.items():
         labels[i], none[i] = place[label], label == NO_CLASS
     labeled = index.labeled_as(labels, classes, none)
+    notes += [note for table in tables for note in _newer(table)]
     return dataclasses.replace(labeled, notes=(*notes, *index.notes))
+
+
+def _newer(table: str) -> list[str]:
+    """A word about a newer file of the same name and a number, as browsers save what they have saved before."""
+    path = resolve_path(table)
+    saved_again = re.compile(rf"{re.escape(path.stem)} ?\(\d+\){re.escape(path.suffix)}")
+    others = [each for each in path.parent.iterdir() if saved_again.fullmatch(each.name)]
+    newest = max(others, key=lambda each: each.stat().st_mtime_ns, default=path)
+    if newest.stat().st_mtime_ns <= path.stat().st_mtime_ns:
+        return []
+    return [f"{newest} is newer than {table}: is it the one that you mean?"]
 
 
 def label_as_before(index: Index, saved: "Manifest", classes: Sequence[str]) -> Index:
@@ -750,6 +763,9 @@ def _describe(index: Index, split: Split, changes: Sequence[str]) -> list[str]:
             first = " and ".join(index.paths[i] for i in conflicts[0])
             notes.append(f"{len(conflicts)} of them have conflicting labels, which are ignored (first: {first})")
     if len(split.unused):
+        none = sum(part == "unused" for part in index.given_parts)
+        if none:
+            notes.append(f"{counted(none, 'image')} said to be of none of the classes: not trained on")
         first = index.paths[split.unused[0]]
         notes.append(f"{counted(len(split.unused), 'image')} neither trained nor tested on (first: {first})")
     if index.bad:

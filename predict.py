@@ -28,6 +28,7 @@ import distributed
 import images
 import train
 import utils
+from data import NO_CLASS
 from features import Inputs
 from models import Learner
 
@@ -91,34 +92,47 @@ def _reason(inputs: Inputs, i: int) -> str:
 
 
 def prediction_header(classes: Sequence[str], networks: Iterable[str]) -> list[str]:
-    """The columns of predictions.csv: ``p_CLASS`` are the probabilities that the prediction was made from. ``label`` is
-    empty, to be filled in where somebody knows better, for ``--labels``."""
+    """The columns of predictions.csv: ``p_CLASS`` are the probabilities that the prediction was made from. ``label`` has
+    the labels that were learned from, to be corrected and filled in where somebody knows better, for ``--labels``."""
     fixed = ["path", "split", "true_label", "predicted_label", "label", "probability", "margin", "agree"]
     votes = [f"{name}_vote" for name in networks if name != "ensemble"]
     return fixed + votes + [f"p_{name}" for name in classes]
 
 
+def given_label(index: images.Index, i: int, part: str) -> str:
+    """What somebody said of an image, if it was learned from: no label of an image that is held out."""
+    if part == "unused" and index.given_parts and index.given_parts[i] == "unused":
+        return NO_CLASS
+    return index.classes[index.labels[i]] if part == "labeled" else ""
+
+
 def prediction_rows(
-    classes: Sequence[str], paths: Iterable[str], labels: Iterable[int], part: str, predicted: dict[str, torch.Tensor]
+    classes: Sequence[str],
+    paths: Iterable[str],
+    labels: Iterable[int],
+    part: str,
+    predicted: dict[str, torch.Tensor],
+    given: Iterable[str] = itertools.repeat(""),
 ) -> Iterator[list[object]]:
     """A row for each image: what the ensemble (or the only model) predicts and how surely, every network's vote.
 
     Args:
         labels: the true ones, ``images.UNKNOWN`` where they are.
+        given: what the column ``label`` has.
         predicted: each network's and the ensemble's probabilities, [n, C].
     """
     final = train.final(predicted)
     votes = torch.stack([each.argmax(-1) for name, each in predicted.items() if name != "ensemble"], -1).tolist()
     values, places = (each.tolist() for each in final.topk(2, dim=-1))
-    for path, label, (first, second), (place, _), cast, p in zip(
-        paths, labels, values, places, votes, final.tolist(), strict=True
+    for path, label, said, (first, second), (place, _), cast, p in zip(
+        paths, labels, itertools.islice(given, len(final)), values, places, votes, final.tolist(), strict=True
     ):
         yield [
             path,
             part,
             "" if label == images.UNKNOWN else classes[label],
             classes[place],
-            "",
+            said,
             f"{first:.6f}",
             f"{first - second:.6f}",
             int(len(set(cast)) == 1),
@@ -144,7 +158,8 @@ def write_predictions(
                 some = rows[start : start + at_once]
                 paths = [index.paths[i] for i in some]
                 p = {name: each[start : start + at_once] for name, each in of_part.items()}
-                file.write(utils.csv_bytes(prediction_rows(index.classes, paths, index.labels[some], part, p)))
+                said = [given_label(index, i, part) for i in some]
+                file.write(utils.csv_bytes(prediction_rows(index.classes, paths, index.labels[some], part, p, said)))
 
     utils.write_atomically(path, write)
 
@@ -270,8 +285,8 @@ def label_folder(stream: Stream, learners: Mapping[str, Learner], inputs: Inputs
 
 
 def sort_into_folders(results: Path, folder: Path, *, link: bool = False) -> Counter[str]:
-    """Copy the images of a run's predictions.csv, or link to them, into ``folder/class/path``: by their label where
-    they have one that was learned from, else by the prediction. Returns how many of each class.
+    """Copy the images of a run's predictions.csv, or link to them, into ``folder/class/path``: by their label if they
+    have one, else by the prediction. Returns how many of each class.
 
     Raises:
         CheckpointError: the folder is there already and has something in it.
@@ -288,7 +303,7 @@ def sort_into_folders(results: Path, folder: Path, *, link: bool = False) -> Cou
     gone = []
     folders: dict[str, str] = {}  # of classes
     for row in utils.read_csv(table):
-        name = row["true_label"] if row["split"] == "labeled" else row["predicted_label"]
+        name = row["label"] or row["predicted_label"]
         file = next((path for path in (each / row["path"] for each in roots) if path.is_file()), None)
         if file is None:
             gone.append(row["path"])

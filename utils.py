@@ -317,7 +317,8 @@ def csv_bytes(rows: Iterable[Sequence[object]]) -> bytes:
     an apostrophe, which :func:`read_csv` takes away. File names that are no valid text keep their bytes."""
     text = io.StringIO(newline="")
     safe = (
-        [f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell for cell in row] for row in rows
+        [f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) and cell != "-" else cell for cell in row]
+        for row in rows
     )
     csv.writer(text, lineterminator="\n").writerows(safe)
     return text.getvalue().encode("utf-8", "surrogateescape")

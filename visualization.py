@@ -107,7 +107,10 @@ def pictures(results: Path) -> Iterator[tuple[str, Callable[[], Path]]]:
     probabilities = np.array([[float(row[f"p_{name}"]) for name in classes] for row in rows])
     labels = np.array([classes.index(name) for name in truth])
     path = results / "calibration.png"
-    yield path.name, functools.partial(draw_calibration, probabilities, labels, figures["temperature"], title, path)
+    yield (
+        path.name,
+        functools.partial(draw_calibration, probabilities, labels, figures["temperature"], title, path, kind),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,7 +334,13 @@ def draw_confusion(
 
 @styled(STYLE)
 def draw_calibration(
-    probabilities: np.ndarray, labels: np.ndarray, temperature: float | None, title: str, path: Path, bins: int = 10
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    temperature: float | None,
+    title: str,
+    path: Path,
+    kind: str = "test images",
+    bins: int = 10,
 ) -> Path:
     """Reliability diagrams (accuracy against confidence) as predicted and, given a ``temperature``, divided by it.
 
@@ -362,7 +371,7 @@ def draw_calibration(
     axes[0].set_ylabel("share")
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8)  # where no curve runs
-    figure.suptitle(textwrap.fill(f"Calibration on test images, {title}", 50 * len(versions)))
+    figure.suptitle(textwrap.fill(f"Calibration on {kind}, {title}", 50 * len(versions)))
     return _save(figure, path)
 
 

@@ -225,7 +225,8 @@ def test_images_are_sorted_into_a_folder_for_each_class_and_stay_where_they_are(
     counts = sort_into_folders(results, tmp_path / "sorted")
     assert counts.total() == len(rows) == len(before)
     for row in rows:
-        name = row["true_label"] if row["split"] == "labeled" else row["predicted_label"]
+        assert row["label"] == (row["true_label"] if row["split"] == "labeled" else "")
+        name = row["label"] or row["predicted_label"]
         assert (tmp_path / "sorted" / name / row["path"]).read_bytes() == before[colours / row["path"]]
     assert {path: path.read_bytes() for path in before} == before
     with pytest.raises(utils.CheckpointError, match="not empty"):
