@@ -92,8 +92,8 @@ def _reason(inputs: Inputs, i: int) -> str:
 
 
 def prediction_header(classes: Sequence[str], networks: Iterable[str]) -> list[str]:
-    """The columns of predictions.csv: ``p_CLASS`` are the probabilities that the prediction was made from. ``label`` has
-    the labels that were learned from, to be corrected and filled in where somebody knows better, for ``--labels``."""
+    """The columns of predictions.csv: ``p_CLASS`` are the probabilities that the prediction was made from, ``label`` is
+    what was learned from, to be corrected and filled in where somebody knows better, for ``--labels``."""
     fixed = ["path", "split", "true_label", "predicted_label", "label", "probability", "margin", "agree"]
     votes = [f"{name}_vote" for name in networks if name != "ensemble"]
     return fixed + votes + [f"p_{name}" for name in classes]

@@ -132,7 +132,7 @@ def test_a_run_whose_labels_are_all_there_are_sets_none_aside(cli, tmp_path):
     of_truth = [float(row[f"p_{row['true_label']}"]) for row in rows]
     assert of_truth == sorted(of_truth)  # what should be looked at again comes first
     page = (cli.cwd / "results/e/report.html").read_text()
-    assert "as far as cross-validation tells" in page
+    assert "so cross-validation tells" in page
     assert (cli.cwd / "results/e/Cross-validation_CM.png").exists()
     history = read_csv(cli.cwd / "results/e/history.csv")
     assert {row["val_accuracy"] for row in history} == {""}

@@ -1,5 +1,7 @@
 """Tables that say which image has which label: who writes them, how they are read, what becomes of each row."""
 
+import os
+
 import numpy as np
 import pytest
 from conftest import TINY, make_folder
@@ -218,6 +220,17 @@ def test_what_was_filled_in_survives_another_labelling_of_the_folder(cli, tmp_pa
         cli.inside(*command)
         assert place.read_text() == table
         assert len(read_csv(results / "predictions.csv")) == 3
+
+
+def test_a_newer_table_that_a_browser_saved_beside_it_is_pointed_out(flat):
+    for i, name in enumerate(("t.csv", "t (1).csv", "t (2).csv", "t other.csv")):
+        (flat.parent / name).write_text("path,label\na.png,x\nb.jpg,y\n")
+        os.utime(flat.parent / name, (i, i))
+    old, new = (
+        data.find_labeled(str(flat), None, (), [str(flat.parent / name)]).notes for name in ("t.csv", "t (2).csv")
+    )
+    assert any("t (2).csv is newer" in note for note in old)
+    assert not any("newer" in note for note in new)
 
 
 def test_the_digits_take_a_table_too(tmp_path):

@@ -176,8 +176,9 @@ def test_from_no_label_to_labels_for_all_and_on_to_the_next_to_label(cli, tmp_pa
     assert np.mean([row["path"][6] == row["predicted_label"] for row in predicted]) > 0.6
 
     out = cli.inside("--name", "round2", "--select", "5", "--load_path", "exp", "--labels", table).stdout
-    assert f"--data_dir {root}" in out.splitlines()[-1]
-    assert "--model_name wrn_10_1" in out.splitlines()[-1]
+    (command,) = (line for line in out.splitlines() if "--labels ~/Downloads" in line)
+    assert f"--name round2-trained --data_dir {root} " in command
+    assert "--model_name wrn_10_1" in command
     second = read_csv(results / "round2/to_label.csv")
     assert not {row["path"] for row in second} & {row["path"] for row in rows}
     assert all(row["guess"] in "012" and 0 <= float(row["margin"]) <= 1 for row in second)
