@@ -770,11 +770,7 @@ def conclude(
         predict.write_predictions(results / "predictions.csv", work.data.index, of_parts)
     if held_out is not None:
         with attempts.attempt("cross_validation.csv"), folder.writing("cross_validation.csv"):
-            doubt = np.argsort(held_out.probabilities[np.arange(len(held_out.rows)), work.data.labels[held_out.rows]])
-            of_folds = {
-                "labeled": (held_out.rows[doubt], {"held_out": torch.from_numpy(held_out.probabilities[doubt])})
-            }
-            predict.write_predictions(results / "cross_validation.csv", work.data.index, of_folds)
+            predict.write_doubtful_first(results / "cross_validation.csv", work.data.index, *held_out[:2])
     missing = [each for part in predicted.values() for each in part.missing]
     if missing:
         left_out = (
@@ -804,16 +800,10 @@ def conclude(
             folder.writing(export.FILES[config.export], export.CARD_FILE),
         ):
             written.append(export.write_model(config.export, learners, work.inputs, work.data, results))
-            frozen = work.architecture.frozen
-            card = export.write_card(
-                config.export,
-                figures,
-                dataclasses.asdict(work.inputs.preparation),
-                results,
-                weights=config.weights,
-                frozen=frozen,
+            prepared, frozen = dataclasses.asdict(work.inputs.preparation), work.architecture.frozen
+            written.append(
+                export.write_card(config.export, figures, prepared, results, weights=config.weights, frozen=frozen)
             )
-            written.append(card)
     print(report.result_table(figures))
     print(f"what each image is: {results / 'predictions.csv'}")
     print(f"pictures and tables: {results}/ ({', '.join(path.name for path in written)})")
@@ -862,7 +852,7 @@ def figures_of(
         "temperature": metrics.fit_temperature(*about["val"]),
         "seconds": dict(seconds),
         "notes": work.notes,
-        "commands": commands(config, work.data.index.name),
+        "commands": commands(config, work.data),
         "settings": args.settings(config) | {"training_version": train.VERSION},
         "options": {"changed": changed, "default": usual},
         "versions": utils.versions(work.inputs.device) | work.inputs.engines,
@@ -878,8 +868,9 @@ def gone(missing: predict.Unreadable, results: Path, lines: Mapping[str, str]) -
     )
 
 
-def commands(config: Config, dataset: str) -> dict[str, str]:
+def commands(config: Config, found: data.Data) -> dict[str, str]:
     """How to make this run again, and what to do with it."""
+    dataset = found.index.name
     run = {key: getattr(config, key) for key in ("data_dir", "output_dir", "cache_dir") if key in config.given}
     trained = config.load_path if config.mode == "test" else f"{dataset}/{config.name}"
     load = {"load_best": True} if trained is None else {"load_path": trained}
@@ -890,10 +881,11 @@ def commands(config: Config, dataset: str) -> dict[str, str]:
     lines = {"repeat this run": args.command_line(config)}
     if config.mode != "test":
         lines["finetune on the labelled images"] = follow("finetuned", "finetune_mode")
-        lines["test"] = follow("test", "test_mode")
-        lines["choose the images to label next"] = args.written(
-            {"name": f"{config.name}-next", "select": 25} | load | run
-        )
+        if len(found.split.test):
+            lines["test"] = follow("test", "test_mode")
+        if len(found.split.unlabeled):
+            next_ones = {"name": f"{config.name}-next", "select": 25}
+            lines["choose the images to label next"] = args.written(next_ones | load | run)
     return lines | {"label a folder of images": follow("labels", "test_mode", predict_dir="FOLDER")}
 
 

@@ -164,6 +164,16 @@ def write_predictions(
     utils.write_atomically(path, write)
 
 
+def write_doubtful_first(path: Path, index: images.Index, rows: np.ndarray, probabilities: np.ndarray) -> None:
+    """Write what was predicted of labelled images from the others, first those whose label is least probable.
+
+    Args:
+        probabilities: [n, C].
+    """
+    order = np.argsort(probabilities[np.arange(len(rows)), index.labels[rows]], kind="stable")
+    write_predictions(path, index, {"labeled": (rows[order], {"held_out": torch.from_numpy(probabilities[order])})})
+
+
 def list_bad(results: Path, bad: Iterable[tuple[str, str]]) -> None:
     """Add the paths of files that cannot be read, with the reasons, to bad_files.csv."""
     path = results / "bad_files.csv"

@@ -252,7 +252,9 @@ def die_once():
 def test_a_killed_process_is_restarted_and_the_run_ends_as_if_it_had_not_been(alone, whole):
     run = torchrun(alone, 2, "--name", "killed", *LONG, launcher=["--max-restarts=1"], prepare=die_once)
     done = alone.finish(run)
-    assert "failed (exitcode: -9) local_rank: 1" in done.stderr
+    assert re.search(
+        r"failed \(exitcode: (-9\) local_rank: 1|6\) local_rank: 0)", done.stderr
+    )  # whoever was heard first
     for file in ("history.csv", "predictions.csv"):
         ours, theirs = ((alone.cwd / "results" / name / file).read_bytes() for name in ("killed", "whole"))
         assert ours == theirs
