@@ -60,7 +60,7 @@ def main() -> int:
         seconds = time.perf_counter() - began
         page.screenshot(path=options.out / "labelled.png")
         page.reload()
-        assert "have a label" in page.inner_text("#said"), "what was labelled is gone after a reload"
+        assert f"all {options.n} labelled" in page.inner_text("#said"), "what was labelled is gone after a reload"
         with page.expect_download() as download:
             page.click("#save")
         table = options.out / download.value.suggested_filename
