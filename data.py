@@ -212,11 +212,12 @@ def _newer(table: str) -> list[str]:
     """A word about a newer file of the same name and a number, as browsers save what they have saved before."""
     path = resolve_path(table)
     saved_again = re.compile(rf"{re.escape(path.stem)} ?\(\d+\){re.escape(path.suffix)}")
-    others = [each for each in path.parent.iterdir() if saved_again.fullmatch(each.name)]
-    newest = max(others, key=lambda each: each.stat().st_mtime_ns, default=path)
-    if newest.stat().st_mtime_ns <= path.stat().st_mtime_ns:
-        return []
-    return [f"{newest} is newer than {table}: is it the one that you mean?"]
+    with contextlib.suppress(OSError):  # a folder that may not be listed
+        others = [each for each in path.parent.iterdir() if saved_again.fullmatch(each.name)]
+        newest = max(others, key=lambda each: each.stat().st_mtime_ns, default=path)
+        if newest.stat().st_mtime_ns > path.stat().st_mtime_ns:
+            return [f"{newest} is newer than {table}: is it the one that you mean?"]
+    return []
 
 
 def label_as_before(index: Index, saved: "Manifest", classes: Sequence[str]) -> Index:
