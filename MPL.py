@@ -539,8 +539,8 @@ def write_beginning(work: Work) -> None:
     if not config.resume or not (results / checkpoints.CONFIG).exists():
         write_config(config, work.start.folder)
     if not config.resume or not (results / "split.csv").exists():
-        utils.write_atomically(results / "split.csv", data.split_to_csv(found.index, found.split))
-        with work.start.folder.writing("labels.csv"):
+        with work.start.folder.writing("split.csv", "labels.csv"):
+            utils.write_atomically(results / "split.csv", data.split_to_csv(found.index, found.split))
             utils.write_atomically(results / "labels.csv", data.labels_to_csv(found.index))
         if found.index.bad:
             predict.list_bad(results, found.index.bad)
@@ -615,6 +615,8 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
 
         margins = None if p is None else selection.margins(p)
         chosen = selection.choose(features_of, labeled, unlabeled, index.contents, n, margins=margins, seed=config.seed)
+        if not len(chosen.rows):
+            raise DataError(f"--select {n}: all that has no label are copies of images that have one, or unreadable")
         said = None if p is None else p[np.searchsorted(unlabeled, chosen.rows)]
         asked = report.to_label([index.paths[i] for i in chosen.rows], chosen.stands_for, there.classes, said)
         side = report.side_for(len(asked))
@@ -631,7 +633,8 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
         f"\n{utils.counted(len(asked), 'image')} to label, which stand for {chosen.stands_for.sum()} of {len(index)}. "
         f"Open\n    {folder.results / report.LABEL_PAGE}\n"
         f"in a browser and save the table, then train:\n    {training_on_labels(config)}\n"
-        f"or fill in the column label of {report.TO_LABEL} beside it, and give that to --labels."
+        f"or fill in the column label of {report.TO_LABEL} beside it, and give --labels "
+        f"{folder.results / 'labels.csv'} and that."
     )
 
 
@@ -669,7 +672,7 @@ def find_to_label(start: Start) -> images.Index:
         remembered=saved.split if saved and not given else None,
         classes=saved.classes if saved and not given else None,
     )
-    if saved is None:
+    if saved is None or given:
         return index
     hidden = np.isin(
         index.digests, saved.split.hidden_digests()

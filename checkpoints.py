@@ -15,7 +15,7 @@ import pickle
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,6 +57,7 @@ WRITTEN = ".written"  # the digests of what the run has written, by which a file
 # What a run writes, by name: whatever else is in its folders is somebody else's, and stays.
 OF_BEGINNING = (CONFIG, "commandline_args.txt", "split.csv", "labels.csv", "bad_files.csv", "samples.png", WRITTEN)
 OF_SELECTION = ("to_label.csv", "to_label.html")
+LABEL_TABLES = ("labels.csv", "to_label.csv", "split.csv", "predictions.csv")  # that people fill in and give back
 OF_STUDY = (
     *("study.db", "study.db-journal", "best_params.json", "optuna_history.png", "optuna_timeline.png"),
     *("optuna_slices.png", "optuna_importances.png", "optuna_parallel.png"),
@@ -202,7 +203,7 @@ class RunFolder:
 
                 def begin() -> None:
                     if overwrite:
-                        self._keep_edited([path for path in old if path.parent == self.results])
+                        self._keep_edited([path for path in old if path.parent == self.results], LABEL_TABLES)
                         self._set_aside([path for path in old if path.exists() and version(path) == old[path]], spare)
 
                 try:
@@ -251,9 +252,12 @@ class RunFolder:
         except (OSError, ValueError, TypeError):
             return {}
 
-    def _keep_edited(self, paths: Iterable[Path]) -> None:
-        """Rename the files that are not as the run left them, for it is about to write them anew."""
+    def _keep_edited(self, paths: Iterable[Path], known: Collection[str] = ()) -> None:
+        """Rename the files that are not as the run left them, for it is about to write them anew; of ``known`` names
+        also those that it has not written."""
         digests = self._digests()
+        if digests:
+            digests = {name: [] for name in known} | digests
         for path in paths:
             if path.name in digests and path.is_file() and _digest(path) not in digests[path.name]:
                 names = (f"{path.stem}.edited{n or ''}{path.suffix}" for n in itertools.count())

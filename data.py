@@ -85,20 +85,20 @@ def read_labels(table: str) -> list[_Said]:
     Raises:
         DataError: there is no such file, it lacks a column, or is not text in UTF-8 or UTF-16.
     """
-    path = resolve_path(table)
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"--labels {table}: {error.strerror}") from error
+        content = resolve_path(table).read_bytes()
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home of somebody who is not known
+        raise DataError(f"--labels {table}: {getattr(error, 'strerror', None) or error}") from error
     utf_16 = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     encoding, errors = ("utf-16", "strict") if utf_16 else ("utf-8-sig", "surrogateescape")  # as names in our tables
     try:
         text = content.decode(encoding, errors)
     except UnicodeDecodeError as error:
         raise DataError(f"--labels {table}: {error}") from error
-    first = text.partition("\n")[0]
+    text = text if "\n" in text else text.replace("\r", "\n")  # as the first Macintoshes ended lines
+    first = text.partition("\n")[0][:10_000].rstrip("\r")
     for delimiter in ",;\t":
-        header = [name.strip().lower() for name in next(csv.reader([first[:10_000]], delimiter=delimiter), [])]
+        header = [name.strip().lower() for name in next(csv.reader([first], delimiter=delimiter), [])]
         named = next((name for name in PATH_COLUMNS if name in header), None)
         if named and "label" in header:
             break
@@ -109,9 +109,8 @@ def read_labels(table: str) -> list[_Said]:
         raise DataError(f"--labels {table}: several of its columns are called label")
     said = []
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    next(rows)
     try:
-        for row in rows:
+        for row in itertools.islice(rows, 1, None):
             cells = {name: csv_text(cell) for name, cell in zip(header, row, strict=False)}
             label = nfc(cells.get("label", "").strip())
             if label:
@@ -211,7 +210,7 @@ def label_by_tables(index: Index, tables: Sequence[str]) -> Index:
 def _newer(table: str) -> list[str]:
     """A word about a newer file of the same name and a number, as browsers save what they have saved before."""
     path = resolve_path(table)
-    saved_again = re.compile(rf"{re.escape(path.stem)} ?\(\d+\){re.escape(path.suffix)}")
+    saved_again = re.compile(rf"{re.escape(path.stem)}( ?\(\d+\)|-\d+){re.escape(path.suffix)}")
     with contextlib.suppress(OSError):  # a folder that may not be listed
         others = [each for each in path.parent.iterdir() if saved_again.fullmatch(each.name)]
         newest = max(others, key=lambda each: each.stat().st_mtime_ns, default=path)
@@ -229,7 +228,7 @@ def label_as_before(index: Index, saved: "Manifest", classes: Sequence[str]) -> 
         entry = at_path.get(path)
         entry = entry if entry and entry.digest == content else then.get(content)
         if entry:
-            labels[i], none[i] = entry.label, entry.label == UNKNOWN and entry.part == "unused"
+            labels[i], none[i] = entry.label, entry.part == "none"
     return index.labeled_as(labels, classes, none)
 
 
@@ -298,6 +297,8 @@ def require_enough(
     Raises:
         DataError: naming the classes that have too few.
     """
+    if wrong := {NO_CLASS, TAKEN_BACK}.intersection(index.classes):
+        raise DataError(f"{index.root}: no class can be called {wrong.pop()}, which has a meaning in tables of labels")
     if len(index.classes) == 1:
         raise DataError(f"{index.root}: one class only ({index.classes[0]}); at least two are needed")
     there = {"val", "test"}.intersection(index.given_parts)
@@ -437,7 +438,8 @@ def split_to_csv(index: Index, split: Split) -> bytes:
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """What a checkpoint remembers of its images: each one's path, label ([N] int64), part and digest ([N, 16] uint8);
-    in ``before`` those that an earlier checkpoint learned from and that were no longer there."""
+    in ``before`` those that an earlier checkpoint learned from and that were no longer there. The part of an image that
+    is said to be of none of the classes is ``none``."""
 
     paths: list[str]
     labels: torch.Tensor
@@ -470,7 +472,9 @@ def manifest(index: Index, split: Split, earlier: Manifest | None = None) -> Man
             (``before``): they were trained on all the same.
     """
     digests = torch.from_numpy(index.digests.view(np.uint8).reshape(-1, 16).copy())
-    here = Manifest(list(index.paths), torch.from_numpy(index.labels.copy()), split.part_of(len(index)), digests)
+    of_none = [part == "unused" for part in index.given_parts or [""] * len(index)]
+    parts = ["none" if none else part for none, part in zip(of_none, split.part_of(len(index)), strict=True)]
+    here = Manifest(list(index.paths), torch.from_numpy(index.labels.copy()), parts, digests)
     known = [each for each in (earlier, earlier and earlier.before) if each]
     if not known:
         return here
@@ -544,9 +548,9 @@ def split_from_manifest(
             part = _part_of_known(label, by_digest[content], testing or given in ("val", "test"))
         elif label != entry.label:
             changes[_label_change(entry.label, label)].append(path)
-            part = _part_of_known(label, by_digest[content] if entry.part == "unused" else [entry], testing)
+            part = _part_of_known(label, by_digest[content] if entry.part in ("unused", "none") else [entry], testing)
         else:
-            part = entry.part
+            part = "unused" if entry.part == "none" else entry.part
         if given == "unused":
             part = given
         if content in conflicting:  # no label of it is believed

@@ -313,14 +313,18 @@ def sort_into_folders(results: Path, folder: Path, *, link: bool = False) -> Cou
     gone = []
     folders: dict[str, str] = {}  # of classes
     for row in utils.read_csv(table):
+        if not row.keys() >= {"path", "label", "predicted_label"}:
+            raise utils.DataError(f"{table}: its columns are not those that a run writes, separated by commas")
         name = row["label"] or row["predicted_label"]
+        name = "none of the classes" if name == NO_CLASS else name
         file = next((path for path in (each / row["path"] for each in roots) if path.is_file()), None)
         if file is None:
             gone.append(row["path"])
             continue
         if name not in folders:
-            plain = re.sub(r'[/\\:*?"<>|\0]|^\.+$', "_", name)
-            folders[name] = plain + "_" * sum(plain == each.rstrip("_") for each in folders.values())
+            folders[name] = re.sub(r'[/\\:*?"<>|\0]|^\.+$', "_", name)
+            while list(folders.values()).count(folders[name]) > 1:
+                folders[name] += "_"
         place = folder / folders[name] / os.path.splitdrive(row["path"])[1].lstrip("/\\")
         place.parent.mkdir(parents=True, exist_ok=True)
         if link:
@@ -347,6 +351,9 @@ def main() -> int:
     except utils.Failure as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"predict.py: {options.folder}: {error.strerror}", file=sys.stderr)
+        return utils.ResourceError.exit_code
     for name, count in counts.most_common():
         print(f"{count:9,} {name}")
     return 0

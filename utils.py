@@ -329,7 +329,7 @@ def read_csv(path: Path, **wanted: str) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         return [
             {key: csv_text(cell) for key, cell in row.items()}
-            for row in csv.DictReader(file)
+            for row in csv.DictReader(file, restval="")
             if all(row[key] == cell for key, cell in wanted.items())
         ]
 

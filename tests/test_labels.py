@@ -40,6 +40,7 @@ def labeled(root, *tables: str, encoding: str = "utf-8") -> dict[str, str]:
         "PATH\tLabel\na.png\tx\nin/c.png\ty\n",
         'path,label\n"a.png", x \n\nin\\c.png,y\nb.jpg,\n',
         "id,label\na,x\nc,y\n",  # as Kaggle has them
+        "path,label\ra.png,x\rin/c.png,y\r",
         "path,label\n./a.png,x\nphotos/in/../in/c.png,y\n",  # from where the table lies
     ],
 )
@@ -205,6 +206,38 @@ def test_a_table_that_was_corrected_survives_the_run_that_it_is_given_to(cli, tm
     assert "class 0/000.png,class 1" in mine.read_text()
     cli.inside("--name", "e", "--overwrite", "--data_dir", root, *RUN)
     assert (results / "e/labels.edited.csv").read_bytes() == corrected
+
+
+def test_only_what_was_said_to_be_of_no_class_is_remembered_so(cli, tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=12)
+    rows = [f"class {c}/{i:03d}.png,{'xy'[c]}" for c in range(2) for i in range(11)]
+    (tmp_path / "t.csv").write_text("\n".join(["path,label", *rows, "class 1/011.png,-"]))
+    for c in range(2):
+        for i in range(12):  # copies, of which nobody says anything
+            (root / f"copy {c} {i}.png").write_bytes((root / f"class {c}/{i:03d}.png").read_bytes())
+    cli.inside("--name", "e", "--data_dir", root, *RUN, "--labels", tmp_path / "t.csv", "--test_percent", "30")
+    said = read_csv(cli.cwd / "results/e/labels.csv")
+    for name, how in (
+        ("t", ["--test_mode"]),
+        ("s", ["--select", "2"]),
+        ("f", ["--finetune_mode", "--num_epochs", "1"]),
+    ):
+        cli.inside("--name", name, *how, "--load_path", "e")
+        assert read_csv(cli.cwd / "results" / name / "labels.csv") == said
+    assert len(read_csv(cli.cwd / "results/s/to_label.csv")) == 1  # all others have a label, or a copy that has
+    assert sum(row["label"] == "-" for row in said) == 1
+
+
+def test_tables_that_people_put_into_a_run_outlive_its_being_replaced(cli, tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=9)
+    cli.inside("--name", "e", "--data_dir", root, *RUN)
+    (cli.cwd / "results/e/to_label.csv").write_text("path,label\nmine,x\n")
+    split = (cli.cwd / "results/e/split.csv").read_text() + "mine\n"
+    (cli.cwd / "results/e/split.csv").write_text(split)
+    cli.inside("--name", "e", "--data_dir", root, *RUN, "--overwrite")
+    assert (cli.cwd / "results/e/to_label.edited.csv").read_text() == "path,label\nmine,x\n"
+    assert (cli.cwd / "results/e/split.edited.csv").read_text() == split
+    assert not (cli.cwd / "results/e/predictions.edited.csv").exists()
 
 
 def test_what_was_filled_in_survives_another_labelling_of_the_folder(cli, tmp_path):
