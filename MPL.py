@@ -808,7 +808,8 @@ def conclude(
                 export.write_card(config.export, figures, prepared, results, weights=config.weights, frozen=frozen)
             )
     print(report.result_table(figures))
-    print(f"what each image is: {results / 'predictions.csv'}")
+    if (results / "predictions.csv").exists():
+        print(f"what each image is: {results / 'predictions.csv'}")
     print(f"pictures and tables: {results}/ ({', '.join(path.name for path in written)})")
     if trained:
         print(f"checkpoint: {folder.checkpoints / checkpoints.BEST}")
