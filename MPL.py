@@ -215,6 +215,18 @@ def take_over(config: Config, saved: BestCheckpoint) -> Config:
     return dataclasses.replace(config, **moved)
 
 
+def find_index(config: Config, **labeled_by: Any) -> images.Index:
+    """The images that the options name; by what they are labelled, see :func:`data.find_index`."""
+    return data.find_index(
+        config.data_dir,
+        config.unlabeled_dir,
+        checkpoints.own_folders(config.output_dir),
+        max_bad_percent=config.max_bad_percent,
+        cache_dir=utils.cache_folder(config.cache_dir) if config.cache_gb else None,
+        **labeled_by,
+    )
+
+
 def find_data(start: Start) -> data.Data:
     """The images, divided: as for the checkpoint that the run goes on or starts from, or anew.
 
@@ -223,12 +235,8 @@ def find_data(start: Start) -> data.Data:
             a run to go on with has changed.
     """
     config, earlier = start.config, start.last or start.saved
-    index = data.find_index(
-        config.data_dir,
-        config.unlabeled_dir,
-        checkpoints.own_folders(config.output_dir),
-        max_bad_percent=config.max_bad_percent,
-        cache_dir=utils.cache_folder(config.cache_dir) if config.cache_gb else None,
+    index = find_index(
+        config,
         labels=config.labels,
         remembered=earlier.split if earlier and config.labels is not None and "labels" not in config.given else None,
         classes=earlier.classes if earlier else None,
@@ -268,6 +276,7 @@ class Work(NamedTuple):
     inputs: features.Inputs
     notes: list[str]
     guide: mixture.Guide = mixture.Guide(None, None)  # what the features of all images say to its training
+    held_out: crossfit.HeldOut | None = None  # where no image was set aside to test on
 
     def features(self, rows: np.ndarray) -> torch.Tensor:
         """What the mixture learns from: features averaged over an image's views, [n, D]."""
@@ -358,8 +367,7 @@ def loaded_learners(
 
 def assist(work: Work, signals: Signals) -> None:
     """What every process but the first does: its share of the training and of the predictions."""
-    cross_validate(work)
-    work = guided(work)
+    work = guided(cross_validated(work))
     trained = {} if work.start.config.mode == "test" else train_networks(work, signals)
     work, learners = ready_to_test(work, trained)
     score(work, learners)
@@ -409,7 +417,7 @@ def carry_out(work: Work, begin: Callable[[], None], signals: Signals) -> None:
         print(models.describe_network(work.architecture, config.seed))
     trained: dict[str, models.Learner] = {}
     defaults = None
-    held_out = cross_validate(work)
+    work = cross_validated(work)
     if config.mode == "optuna":
         import optuna_search
 
@@ -424,16 +432,16 @@ def carry_out(work: Work, begin: Callable[[], None], signals: Signals) -> None:
         begin()
     else:
         work = guided(work)
-        trained = train_networks(work, signals, folder, held_out=held_out, begin=begin)
-    conclude(work, trained, held_out, defaults, time.perf_counter() - work.start.began)
+        trained = train_networks(work, signals, folder, begin=begin)
+    conclude(work, trained, defaults, time.perf_counter() - work.start.began)
 
 
-def cross_validate(work: Work) -> crossfit.HeldOut | None:
-    """Where no image is set aside to test on: what heads on kept features predict of labelled images whose labels they
-    have not seen."""
+def cross_validated(work: Work) -> Work:
+    """The run, where no image is set aside to test on, with what heads on kept features predict of labelled images
+    whose labels they have not seen."""
     config, found = work.start.config, work.data
     if len(found.split.test) or not len(found.split.labeled) or not work.architecture.frozen:
-        return None
+        return work
     held_out = crossfit.cross_validate(
         work.features,
         found.split,
@@ -445,8 +453,10 @@ def cross_validate(work: Work) -> crossfit.HeldOut | None:
         seed=config.seed,
     )
     if held_out is None:
-        print("no class has two labels, so nothing can tell how good the predictions are: label more")
-    return held_out
+        print(
+            "no class has two labels, or one has none left, so nothing tells how good the predictions are: label more"
+        )
+    return work._replace(held_out=held_out)
 
 
 def learned_from_targets(work: Work) -> bool:
@@ -480,7 +490,6 @@ def train_networks(
     signals: Signals,
     folder: RunFolder | None = None,
     *,
-    held_out: crossfit.HeldOut | None = None,
     begin: Callable[[], None] = lambda: None,
     on_score: Callable[[int, float], None] | None = None,
 ) -> dict[str, models.Learner]:
@@ -488,7 +497,6 @@ def train_networks(
 
     Args:
         folder: where history and checkpoints go; None keeps nothing.
-        held_out: what cross-validation predicts, whose accuracy stands for that on validation images if there are none.
         begin: called when all is ready for the first step.
         on_score: hears each epoch's validation score, in place of a progress bar.
     """
@@ -500,7 +508,7 @@ def train_networks(
             learner.load_weights(saved.best.learners.get(name) or next(iter(saved.best.learners.values())))
     val = found.split.val
     validate = train.validator(inputs.source, val, inputs.device)
-    unvalidated = scores_of(held_out, found.labels).get("accuracy", math.nan)
+    unvalidated = scores_of_folds(work).get("accuracy", math.nan)  # where there are no validation images
     watched = learners, plan.mode.scored, validate, found.labels[val], unvalidated
     if folder is None:
         keeper = train.Keeper(*watched)
@@ -642,12 +650,8 @@ def training_on_labels(config: Config) -> str:
     """The command that trains on the table that the page to label on saves; as the checkpoint was trained, if there is
     one."""
     options = {"data_dir": config.data_dir, "model_name": config.model_name} | args.changed(config.options())[0]
-    kept = {*args.INHERITED, "output_dir", "cache_dir"} - {
-        "num_labels_percent",
-        "val_percent",
-        "test_percent",
-        "labels",
-    }
+    of_labels = {"num_labels_percent", "val_percent", "test_percent", "labels"}
+    kept = {*args.INHERITED, "output_dir", "cache_dir"} - of_labels
     options = {key: value for key, value in options.items() if key in kept and value is not None}
     if config.model_name == args.defaults(config.data_dir)["model_name"]:
         del options["model_name"]
@@ -662,21 +666,15 @@ def find_to_label(start: Start) -> images.Index:
     config, saved = start.config, start.saved
     given = "labels" in config.given
     by_folder = config.labels is None and config.unlabeled_dir is not None
-    index = data.find_index(
-        config.data_dir,
-        config.unlabeled_dir,
-        checkpoints.own_folders(config.output_dir),
-        max_bad_percent=config.max_bad_percent,
-        cache_dir=utils.cache_folder(config.cache_dir) if config.cache_gb else None,
+    index = find_index(
+        config,
         labels=config.labels if given else None if by_folder else (),
         remembered=saved.split if saved and not given else None,
         classes=saved.classes if saved and not given else None,
     )
     if saved is None or given:
         return index
-    hidden = np.isin(
-        index.digests, saved.split.hidden_digests()
-    )  # which the training was not told: nor is anybody here
+    hidden = np.isin(index.digests, saved.split.hidden_digests())  # what the training was not told, nobody is told here
     return index.labeled_as(np.where(hidden, images.UNKNOWN, index.labels), index.classes)
 
 
@@ -686,8 +684,9 @@ def find_to_label(start: Start) -> images.Index:
 Scores = dict[str, dict[str, dict[str, float]]]  # by part, network and metric
 
 
-def scores_of(held_out: crossfit.HeldOut | None, labels: np.ndarray) -> dict[str, float]:
+def scores_of_folds(work: Work) -> dict[str, float]:
     """How good the cross-validated predictions are; nothing if there are none."""
+    held_out, labels = work.held_out, work.data.labels
     if held_out is None:
         return {}
     return metrics.classification_metrics(held_out.probabilities, labels[held_out.rows], held_out.weights)
@@ -739,7 +738,6 @@ def ready_to_test(work: Work, trained: Mapping[str, models.Learner]) -> tuple[Wo
 def conclude(
     work: Work,
     trained: Mapping[str, models.Learner],
-    held_out: crossfit.HeldOut | None,
     defaults: Scores | None,
     seconds_train: float,
 ) -> None:
@@ -760,7 +758,7 @@ def conclude(
     predicted, scores = score(work, learners)
     seconds = {"total": time.perf_counter() - work.start.began, "train": seconds_train if trained else 0.0}
     seconds["test"] = seconds["total"] - seconds_train
-    figures = figures_of(work, trained, learners, predicted, scores, held_out, defaults, seconds)
+    figures = figures_of(work, trained, learners, predicted, scores, defaults, seconds)
     with attempts.attempt("metrics.json"):
         with folder.writing("metrics.json"):
             utils.write_json(results / "metrics.json", figures)
@@ -771,9 +769,9 @@ def conclude(
         order = [part for part in ("test", "unlabeled", "labeled", "val", "unused") if part in predicted]
         of_parts = {str(part): predicted[part][:2] for part in order}
         predict.write_predictions(results / "predictions.csv", work.data.index, of_parts)
-    if held_out is not None:
+    if work.held_out is not None:
         with attempts.attempt("cross_validation.csv"), folder.writing("cross_validation.csv"):
-            predict.write_doubtful_first(results / "cross_validation.csv", work.data.index, *held_out[:2])
+            predict.write_doubtful_first(results / "cross_validation.csv", work.data.index, *work.held_out[:2])
     missing = [each for part in predicted.values() for each in part.missing]
     if missing:
         left_out = (
@@ -790,7 +788,7 @@ def conclude(
         for name, draw in visualization.pictures(results):
             with attempts.attempt(name, needed=False), folder.writing(name):
                 written.append(draw())
-        for name, draw in doubtful(work, results, predicted, held_out).items():
+        for name, draw in doubtful(work, results, predicted).items():
             with attempts.attempt(name, needed=False), folder.writing(name):
                 written.append(draw())
     with attempts.attempt("report.html", needed=False), folder.writing("report.html"):
@@ -822,12 +820,11 @@ def figures_of(
     learners: Mapping[str, models.Learner],
     predicted: Mapping[str, predict.Predicted],
     scores: Scores,
-    held_out: crossfit.HeldOut | None,
     defaults: Scores | None,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """What metrics.json holds."""
-    config, labels, saved = work.start.config, work.data.labels, work.start.saved
+    config, labels, saved, held_out = work.start.config, work.data.labels, work.start.saved, work.held_out
     rows = {part: each.rows for part, each in predicted.items()}
     final = {part: train.final(each.probabilities).numpy() for part, each in predicted.items()}
     about = {part: (final[part], labels[rows[part]]) for part in final}
@@ -848,8 +845,7 @@ def figures_of(
         "val": scores["val"],
         "cross_validation": {}
         if held_out is None
-        else scores_of(held_out, labels)
-        | {"images": len(held_out.rows), "folds": held_out.folds, "worth": held_out.worth},
+        else scores_of_folds(work) | {"images": len(held_out.rows), "folds": held_out.folds, "worth": held_out.worth},
         **({} if defaults is None else {"defaults": defaults}),
         "classes": list(work.data.classes),
         "per_class": metrics.per_class(*about["test"]),
@@ -893,9 +889,7 @@ def commands(config: Config, found: data.Data) -> dict[str, str]:
     return lines | {"label a folder of images": follow("labels", "test_mode", predict_dir="FOLDER")}
 
 
-def doubtful(
-    work: Work, results: Path, predicted: Mapping[str, predict.Predicted], held_out: crossfit.HeldOut | None
-) -> dict[str, Callable[[], Path]]:
+def doubtful(work: Work, results: Path, predicted: Mapping[str, predict.Predicted]) -> dict[str, Callable[[], Path]]:
     """What draws mistakes.png, test images or, without any, labelled ones whose label was held out, and
     disagreements.png, test and unlabelled ones; without such images, nothing."""
     import visualization
@@ -904,8 +898,8 @@ def doubtful(
     names, key = visualization.drawable(index.classes)
     rows, test, _ = predicted["test"]
     p, title = train.final(test).numpy(), "Test images that are wrong most confidently"
-    if held_out is not None:
-        rows, p = held_out.rows, held_out.probabilities
+    if work.held_out is not None:
+        rows, p = work.held_out[:2]
         title = "Labels that all the others contradict most confidently"
     truth = index.labels[rows]
     wrong = visualization.most_confident_mistakes(p, truth)

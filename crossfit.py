@@ -127,9 +127,7 @@ def cross_validate(
         probabilities.append(head(z[held_out]).softmax(-1).detach().numpy())
     order = np.argsort(np.concatenate(rows))
     held_out = np.concatenate(rows)[order]
-    z_held_out = z[np.isin(some, held_out)]
-    nearest = torch.cat([torch.cdist(part, z_held_out).argmin(1) for part in z.split(mixture.CHUNK)])
-    weights = np.bincount(nearest.numpy(), minlength=len(held_out))
+    weights = np.bincount(mixture.nearest_place(z, z[np.isin(some, held_out)]), minlength=len(held_out))
     return HeldOut(held_out, np.concatenate(probabilities)[order], weights, len(folds))
 
 

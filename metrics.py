@@ -62,7 +62,7 @@ def _of_classes(
     """Precision, recall and F1 of each class, 0 where they are not defined, and how many images it has; [C] each."""
     counts = confusion(labels, probabilities.argmax(1), probabilities.shape[1], weights)
     right, images, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
-    least = 1 if weights is None else 1e-9
+    least = 1e-9  # in place of 0, where a figure is not defined
     return {
         "precision": right / np.maximum(predicted, least),
         "recall": right / np.maximum(images, least),

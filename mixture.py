@@ -208,15 +208,26 @@ def estimated_shares(features: Features, labels: np.ndarray, n_classes: int, *, 
     if not unknown.any():
         return torch.from_numpy(np.bincount(labels, minlength=n_classes) / len(labels)).float()
     z = normaliser(x)(x)
-    known = torch.from_numpy(np.flatnonzero(~unknown))
-    nearest_known = torch.cat([torch.cdist(part, z[known]).argmin(1) for part in z[unknown].split(CHUNK)])
-    found = torch.from_numpy(np.bincount(labels[known[nearest_known]], minlength=n_classes) / unknown.sum()).float()
+    found = nearest_shares(z, labels, n_classes)
     if np.bincount(labels[~unknown]).min() < 2 or 2 * n_classes > MOST_LABELLED:  # none of a class could be held out
         return found
     held_out, truth, logits = classifier_logits(z.numpy(), labels, seed)
     scale, bias = calibration(held_out, truth)
     likeliest = likeliest_shares(softmax(scale * logits + bias))
     return (found + torch.from_numpy(likeliest).float()) / 2
+
+
+def nearest_shares(z: torch.Tensor, labels: np.ndarray, n_classes: int) -> torch.Tensor:
+    """The classes' shares [C] among the unlabelled of the images [N, D], if each is of the class of the labelled one
+    that is nearest to it."""
+    known = np.flatnonzero(labels >= 0)
+    places = nearest_place(z[labels < 0], z[known])
+    return torch.from_numpy(np.bincount(labels[known[places]], minlength=n_classes) / len(places)).float()
+
+
+def nearest_place(z: torch.Tensor, others: torch.Tensor) -> np.ndarray:
+    """Which of the ``others`` [L, D] is nearest to each of ``z`` [n, D]: its place, [n] int64."""
+    return torch.cat([torch.cdist(part, others).argmin(1) for part in z.split(CHUNK)]).numpy()
 
 
 def classifier_logits(z: np.ndarray, labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

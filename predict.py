@@ -309,6 +309,8 @@ def sort_into_folders(results: Path, folder: Path, *, link: bool = False) -> Cou
         raise utils.CheckpointError(f"{folder} exists and is not empty: name a new folder")
     root = utils.resolve_path(json.loads((results / "config.json").read_bytes())["data_dir"])
     roots = [root, images.innermost(str(root))]
+    if folder.resolve().is_relative_to(root.resolve()):
+        raise utils.UsageError(f"{folder} lies in the folder of the images, where its copies would be taken for more")
     counts: Counter[str] = Counter()
     gone = []
     folders: dict[str, str] = {}  # of classes
@@ -318,7 +320,7 @@ def sort_into_folders(results: Path, folder: Path, *, link: bool = False) -> Cou
         name = row["label"] or row["predicted_label"]
         name = "none of the classes" if name == NO_CLASS else name
         file = next((path for path in (each / row["path"] for each in roots) if path.is_file()), None)
-        if file is None:
+        if file is None or ".." in Path(row["path"]).parts:  # which would lead out of the new folder
             gone.append(row["path"])
             continue
         if name not in folders:

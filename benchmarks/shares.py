@@ -125,7 +125,7 @@ def compare_estimates(options: argparse.Namespace) -> None:
             estimates = {
                 "the labels'": torch.from_numpy(np.bincount(labels[~unknown]) / len(labelled)).float(),
                 "the mixture's": mixture.posterior(features, labels, n_classes, None)[unknown].mean(0),
-                "the nearest labels'": nearest_shares(features(np.arange(len(rows))), labels, n_classes),
+                "the nearest labels'": mixture.nearest_shares(mixture.normaliser(x[rows])(x[rows]), labels, n_classes),
                 "the estimated ones": mixture.estimated_shares(features, labels, n_classes),
                 "the true ones": torch.from_numpy(np.bincount(truth[unknown]) / unknown.sum()).float(),
             }
@@ -137,13 +137,6 @@ def compare_estimates(options: argparse.Namespace) -> None:
             gain = spread(np.subtract(right[name], right["the mixture's"]), "+")
             cells = [division, name, spread(np.array(off[name])), spread(np.array(right[name])), gain]
             print("| " + " | ".join(cells) + " |", flush=True)
-
-
-def nearest_shares(x: torch.Tensor, labels: np.ndarray, n_classes: int) -> torch.Tensor:
-    """The shares if each image counts for the labelled one nearest to it, [C]: half of the estimate."""
-    z, known = mixture.normaliser(x)(x), np.flatnonzero(labels >= 0)
-    nearest = torch.cdist(z[labels < 0], z[known]).argmin(1).numpy()
-    return torch.from_numpy(np.bincount(labels[known[nearest]], minlength=n_classes) / len(nearest)).float()
 
 
 def link(file: Path, place: Path) -> None:

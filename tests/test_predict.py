@@ -233,3 +233,24 @@ def test_images_are_sorted_into_a_folder_for_each_class_and_stay_where_they_are(
         sort_into_folders(results, tmp_path / "sorted")
     sort_into_folders(results, tmp_path / "links", link=True)
     assert all(path.is_symlink() for path in (tmp_path / "links").rglob("*.png"))
+    with pytest.raises(utils.UsageError, match="lies in the folder of the images"):
+        sort_into_folders(results, colours / "sorted")
+    assert not (colours / "sorted").exists()
+
+
+def test_a_table_that_leads_out_of_the_new_folder_is_not_followed(trained, colours, tmp_path, monkeypatch):
+    monkeypatch.chdir(trained.cwd)
+    results = Path(shutil.copytree(trained.cwd / "results/exp", tmp_path / "run"))
+    (tmp_path / "mine.png").write_bytes(b"mine")
+    path = f"../{colours.name}/../../mine.png"
+    (colours.parent.parent / "mine.png").write_bytes((colours / "class 0/000.png").read_bytes())
+    table = [
+        ("path", "label", "predicted_label"),
+        (path, "class 0", "class 0"),
+        ("class 0/001.png", "class 0", "class 0"),
+    ]
+    (results / "predictions.csv").write_bytes(utils.csv_bytes(table))
+    with pytest.raises(utils.DataError, match="1 image of"):
+        sort_into_folders(results, tmp_path / "sorted")
+    assert [path.name for path in (tmp_path / "sorted").rglob("*.png")] == ["001.png"]
+    assert (tmp_path / "mine.png").read_bytes() == b"mine"
