@@ -1161,11 +1161,26 @@ def _follow_the_main_process(worker: int) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_in_a_while)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # held back since before the worker was
     # Failures are handed over. All that could still reach this hook is the thread that serves tensors, complaining
     # that the main process went away while it asked for one.
     sys.excepthook = lambda *_: None
     if parent := multiprocessing.parent_process():
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+@contextlib.contextmanager
+def _sigterm_held_back() -> Iterator[None]:
+    """Within the block SIGTERM waits, also in a worker that is started there, until it knows what to do about it."""
+    if not hasattr(signal, "pthread_sigmask"):  # as on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_in_a_while(number: int, frame: object) -> None:
@@ -1225,7 +1240,9 @@ def fresh_batches(
         collate_fn=_send if num_workers else None,  # type: ignore[arg-type]  # one item at a time: batch_size=None
         pin_memory=pin,
     )
-    for sent in loader:
+    with _sigterm_held_back():
+        batches = iter(loader)  # starts the workers
+    for sent in batches:
         if isinstance(sent, Failure):
             raise sent
         yield sent if isinstance(sent, Batch) else Batch(**{name: torch.as_tensor(each) for name, each in sent.items()})
