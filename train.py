@@ -683,10 +683,10 @@ def run_plan(
 
             def on_step(done: int) -> None:
                 bar.advance()
-                if distributed.any_rank(signals.pending is not None):
-                    signals.pending = signals.pending or signal.SIGTERM
-                keeper.close_step(done, stop=signals.pending is not None)
-                signals.stop_if_asked()
+                stop = asked_to_stop(signals)  # once: a signal that comes while the step is closed waits for the next
+                keeper.close_step(done, stop)
+                if stop:
+                    signals.stop()
 
             fit(
                 keeper.learners,
@@ -701,8 +701,17 @@ def run_plan(
                 on_epoch=on_epoch,
             )
         learners = keeper.finish()
-        signals.stop_if_asked()  # while what it has learned was written
+        if asked_to_stop(signals):  # while what it has learned was written
+            signals.stop()
     return learners
+
+
+def asked_to_stop(signals: Signals) -> bool:
+    """Whether a process of the run has received a signal; then all of them have been asked."""
+    asked = distributed.any_rank(signals.pending is not None)
+    if asked:
+        signals.pending = signals.pending or signal.SIGTERM
+    return asked
 
 
 def epoch_text(score: float, means: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -24,7 +24,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TextIO, TypeVar
 
 import platformdirs
 
@@ -395,10 +395,11 @@ class Signals:
         finally:
             self._deferred = False
 
-    def stop_if_asked(self) -> None:
-        if self.pending is not None:
-            self.state_is_saved = True
-            raise Interrupted(self.pending)
+    def stop(self) -> NoReturn:
+        """End the program for the signal that is pending, now that its state is saved."""
+        assert self.pending is not None
+        self.state_is_saved = True
+        raise Interrupted(self.pending)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

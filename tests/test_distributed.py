@@ -223,9 +223,20 @@ def test_the_command_takes_the_steps_of_one_process(alone, whole):
         assert (alone.cwd / "results" / name / "report.html").exists()
 
 
+def step_slowly():
+    """Leave time to stop a run that would be through in a moment."""
+    close_step = train.Keeper.close_step
+
+    def close_step_late(keeper, done, stop):
+        time.sleep(0.3)
+        close_step(keeper, done, stop)
+
+    train.Keeper.close_step = close_step_late
+
+
 def test_a_run_goes_on_with_another_number_of_processes(alone):
     options = ["--num_epochs", "24", "--warmup_epoch_num", "2", *STEPWISE]
-    process = torchrun(alone, 2, "--name", "moved", *options)
+    process = torchrun(alone, 2, "--name", "moved", *options, prepare=step_slowly)
     assert any(line.startswith("epoch 4/") for line in process.stdout)
     os.kill(process.pid, signal.SIGTERM)
     alone.finish(process, check=1)

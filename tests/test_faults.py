@@ -64,13 +64,13 @@ def test_every_fault_of_the_table_names_tests_that_exist():
 
 
 def interrupt_at(monkeypatch, step: int, number: int) -> None:
-    """Have this process get a signal while it takes a step of training."""
+    """Have this process get a signal so late that a step of training is the first that can mind it: when the one before
+    has been told to go on."""
     save = checkpoints.SavingKeeper.close_step
 
     def close_step(keeper, done, stop):
-        if done == step:
+        if done == step - 1:
             os.kill(os.getpid(), number)
-            stop = True
         save(keeper, done, stop)
 
     monkeypatch.setattr(checkpoints.SavingKeeper, "close_step", close_step)
