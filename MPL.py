@@ -275,7 +275,7 @@ class Work(NamedTuple):
     architecture: models.Architecture
     inputs: features.Inputs
     notes: list[str]
-    guide: mixture.Guide = mixture.Guide(None, None)  # what the features of all images say to its training
+    guide: mixture.Guide = mixture.Guide()  # what the features of all images say to its training
     held_out: crossfit.HeldOut | None = None  # where no image was set aside to test on
 
     def features(self, rows: np.ndarray) -> torch.Tensor:
@@ -429,6 +429,7 @@ def carry_out(work: Work, begin: Callable[[], None], signals: Signals) -> None:
         work = guided(work._replace(start=work.start._replace(config=tuned, last=last)))
         trained = train_networks(work, signals, folder)
     elif config.mode == "test":
+        work = guided(work)
         begin()
     else:
         work = guided(work)
@@ -467,10 +468,25 @@ def learned_from_targets(work: Work) -> bool:
 
 
 def guided(work: Work) -> Work:
-    """The run with what the features of all images say to its training, unless it trains on labelled images alone."""
-    config, found = work.start.config, work.data
+    """The run with what the features of all images say to its training, unless it trains on labelled images alone:
+    then with what the checkpoint says that it starts from."""
+    config, found, saved = work.start.config, work.data, work.start.saved
     if config.mode in ("finetune", "test"):
-        return work
+        return work._replace(guide=mixture.Guide(belonging=saved.belonging if saved else None))
+    belonging = None
+    if work.architecture.frozen and (config.views or config.targets == "mixture"):
+        rows = np.flatnonzero(np.isin(np.arange(len(found.index)), found.split.train) | found.index.of_none)
+        belonging = mixture.belonging(
+            lambda places: work.features(rows[places]),
+            found.known[rows],
+            found.index.of_none[rows],
+            len(found.classes),
+        )
+    if belonging is not None and belonging.noticed:
+        print(
+            f"about {1 - belonging.share:.0%} of the unlabelled images seem to belong to none of the classes; "
+            "predictions.csv says which (column belongs)"
+        )
     guide = mixture.guide(
         work.features,
         found.known,
@@ -478,6 +494,7 @@ def guided(work: Work) -> Work:
         len(found.classes),
         targets=config.targets,
         alignment=config.alignment,
+        belonging=belonging,
     )
     if config.alignment == "estimated" and guide.prior is not None:
         given = mixture.label_shares(found.known, len(found.classes))
@@ -501,7 +518,7 @@ def train_networks(
         on_score: hears each epoch's validation score, in place of a progress bar.
     """
     config, found, inputs, saved, last = work.start.config, work.data, work.inputs, work.start.saved, work.start.last
-    plan = train.make_plan(config, found.split, *work.guide)
+    plan = train.make_plan(config, found.split, work.guide.targets, work.guide.prior)
     learners = train.new_learners(config, plan.updates, work.architecture, inputs.device, inputs.precision)
     if saved:
         for name, learner in learners.items():
@@ -513,7 +530,7 @@ def train_networks(
     if folder is None:
         keeper = train.Keeper(*watched)
     else:
-        about = checkpoints.about_run(config, found, work.architecture, inputs.preparation, saved)
+        about = checkpoints.about_run(config, found, work.architecture, inputs.preparation, saved, work.guide.belonging)
         keeper = checkpoints.SavingKeeper(
             *watched,
             folder=folder,
@@ -585,7 +602,7 @@ def label_predict_dir(
         learners = loaded_learners(config, saved.best.learners, architecture, inputs)
         print(f"{utils.counted(len(index), 'image')} in {predict_dir}, {' and '.join(learners)} of {config.load_path}")
         with folder.writing("predictions.csv", "bad_files.csv"):
-            predict.label_folder(stream, learners, inputs, folder.results, what=what)
+            predict.label_folder(stream, learners, inputs, folder.results, what=what, belonging=saved.belonging)
         begin()
         write_config(config, folder)
 
@@ -597,8 +614,7 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
 
     config, folder, saved = start.config, start.folder, start.saved
     index = find_to_label(start)
-    given = np.array(index.given_parts or [""] * len(index))
-    labeled = np.flatnonzero((index.labels != images.UNKNOWN) | (given == "unused"))
+    labeled = np.flatnonzero((index.labels != images.UNKNOWN) | index.of_none)
     unlabeled = np.setdiff1d(np.arange(len(index)), labeled)
     if not len(unlabeled):
         raise DataError(f"--select {n}: every image of {config.data_dir} has a label; --labels says which have one")
@@ -708,7 +724,8 @@ def score(work: Work, learners: Mapping[str, models.Learner]) -> tuple[dict[str,
 
 
 def predict_part(work: Work, learners: Mapping[str, models.Learner], part: str) -> predict.Predicted:
-    return predict.predict(learners, work.inputs, work.data.index, getattr(work.data.split, part))
+    rows = getattr(work.data.split, part)
+    return predict.predict(learners, work.inputs, work.data.index, rows, work.guide.belonging)
 
 
 def predict_others(work: Work, learners: Mapping[str, models.Learner]) -> dict[str, predict.Predicted]:
@@ -767,8 +784,9 @@ def conclude(
         predicted |= predict_others(work, learners)
     with attempts.attempt("predictions.csv"), folder.writing("predictions.csv"):
         order = [part for part in ("test", "unlabeled", "labeled", "val", "unused") if part in predicted]
-        of_parts = {str(part): predicted[part][:2] for part in order}
-        predict.write_predictions(results / "predictions.csv", work.data.index, of_parts)
+        predict.write_predictions(
+            results / "predictions.csv", work.data.index, {part: predicted[part] for part in order}
+        )
     if work.held_out is not None:
         with attempts.attempt("cross_validation.csv"), folder.writing("cross_validation.csv"):
             predict.write_doubtful_first(results / "cross_validation.csv", work.data.index, *work.held_out[:2])
@@ -846,6 +864,7 @@ def figures_of(
         "cross_validation": {}
         if held_out is None
         else scores_of_folds(work) | {"images": len(held_out.rows), "folds": held_out.folds, "worth": held_out.worth},
+        "belonging": belonging_of(work, predicted),
         **({} if defaults is None else {"defaults": defaults}),
         "classes": list(work.data.classes),
         "per_class": metrics.per_class(*about["test"]),
@@ -856,6 +875,21 @@ def figures_of(
         "settings": args.settings(config) | {"training_version": train.VERSION},
         "options": {"changed": changed, "default": usual},
         "versions": utils.versions(work.inputs.device) | work.inputs.engines,
+    }
+
+
+def belonging_of(work: Work, predicted: Mapping[str, predict.Predicted]) -> dict[str, Any]:
+    """How many of the unlabelled images seem to belong to no class, of how many; nothing if nothing tells."""
+    belonging = work.guide.belonging
+    if belonging is None or "unlabeled" not in predicted:
+        return {}
+    belongs = predicted["unlabeled"].belongs
+    assert belongs is not None
+    return {
+        "share": belonging.share,
+        "noticed": belonging.noticed,
+        "strange": int((belongs < mixture.BELONGS).sum()),
+        "images": len(belongs),
     }
 
 
@@ -890,13 +924,13 @@ def commands(config: Config, found: data.Data) -> dict[str, str]:
 
 
 def doubtful(work: Work, results: Path, predicted: Mapping[str, predict.Predicted]) -> dict[str, Callable[[], Path]]:
-    """What draws mistakes.png, test images or, without any, labelled ones whose label was held out, and
-    disagreements.png, test and unlabelled ones; without such images, nothing."""
+    """What draws mistakes.png, test images or, without any, labelled ones whose label was held out,
+    disagreements.png, test and unlabelled ones, and strangers.png, unlabelled ones; without such images, nothing."""
     import visualization
 
     index = work.data.index
     names, key = visualization.drawable(index.classes)
-    rows, test, _ = predicted["test"]
+    rows, test, *_ = predicted["test"]
     p, title = train.final(test).numpy(), "Test images that are wrong most confidently"
     if work.held_out is not None:
         rows, p = work.held_out[:2]
@@ -919,6 +953,13 @@ def doubtful(work: Work, results: Path, predicted: Mapping[str, predict.Predicte
         captions = visualization.disagreement_captions(of_disputed, names, paths)
         title = "Images on which the networks disagree most confidently"
         grids["disagreements.png"] = (title, rows[disputed], captions)
+    of_unlabeled = predicted.get("unlabeled")
+    if of_unlabeled is not None and of_unlabeled.belongs is not None:
+        belongs = of_unlabeled.belongs.numpy()
+        strange = visualization.strangest(belongs)
+        rows = of_unlabeled.rows[strange]
+        captions = visualization.stranger_captions(belongs[strange].tolist(), [index.paths[i] for i in rows])
+        grids["strangers.png"] = ("Images that seem to belong to no class", rows, captions)
     return {
         name: functools.partial(draw_grid, work, chosen, captions, title + key, results / name)
         for name, (title, chosen, captions) in grids.items()

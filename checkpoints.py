@@ -26,6 +26,7 @@ import torch
 from args import HARMLESS_TO_A_STUDY, Config
 from data import Batch, Data, Manifest, find_labeled, manifest
 from images import Preparation
+from mixture import Belonging
 from models import Architecture, Learner, Origin, load_tensors
 from train import HISTORY, VERSION, Best, Keeper, Meter, mode_of
 from utils import (
@@ -503,6 +504,7 @@ class Checkpoint:
     data_dir: str  # real paths
     unlabeled_dir: str | None
     started_from: str | None  # the digest of the checkpoint that the run was given, if it was
+    belonging: Belonging | None = dataclasses.field(default=None, kw_only=True)  # what tells images of no class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -527,7 +529,12 @@ class LastCheckpoint(Checkpoint):
 
 
 def about_run(
-    config: Config, data: Data, architecture: Architecture, preparation: Preparation, saved: BestCheckpoint | None
+    config: Config,
+    data: Data,
+    architecture: Architecture,
+    preparation: Preparation,
+    saved: BestCheckpoint | None,
+    belonging: Belonging | None,
 ) -> Checkpoint:
     """What every checkpoint says of a run that started from the checkpoint ``saved``, if from any."""
     return Checkpoint(
@@ -540,6 +547,7 @@ def about_run(
         data_dir=os.path.realpath(data.index.root),
         unlabeled_dir=os.path.realpath(resolve_path(config.unlabeled_dir)) if config.unlabeled_dir else None,
         started_from=saved.digest if saved else None,
+        belonging=belonging,
     )
 
 
@@ -631,6 +639,7 @@ def _typed(state: dict[str, Any]) -> dict[str, Any]:
         "data_dir": state["data_dir"],
         "unlabeled_dir": state["unlabeled_dir"],
         "started_from": state["started_from"],
+        "belonging": Belonging(**state["belonging"]) if state.get("belonging") else None,  # earlier versions had none
     }
 
 

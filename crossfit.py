@@ -16,11 +16,8 @@ import torch.nn.functional as F
 
 import mixture
 from data import Split
-from utils import uncompiled
 
 FOLDS = 5
-PENALTY = 1e-4  # of a head's squared weights
-HEAD_ROUNDS = 100
 
 
 class HeldOut(NamedTuple):
@@ -122,28 +119,10 @@ def cross_validate(
         else:
             trained = np.flatnonzero(known_here >= 0)
             target = F.one_hot(torch.from_numpy(known_here[trained]), n_classes).float()
-        head = fit_head(z[trained], target)
+        head = mixture.fit_head(z[trained], target)
         rows.append(some[held_out])
         probabilities.append(head(z[held_out]).softmax(-1).detach().numpy())
     order = np.argsort(np.concatenate(rows))
     held_out = np.concatenate(rows)[order]
     weights = np.bincount(mixture.nearest_place(z, z[np.isin(some, held_out)]), minlength=len(held_out))
     return HeldOut(held_out, np.concatenate(probabilities)[order], weights, len(folds))
-
-
-def fit_head(z: torch.Tensor, target: torch.Tensor) -> torch.nn.Linear:
-    """A linear head [D] -> [C] that gives features [n, D] the distributions ``target`` [n, C]: logistic regression with
-    soft labels."""
-    head = torch.nn.Linear(z.shape[1], target.shape[1])
-    torch.nn.init.zeros_(head.weight)
-    torch.nn.init.zeros_(head.bias)
-    search = uncompiled(torch.optim.LBFGS)(head.parameters(), max_iter=HEAD_ROUNDS, line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
-        search.zero_grad()
-        total = F.cross_entropy(head(z), target) + PENALTY * head.weight.square().sum()
-        total.backward()
-        return total
-
-    search.step(loss)
-    return head

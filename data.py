@@ -234,11 +234,10 @@ def label_as_before(index: Index, saved: "Manifest", classes: Sequence[str]) -> 
 
 def labels_of(index: Index) -> list[tuple[str, str]]:
     """The labels that an index has, by path."""
-    parts = index.given_parts or ("",) * len(index)
     return [
         (path, NO_CLASS if label == UNKNOWN else index.classes[label])
-        for path, label, part in zip(index.paths, index.labels, parts, strict=True)
-        if label != UNKNOWN or part == "unused"
+        for path, label, of_none in zip(index.paths, index.labels, index.of_none, strict=True)
+        if label != UNKNOWN or of_none
     ]
 
 
@@ -472,8 +471,7 @@ def manifest(index: Index, split: Split, earlier: Manifest | None = None) -> Man
             (``before``): they were trained on all the same.
     """
     digests = torch.from_numpy(index.digests.view(np.uint8).reshape(-1, 16).copy())
-    of_none = [part == "unused" for part in index.given_parts or [""] * len(index)]
-    parts = ["none" if none else part for none, part in zip(of_none, split.part_of(len(index)), strict=True)]
+    parts = np.where(index.of_none, "none", split.part_of(len(index))).tolist()
     here = Manifest(list(index.paths), torch.from_numpy(index.labels.copy()), parts, digests)
     known = [each for each in (earlier, earlier and earlier.before) if each]
     if not known:
@@ -768,7 +766,7 @@ def _describe(index: Index, split: Split, changes: Sequence[str]) -> list[str]:
             first = " and ".join(index.paths[i] for i in conflicts[0])
             notes.append(f"{len(conflicts)} of them have conflicting labels, which are ignored (first: {first})")
     if len(split.unused):
-        none = sum(part == "unused" for part in index.given_parts)
+        none = int(index.of_none.sum())
         if none:
             notes.append(f"{counted(none, 'image')} said to be of none of the classes: not trained on")
         first = index.paths[split.unused[0]]

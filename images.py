@@ -110,6 +110,11 @@ class Index:
         return self.root / self.paths[i]
 
     @functools.cached_property
+    def of_none(self) -> np.ndarray:
+        """Which images are said to be of none of the classes, [N] bool."""
+        return np.array([part == "unused" for part in self.given_parts or ("",) * len(self)], dtype=bool)
+
+    @functools.cached_property
     def _distinct(self) -> tuple[np.ndarray, np.ndarray]:
         return np.unique(self.digests, return_inverse=True)
 

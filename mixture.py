@@ -12,6 +12,8 @@ And the confidence of a classifier of the labelled images is calibrated on those
 shares are sought under which its predictions for all the others are the likeliest.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -39,6 +41,17 @@ INVERSE_PENALTY = 10.0  # of the classifier's weights
 MOST_LABELLED = 1_000  # images that the classifier learns from
 SHARE_ROUNDS = 300
 BIAS_PENALTY = 0.02
+
+PENALTY, HEAD_ROUNDS = 1e-4, 100  # of a head's squared weights; of its search
+
+REDUCED = 128  # dimensions in which images of no class are sought
+OTHERS, EACH = 8, 20  # most components without a class; unlabelled images for each
+FEWEST_OTHERS = 4
+FEWEST_HELD_OUT = 10  # labelled images, to tell whether a component is of a class
+RARELY = 0.1  # how many of the labelled images that chance would bring fall among images of no class
+BELONGS = 0.5  # from here on an image seems to belong to a class
+NOTICED = 0.15, 8  # from which share of images of no class on, and from how many labelled images that are missing among
+#                    them, these images are left out of the mixture
 
 Features = Callable[[np.ndarray], torch.Tensor]  # float32 activations [n, D] of some images, by their places [n]
 
@@ -95,21 +108,32 @@ def in_order_of_use(labels: np.ndarray, n_classes: int, seed: int) -> np.ndarray
     return order[np.argsort(rank[order], kind="stable")]
 
 
-def normaliser(features: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function that puts activations [n, D] on the unit sphere around the mean of ``features`` [N, D], and the
-    middle of these there at the origin.
+class Normaliser(NamedTuple):
+    """Puts activations [n, D] on the unit sphere around the mean of others, and the middle of these there at the
+    origin.
 
     It is applied to roots of the activations, which have long tails; where a feature may be negative, as after a layer
     norm, to the root of how far it is above its lowest value.
     """
-    lowest = features.amin(0).clamp_max(0)  # [D]
 
-    def roots(x: torch.Tensor) -> torch.Tensor:
-        return (x - lowest).clamp_min_(0).add_(EPSILON).sqrt_()
+    lowest: torch.Tensor  # [D]
+    origin: torch.Tensor  # [D]
+    centre: torch.Tensor  # [D]
 
-    origin = roots(features).mean(0)
-    centre = F.normalize(roots(features) - origin, dim=-1).mean(0)
-    return lambda x: F.normalize(roots(x) - origin, dim=-1) - centre
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.normalize(_roots(x, self.lowest) - self.origin, dim=-1) - self.centre
+
+
+def normaliser(features: torch.Tensor) -> Normaliser:
+    """That of the activations ``features`` [N, D]."""
+    lowest = features.amin(0).clamp_max(0)
+    roots = _roots(features, lowest)
+    origin = roots.mean(0)
+    return Normaliser(lowest, origin, F.normalize(roots - origin, dim=-1).mean(0))
+
+
+def _roots(x: torch.Tensor, lowest: torch.Tensor) -> torch.Tensor:
+    return (x - lowest).clamp_min_(0).add_(EPSILON).sqrt_()
 
 
 def whitened(z: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
@@ -131,15 +155,28 @@ def balanced(p: torch.Tensor, shares: torch.Tensor | None, rounds: int = 10) -> 
 def fit_mixture(z: torch.Tensor, y: torch.Tensor, shares: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The classes' means [C, D] and the Cholesky factor [D, D] of the covariance that they share, from [n, D] images
     and their one-hot labels [n, C], zero where unknown."""
+    return maximised(z, y, y.T @ z / y.sum(0)[:, None], lambda scores: balanced(scores.softmax(-1), shares))
+
+
+def maximised(
+    z: torch.Tensor, y: torch.Tensor, means: torch.Tensor, assign: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The means [K, D] and the Cholesky factor [D, D] of a mixture's covariance, by expectation maximisation.
+
+    Args:
+        z: [n, D] images.
+        y: [n, K] their one-hot components, zero where unknown.
+        means: [K, D] to start from.
+        assign: of log densities [m, K] of images whose component is unknown, the components' probabilities [m, K].
+    """
     known = y.any(-1)
     weight = torch.where(known, LABEL_WEIGHT, 1.0)[:, None]  # [n, 1]
     scatter = z.T @ (weight * z)  # about the origin
-    means = y.T @ z / y.sum(0)[:, None]
     root = torch.linalg.cholesky(shrunk(scatter / weight.sum(), len(z)))
     for _ in range(EM_ROUNDS):
         p = y.clone()
-        p[~known] = assign(z[~known], means, root, shares)
-        n = (weight * p).sum(0)[:, None]  # [C, 1]
+        p[~known] = assign(log_densities(z[~known], means, root))
+        n = (weight * p).sum(0)[:, None].clamp_min(1e-6)  # [K, 1]
         means = (weight * p).T @ z / n
         root = torch.linalg.cholesky(shrunk((scatter - (n * means).T @ means) / n.sum(), len(z)))
     return means, root
@@ -159,11 +196,6 @@ def log_densities(z: torch.Tensor, means: torch.Tensor, root: torch.Tensor) -> t
     covariance is ``root @ root.T``."""
     directions = torch.cholesky_solve(means.T, root)  # [D, C]
     return z @ directions - 0.5 * (means.T * directions).sum(0)
-
-
-def assign(z: torch.Tensor, means: torch.Tensor, root: torch.Tensor, shares: torch.Tensor | None) -> torch.Tensor:
-    """Each image's probabilities of the classes [n, C], with the classes' shares kept."""
-    return balanced(log_densities(z, means, root).softmax(-1), shares)
 
 
 def nearest(
@@ -304,20 +336,188 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What is none of the classes
+
+
+@dataclasses.dataclass(frozen=True)
+class Belonging:
+    """Tells images of the classes from others: a linear classifier of normalised features."""
+
+    lowest: torch.Tensor  # [D], as the two that follow: of the normaliser
+    origin: torch.Tensor
+    centre: torch.Tensor
+    weight: torch.Tensor  # [D]
+    bias: torch.Tensor  # []
+    share: float  # of the unlabelled images that belong to a class
+    noticed: bool  # whether so many seem to belong to none that this cannot be chance
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """How probable it is that images belong to one of the classes, [n], of their features [n, D]."""
+        z = Normaliser(self.lowest, self.origin, self.centre)(features)
+        return (z @ self.weight + self.bias).sigmoid()
+
+    def infer(self, features: torch.Tensor) -> torch.Tensor:
+        """The same as of a network, [n, 1]; on the CPU."""
+        return self(features.detach().float().cpu())[:, None]
+
+
+def belonging(
+    features: Features, known: np.ndarray, of_none: np.ndarray, n_classes: int, *, seed: int = 0
+) -> Belonging | None:
+    """What tells images of the classes from those that belong to none; None if there are too few to tell by.
+
+    To the classes' Gaussians some are added that start where images are far from all classes. What falls into such a
+    component may be of a class nevertheless. Labelled images tell: if it is, those whose label was held out are found
+    there as often as unlabelled ones; if it is not, next to none are. A linear classifier then learns what that comes
+    to, so that other images can be told too.
+
+    Args:
+        known: [N] int64, the labels that may be learned from, negative for all other images.
+        of_none: [N] bool, images that somebody said are of no class.
+    """
+    order = in_order_of_use(np.where(of_none, n_classes, known), n_classes, seed)
+    some = np.sort(order[:MOST_IMAGES])
+    known, of_none = known[some], of_none[some]
+    labeled, unlabeled = known >= 0, (known < 0) & ~of_none
+    fold = np.full(len(some), -1)
+    fold[labeled] = place_in_class(known[labeled]) % FOLDS
+    fold[labeled] = np.where(np.bincount(known[labeled])[known[labeled]] > 1, fold[labeled], -1)
+    n_others = min(OTHERS, int(unlabeled.sum()) // EACH)
+    if n_others < FEWEST_OTHERS or (fold >= 0).sum() < FEWEST_HELD_OUT:
+        return None
+
+    from sklearn.decomposition import PCA  # here, since it is slow and some runs do without
+
+    x = features(some)
+    normalise = normaliser(x)
+    z = normalise(x)
+    n_components = min(REDUCED, len(z) // 3, z.shape[1])
+    reduced = torch.from_numpy(PCA(n_components, random_state=seed).fit_transform(z.numpy())).float()
+    centres = distant_centres(reduced[torch.from_numpy(unlabeled)], class_means(reduced, known), n_others, seed)
+    shares = label_shares(known, n_classes)
+    p = torch.zeros(len(z), n_classes + n_others)  # of the components
+    held_out = torch.zeros_like(p)
+    for k in range(FOLDS):
+        left = np.where(fold == k, -1, known)
+        found = with_others(reduced, left, shares, centres)
+        p += found / FOLDS
+        held_out[fold == k] = found[fold == k]
+    of_class = components_of_classes(
+        p[unlabeled].mean(0), held_out[fold >= 0].sum(0), p[of_none].sum(0), int((fold >= 0).sum()), n_classes
+    )
+    belongs = p @ of_class
+    share = float(belongs[unlabeled].mean())
+    noticed = 1 - share >= NOTICED[0] and (fold >= 0).sum() * (1 - share) >= NOTICED[1]
+    belongs[labeled], belongs[of_none] = 1.0, 0.0
+    head = fit_head(z, torch.stack([belongs, 1 - belongs], 1).clamp(0, 1))
+    weight, bias = ((each[0] - each[1]).detach() for each in (head.weight, head.bias))
+    return Belonging(*normalise, weight, bias, share, bool(noticed))
+
+
+def class_means(z: torch.Tensor, known: np.ndarray) -> torch.Tensor:
+    """The means [C, D] of the labelled of the images [n, D], by class."""
+    return torch.stack([z[known == c].mean(0) for c in range(known.max() + 1)])
+
+
+def distant_centres(z: torch.Tensor, means: torch.Tensor, n: int, seed: int) -> torch.Tensor:
+    """The centres of ``n`` clusters of images [N, D], each the furthest from the classes' means [C, D] and from those
+    chosen before it."""
+    from sklearn.cluster import KMeans  # here, as above
+
+    found = KMeans(min(len(means) + 2 * n, len(z)), n_init=1, random_state=seed).fit(z.numpy()).cluster_centers_
+    centres, chosen = torch.from_numpy(found).float(), means
+    for _ in range(n):
+        furthest = torch.cdist(centres, chosen).amin(1).argmax()
+        chosen = torch.cat([chosen, centres[furthest, None]])
+    return chosen[len(means) :]
+
+
+def with_others(z: torch.Tensor, known: np.ndarray, shares: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """The probabilities [n, C + K] of the classes' components and of K others, which start at ``centres`` [K, D], for
+    images [n, D] that are unlabelled where ``known`` [n] is negative. The classes keep their ``shares`` [C] of what is
+    theirs."""
+    n_classes, n_others = len(shares), len(centres)
+    labels = torch.from_numpy(known)
+    y = F.one_hot(labels.clamp_min(0), n_classes + n_others).float() * (labels >= 0)[:, None]
+    prior = torch.cat([shares / 2, torch.full((n_others,), 0.5 / n_others)])
+
+    def assign(scores: torch.Tensor) -> torch.Tensor:
+        nonlocal prior
+        p = (scores + prior.log()).softmax(-1)
+        of_others = p[:, n_classes:].mean(0)
+        prior = torch.cat([shares * (1 - of_others.sum()), of_others]).clamp_min(1e-8)
+        return p
+
+    means, root = maximised(z, y, torch.cat([class_means(z, known), centres]), assign)
+    return (log_densities(z, means, root) + prior.log()).softmax(-1)
+
+
+def components_of_classes(
+    unlabeled: torch.Tensor, held_out: torch.Tensor, of_none: torch.Tensor, n: int, n_classes: int
+) -> torch.Tensor:
+    """How probable it is that a component holds images of the classes, [C + K]; sure for the first C.
+
+    It is told by how many labelled images fall there, a Poisson variable: as many as chance brings among images of the
+    classes, ``RARELY`` as many among others.
+
+    Args:
+        unlabeled: [C + K] each component's share of the unlabelled images.
+        held_out, of_none: [C + K] how many images fall there whose label was held out, or that are said to be of none.
+        n: how many labels were held out.
+    """
+    of_class = torch.ones_like(unlabeled)
+    of_class[n_classes:] = 0.5
+    for _ in range(20):  # the fewer images belong to a class, the more of the labelled ones each component would have
+        expected = n * unlabeled / (unlabeled @ of_class)
+        evidence = (held_out - of_none) * -math.log(RARELY) - (1 - RARELY) * expected
+        of_class[n_classes:] = evidence.sigmoid()[n_classes:]
+    return of_class
+
+
+def fit_head(z: torch.Tensor, target: torch.Tensor) -> torch.nn.Linear:
+    """A linear head [D] -> [C] that gives features [n, D] the distributions ``target`` [n, C]: logistic regression with
+    soft labels."""
+    head = torch.nn.Linear(z.shape[1], target.shape[1])
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    search = uncompiled(torch.optim.LBFGS)(head.parameters(), max_iter=HEAD_ROUNDS, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        search.zero_grad()
+        total = F.cross_entropy(head(z), target) + PENALTY * head.weight.square().sum()
+        total.backward()
+        return total
+
+    search.step(loss)
+    return head
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What guides a training
 
 
 class Guide(NamedTuple):
     """What the features of all images say to a training."""
 
-    targets: np.ndarray | None  # [N, C] float32, what the teacher's consistency loss aims at; None: its own prediction
-    prior: torch.Tensor | None  # [C] float32, the classes' shares that its labels are aligned to; None: they are not
+    targets: np.ndarray | None = None  # [N, C] float32, what the teacher aims at; None: its own prediction
+    prior: torch.Tensor | None = None  # [C] float32, the classes' shares that labels are aligned to; None: they are not
+    belonging: Belonging | None = None  # to a class or to none; None: unknown
 
 
 def guide(
-    features: Features, known: np.ndarray, rows: np.ndarray, n_classes: int, *, targets: str, alignment: str
+    features: Features,
+    known: np.ndarray,
+    rows: np.ndarray,
+    n_classes: int,
+    *,
+    targets: str,
+    alignment: str,
+    belonging: Belonging | None = None,
 ) -> Guide:
     """The guide that ``--targets`` and ``--alignment`` ask for.
+
+    Where many images seem to belong to no class, these take no part in the mixture, and the target of every image is
+    the less certain the less it seems to belong: what nothing is known of comes to have the classes' shares.
 
     Args:
         features: of images by their places in the index.
@@ -326,18 +526,28 @@ def guide(
     """
     shares = label_shares(known, n_classes)
     if targets != "mixture" and alignment != "estimated":
-        return Guide(None, None if alignment == "none" else shares)
+        return Guide(None, None if alignment == "none" else shares, belonging)
+    belongs = np.ones(len(rows), dtype=np.float32)
+    if belonging is not None and belonging.noticed:
+        parts = np.split(rows, range(MOST_IMAGES, len(rows), MOST_IMAGES))
+        belongs = np.concatenate([belonging(features(part)).numpy() for part in parts])
+        belongs[known[rows] >= 0] = 1.0
+    of_class = belongs >= BELONGS
+    kept = rows[of_class]
 
     def features_at(places: np.ndarray) -> torch.Tensor:
-        return features(rows[places])
+        return features(kept[places])
 
     if alignment == "estimated":
-        shares = estimated_shares(features_at, known[rows], n_classes)
+        shares = estimated_shares(features_at, known[kept], n_classes)
     p = None
     if targets == "mixture":
         p = np.zeros((len(known), n_classes), dtype=np.float32)
-        p[rows] = posterior(features_at, known[rows], n_classes, shares).numpy()
-    return Guide(p, None if alignment == "none" else shares)
+        p[rows] = shares
+        certain = belongs[of_class, None]
+        found = posterior(features_at, known[kept], n_classes, shares).numpy()
+        p[kept] = certain * found + (1 - certain) * shares.numpy()
+    return Guide(p, None if alignment == "none" else shares, belonging)
 
 
 def label_shares(known: np.ndarray, n_classes: int) -> torch.Tensor:

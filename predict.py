@@ -30,6 +30,7 @@ import train
 import utils
 from data import NO_CLASS
 from features import Inputs
+from mixture import Belonging
 from models import Learner
 
 Probabilities = dict[str, torch.Tensor]  # of some images, by network: [N, C]
@@ -43,15 +44,27 @@ class Predicted(NamedTuple):
 
     rows: np.ndarray  # [N] int64, of the others
     probabilities: Probabilities
-    missing: Unreadable
+    missing: Sequence[tuple[str, str]] = ()
+    belongs: torch.Tensor | None = None  # [N] how probable it is that an image is of a class; None: nothing tells
 
 
-def predict(learners: Mapping[str, Learner], inputs: Inputs, index: images.Index, rows: np.ndarray) -> Predicted:
-    """What the learners and, if they are several, their ensemble predict of the images.
+def predict(
+    learners: Mapping[str, Learner],
+    inputs: Inputs,
+    index: images.Index,
+    rows: np.ndarray,
+    belonging: Belonging | None = None,
+) -> Predicted:
+    """What the learners and, if they are several, their ensemble predict of the images, and whether these belong to a
+    class at all.
 
     Those whose file can no longer be read are left out. Every process leaves out the same.
     """
-    networks, n_classes = [*learners.values()], len(index.classes)
+    networks: list[train.Infers] = [*learners.values()]
+    widths = [len(index.classes)] * len(networks)
+    if belonging is not None:
+        networks.append(belonging)
+        widths.append(1)
 
     def infer(rows: np.ndarray) -> list[torch.Tensor]:
         """Logits [n, C] of each network, and whether the image could be read, [n]."""
@@ -59,7 +72,7 @@ def predict(learners: Mapping[str, Learner], inputs: Inputs, index: images.Index
             return [*train.infer(networks, inputs.source, rows), torch.ones(len(rows))]
         except utils.DataError:
             if len(rows) == 1:
-                return [torch.zeros(1, n_classes) for _ in networks] + [torch.zeros(1)]
+                return [torch.zeros(1, width) for width in widths] + [torch.zeros(1)]
             return [torch.cat(halves) for halves in zip(*map(infer, np.array_split(rows, 2)), strict=True)]
 
     def infer_all(rows: np.ndarray) -> list[torch.Tensor]:
@@ -67,15 +80,16 @@ def predict(learners: Mapping[str, Learner], inputs: Inputs, index: images.Index
         return [torch.cat(each) for each in zip(*parts, strict=True)]
 
     if not len(rows):
-        logits, readable = [torch.zeros(0, n_classes) for _ in networks], torch.zeros(0)
+        logits, readable = [torch.zeros(0, width) for width in widths], torch.zeros(0)
     else:
         *logits, readable = distributed.gathered(infer_all, rows, inputs.device)
     kept = readable.bool()
     logits = [own[kept] for own in logits]
+    belongs = None if belonging is None else logits.pop()[:, 0]
     each = {name: own.softmax(-1) for name, own in zip(learners, logits, strict=True)}
     each |= {"ensemble": train.ensemble(logits)} if len(learners) > 1 else {}
     missing = [(index.paths[i], _reason(inputs, i)) for i in rows[~kept.numpy()].tolist()]
-    return Predicted(rows[kept.numpy()], each, missing)
+    return Predicted(rows[kept.numpy()], each, missing, belongs)
 
 
 def _reason(inputs: Inputs, i: int) -> str:
@@ -93,15 +107,16 @@ def _reason(inputs: Inputs, i: int) -> str:
 
 def prediction_header(classes: Sequence[str], networks: Iterable[str]) -> list[str]:
     """The columns of predictions.csv: ``p_CLASS`` are the probabilities that the prediction was made from, ``label`` is
-    what was learned from, to be corrected and filled in where somebody knows better, for ``--labels``."""
-    fixed = ["path", "split", "true_label", "predicted_label", "label", "probability", "margin", "agree"]
+    what was learned from, to be corrected and filled in where somebody knows better, for ``--labels``; ``belongs`` is
+    how probable it is that the image is of one of the classes, empty where nothing tells."""
+    fixed = ["path", "split", "true_label", "predicted_label", "label", "probability", "margin", "belongs", "agree"]
     votes = [f"{name}_vote" for name in networks if name != "ensemble"]
     return fixed + votes + [f"p_{name}" for name in classes]
 
 
 def given_label(index: images.Index, i: int, part: str) -> str:
     """What somebody said of an image, if it was learned from: no label of an image that is held out."""
-    if part == "unused" and index.given_parts and index.given_parts[i] == "unused":
+    if part == "unused" and index.of_none[i]:
         return NO_CLASS
     return index.classes[index.labels[i]] if part == "labeled" else ""
 
@@ -112,6 +127,7 @@ def prediction_rows(
     labels: Iterable[int],
     part: str,
     predicted: dict[str, torch.Tensor],
+    belongs: torch.Tensor | None = None,
     given: Iterable[str] = itertools.repeat(""),
 ) -> Iterator[list[object]]:
     """A row for each image: what the ensemble (or the only model) predicts and how surely, every network's vote.
@@ -120,12 +136,15 @@ def prediction_rows(
         labels: the true ones, ``images.UNKNOWN`` where they are.
         given: what the column ``label`` has.
         predicted: each network's and the ensemble's probabilities, [n, C].
+        belongs: [n].
     """
     final = train.final(predicted)
     votes = torch.stack([each.argmax(-1) for name, each in predicted.items() if name != "ensemble"], -1).tolist()
     values, places = (each.tolist() for each in final.topk(2, dim=-1))
-    for path, label, said, (first, second), (place, _), cast, p in zip(
-        paths, labels, itertools.islice(given, len(final)), values, places, votes, final.tolist(), strict=True
+    belong = itertools.repeat("") if belongs is None else [f"{value:.6f}" for value in belongs.tolist()]
+    of_each = paths, labels, *(itertools.islice(each, len(final)) for each in (given, belong))
+    for path, label, said, at_all, (first, second), (place, _), cast, p in zip(
+        *of_each, values, places, votes, final.tolist(), strict=True
     ):
         yield [
             path,
@@ -135,6 +154,7 @@ def prediction_rows(
             said,
             f"{first:.6f}",
             f"{first - second:.6f}",
+            at_all,
             int(len(set(cast)) == 1),
             *(classes[vote] for vote in cast),
             *(f"{value:.6f}" for value in p),
@@ -144,22 +164,27 @@ def prediction_rows(
 def write_predictions(
     path: Path,
     index: images.Index,
-    predicted: Mapping[str, tuple[np.ndarray, dict[str, torch.Tensor]]],
+    predicted: Mapping[str, Predicted],
     at_once: int = 4096,
 ) -> None:
-    """Write the predictions of some parts of the split: of each the images, and each network's and the ensemble's
-    probabilities [n, C]."""
+    """Write the predictions of some parts of the split."""
 
     def write(file: BinaryIO) -> None:
-        networks = next((of_part for _, of_part in predicted.values()), {})
+        networks = next((of_part.probabilities for of_part in predicted.values()), {})
         file.write(utils.BOM + utils.csv_bytes([prediction_header(index.classes, networks)]))
-        for part, (rows, of_part) in predicted.items():
+        for part, (rows, of_part, _, belongs) in predicted.items():
             for start in range(0, len(rows), at_once):
-                some = rows[start : start + at_once]
-                paths = [index.paths[i] for i in some]
-                p = {name: each[start : start + at_once] for name, each in of_part.items()}
-                said = [given_label(index, i, part) for i in some]
-                file.write(utils.csv_bytes(prediction_rows(index.classes, paths, index.labels[some], part, p, said)))
+                here = slice(start, start + at_once)
+                lines = prediction_rows(
+                    index.classes,
+                    [index.paths[i] for i in rows[here]],
+                    index.labels[rows[here]],
+                    part,
+                    {name: each[here] for name, each in of_part.items()},
+                    None if belongs is None else belongs[here],
+                    [given_label(index, i, part) for i in rows[here]],
+                )
+                file.write(utils.csv_bytes(lines))
 
     utils.write_atomically(path, write)
 
@@ -171,7 +196,8 @@ def write_doubtful_first(path: Path, index: images.Index, rows: np.ndarray, prob
         probabilities: [n, C].
     """
     order = np.argsort(probabilities[np.arange(len(rows)), index.labels[rows]], kind="stable")
-    write_predictions(path, index, {"labeled": (rows[order], {"held_out": torch.from_numpy(probabilities[order])})})
+    held_out = Predicted(rows[order], {"held_out": torch.from_numpy(probabilities[order])})
+    write_predictions(path, index, {"labeled": held_out})
 
 
 def list_bad(results: Path, bad: Iterable[tuple[str, str]]) -> None:
@@ -237,7 +263,15 @@ class Stream:
         return decoded, unreadable
 
 
-def label_folder(stream: Stream, learners: Mapping[str, Learner], inputs: Inputs, results: Path, *, what: str) -> None:
+def label_folder(
+    stream: Stream,
+    learners: Mapping[str, Learner],
+    inputs: Inputs,
+    results: Path,
+    *,
+    what: str,
+    belonging: Belonging | None,
+) -> None:
     """Write predictions.csv for every image of a folder.
 
     The table appears when it is whole, and then the list of files that cannot be read; where there was neither, that
@@ -265,9 +299,9 @@ def label_folder(stream: Stream, learners: Mapping[str, Learner], inputs: Inputs
             bad.extend(unreadable)
             if not len(rows):
                 continue
-            predicted = predict(learners, inputs, index, rows).probabilities
+            _, predicted, _, belongs = predict(learners, inputs, index, rows, belonging)
             chosen = [index.paths[i] for i in rows]
-            lines = list(prediction_rows(index.classes, chosen, index.labels[rows], "", predicted))
+            lines = list(prediction_rows(index.classes, chosen, index.labels[rows], "", predicted, belongs))
             counts.update(str(line[3]) for line in lines)
             file.write(utils.csv_bytes(lines))
         if not counts:

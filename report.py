@@ -27,10 +27,11 @@ PICTURES = {  # the page's galleries and the files in them
     "calibration": "calibration",
     "mistakes": "mistakes",
     "disagreements": "disagreements",
+    "strangers": "strangers",
     "views": "samples",
     "search": "optuna_*",
 }
-PHOTOGRAPHS = ("mistakes", "disagreements", "samples")  # pictures that are embedded as JPEG
+PHOTOGRAPHS = ("mistakes", "disagreements", "strangers", "samples")  # pictures that are embedded as JPEG
 SIDE_BY_SIDE, LEGIBLE = 12, 30  # classes up to which confusion matrices stand in one row, and can be read in the page
 FEW = 50  # test images
 PICTURE_NAMES = {"graphs": "curves", "optuna_history": "history of the search"}
@@ -219,6 +220,9 @@ def result_table(figures: Mapping[str, Any]) -> str:
         width = max(len(each["name"]) for each in networks)
         lines += ["95 % intervals of the accuracy:"]
         lines += [f"  {each['name']:{width}}  {each['interval']}" for each in networks]
+    if figures["belonging"].get("noticed"):
+        strange, n = (figures["belonging"][key] for key in ("strange", "images"))
+        lines += [f"{strange:,} of {n:,} unlabelled images seem to belong to none of the classes"]
     if "defaults" in figures:
         lines += ["without tuning:", *_aligned(figures["defaults"])]
     return "\n".join(lines) + "\n"

@@ -10,7 +10,7 @@ import functools
 import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from data import Batch, Schedule, Source, Split
 from models import Architecture, Learner
 from utils import Bar, DivergedError, Signals, seed_torch
 
-VERSION = 4  # raised whenever the same options, images and seed come to train otherwise; then no run goes on
+VERSION = 5  # raised whenever the same options, images and seed come to train otherwise; then no run goes on
 ALIGNMENT_RATE = 0.1  # of the ascent: some ten batches are averaged over
 
 Measurements = dict[str, torch.Tensor]
@@ -729,8 +729,14 @@ def epoch_text(score: float, means: Mapping[str, float], rows: Sequence[Mapping[
 # Inference
 
 
+class Infers(Protocol):
+    """What says something of network inputs: a learner its logits [N, C]."""
+
+    def infer(self, inputs: torch.Tensor, /) -> torch.Tensor: ...
+
+
 def infer(
-    models: Sequence[Learner], source: Source, indices: np.ndarray, *, batch_size: int = 256
+    models: Sequence[Infers], source: Source, indices: np.ndarray, *, batch_size: int = 256
 ) -> list[torch.Tensor]:
     """Each model's logits on plain views of the images, [N, C] float32 on the CPU; each image is prepared once."""
     parts: list[list[torch.Tensor]] = [[] for _ in models]

@@ -33,6 +33,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
 import metrics
+import mixture
 import utils
 
 if TYPE_CHECKING:
@@ -457,6 +458,21 @@ def most_confident_disagreements(by_network: Mapping[str, np.ndarray], most: int
     votes, confidence = probabilities.argmax(2), probabilities.max(2).min(0)
     disputed = np.flatnonzero((votes != votes[0]).any(0))
     return disputed[np.argsort(-confidence[disputed], kind="stable")][:most]
+
+
+def strangest(belongs: np.ndarray, most: int = MOST) -> np.ndarray:
+    """The positions [M] of the images that seem to belong to no class, those that do so most first.
+
+    Args:
+        belongs: [N] how probable it is that they belong to one.
+    """
+    order = np.argsort(belongs, kind="stable")
+    return order[belongs[order] < mixture.BELONGS][:most]
+
+
+def stranger_captions(belongs: Sequence[float], paths: Sequence[str]) -> list[str]:
+    """Of each image how probable it is that it belongs to a class, and its path."""
+    return [f"belongs {p:.0%}\n{file_caption(path)}" for p, path in zip(belongs, paths, strict=True)]
 
 
 def mistake_captions(

@@ -279,6 +279,7 @@ def card(tmp_path: Path, *trainings: checkpoints.Training, n_val: int = 60, netw
         "per_class": {"f1": [0.5, 0.6], "images": [5, 5]},
         "test": {"student": {"accuracy": 0.5, "balanced_accuracy": 0.5, "macro_f1": 0.5, "ece": 0.1}},
         "cross_validation": {},
+        "belonging": {},
         "temperature": None,
         "commands": {"label a folder of images": "python MPL.py"},
     }

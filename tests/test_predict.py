@@ -122,8 +122,8 @@ def test_predictions_are_a_plain_table(trained):
     with (trained.cwd / "results/exp/predictions.csv").open(newline="", encoding="utf-8-sig") as file:
         header, *rows = csv.reader(file)
     assert header[:5] == ["path", "split", "true_label", "predicted_label", "label"]
-    assert header[5:8] == ["probability", "margin", "agree"]
-    assert header[8:] == ["student_vote", "teacher_vote", "p_class 0", "p_class 1", "p_class 2"]
+    assert header[5:8] == ["probability", "margin", "belongs"]
+    assert header[8:] == ["agree", "student_vote", "teacher_vote", "p_class 0", "p_class 1", "p_class 2"]
     assert {len(row) for row in rows} == {len(header)}
 
 
@@ -175,12 +175,12 @@ def test_images_that_became_unreadable_are_left_out_and_named(trained, colours, 
     monkeypatch.setattr(images, "STORE_BYTES", 0)
     score, seen = module.predict, []
 
-    def spoil(learners, inputs, index, rows):
-        whole = score(learners, inputs, index, rows)
+    def spoil(learners, inputs, index, rows, belonging):
+        whole = score(learners, inputs, index, rows, belonging)
         spoilt = rows[1:-1:2].tolist()
         for i in spoilt:
             index.file(i).write_bytes(b"no image")
-        torn = score(learners, inputs, index, rows)
+        torn = score(learners, inputs, index, rows, belonging)
         seen.append((whole, torn, rows, spoilt))
         return torn
 

@@ -29,6 +29,7 @@ FIGURES = {  # of 60 test images
     "test": {"student": SCORES, "teacher": SCORES | {"accuracy": 0.5}, "ensemble": SCORES | {"accuracy": 1.0}},
     "val": {"student": SCORES, "teacher": SCORES, "ensemble": SCORES},
     "cross_validation": {},
+    "belonging": {},
     "classes": ["rose", "tulip"],
     "per_class": {"precision": [1.0, 0.0], "recall": [0.5, 0.0], "f1": [0.75, 0.0], "images": [60, 0]},
     "temperature": 1.5,
