@@ -843,6 +843,7 @@ def figures_of(
 ) -> dict[str, Any]:
     """What metrics.json holds."""
     config, labels, saved, held_out = work.start.config, work.data.labels, work.start.saved, work.held_out
+    belonging = work.guide.belonging
     rows = {part: each.rows for part, each in predicted.items()}
     final = {part: train.final(each.probabilities).numpy() for part, each in predicted.items()}
     about = {part: (final[part], labels[rows[part]]) for part in final}
@@ -864,7 +865,7 @@ def figures_of(
         "cross_validation": {}
         if held_out is None
         else scores_of_folds(work) | {"images": len(held_out.rows), "folds": held_out.folds, "worth": held_out.worth},
-        "belonging": belonging_of(work, predicted),
+        "belonging": {} if belonging is None else {"share": belonging.share, "noticed": belonging.noticed},
         **({} if defaults is None else {"defaults": defaults}),
         "classes": list(work.data.classes),
         "per_class": metrics.per_class(*about["test"]),
@@ -875,21 +876,6 @@ def figures_of(
         "settings": args.settings(config) | {"training_version": train.VERSION},
         "options": {"changed": changed, "default": usual},
         "versions": utils.versions(work.inputs.device) | work.inputs.engines,
-    }
-
-
-def belonging_of(work: Work, predicted: Mapping[str, predict.Predicted]) -> dict[str, Any]:
-    """How many of the unlabelled images seem to belong to no class, of how many; nothing if nothing tells."""
-    belonging = work.guide.belonging
-    if belonging is None or "unlabeled" not in predicted:
-        return {}
-    belongs = predicted["unlabeled"].belongs
-    assert belongs is not None
-    return {
-        "share": belonging.share,
-        "noticed": belonging.noticed,
-        "strange": int((belongs < mixture.BELONGS).sum()),
-        "images": len(belongs),
     }
 
 

@@ -51,6 +51,7 @@ def write_report(results: Path) -> Path:
         name=results.name,
         figures=figures,
         tested=tested(figures),
+        strangers=strangers(figures) if figures["belonging"].get("noticed") else "",
         n_tested=f"{n_tested:,}",
         few_tested=n_tested < FEW,
         why_no_temperature=metrics.why_no_temperature(figures),
@@ -221,8 +222,7 @@ def result_table(figures: Mapping[str, Any]) -> str:
         lines += ["95 % intervals of the accuracy:"]
         lines += [f"  {each['name']:{width}}  {each['interval']}" for each in networks]
     if figures["belonging"].get("noticed"):
-        strange, n = (figures["belonging"][key] for key in ("strange", "images"))
-        lines += [f"{strange:,} of {n:,} unlabelled images seem to belong to none of the classes"]
+        lines += [f"about {strangers(figures)} of the unlabelled images seem to belong to none of the classes"]
     if "defaults" in figures:
         lines += ["without tuning:", *_aligned(figures["defaults"])]
     return "\n".join(lines) + "\n"
@@ -256,6 +256,11 @@ def score_rows(block: Mapping[str, Any]) -> list[list[str]]:
         ]
         for name in test or val
     ]
+
+
+def strangers(figures: Mapping[str, Any]) -> str:
+    """The share of unlabelled images that seem to belong to no class."""
+    return f"{1 - figures['belonging']['share']:.0%}"
 
 
 def tested(figures: Mapping[str, Any]) -> list[dict[str, str]]:

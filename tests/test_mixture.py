@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.stats import multivariate_normal
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 
 import mixture
 
@@ -219,3 +220,99 @@ def test_the_likeliest_shares_of_a_classifier_that_errs_as_often_as_it_says():
     = 0.572 of them, from which the shares can be had back."""
     p = np.array([[0.8, 0.2]] * 572 + [[0.2, 0.8]] * 428)
     assert mixture.likeliest_shares(p) == pytest.approx([0.62, 0.38], abs=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is none of the classes
+
+
+def with_strangers(n: int, of_none: int, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:
+    """Activations of three classes and, behind them, of images of two further kinds; the classes, -1 of those."""
+    features, truth = groups(n, 12, seed)
+    rng = np.random.default_rng(seed + 1)
+    kinds = np.eye(12)[rng.integers(3, 5, of_none)]
+    noise = rng.normal(size=(of_none, 12)) * np.where(np.arange(12) >= 8, 2.5, 1.0)
+    strangers = torch.from_numpy(np.exp(0.2 * (5.0 * kinds + noise))).float()
+    return torch.cat([features, strangers]), np.concatenate([truth, np.full(of_none, -1)])
+
+
+def find_belonging(features, labels, none=()):
+    of_none = np.isin(np.arange(len(labels)), none)
+    return mixture.belonging(lambda rows: features[rows], labels, of_none, 3)
+
+
+@pytest.mark.parametrize("of_none", [0, 200, 600])
+def test_images_of_no_class_are_told_from_the_others(of_none):
+    features, truth = with_strangers(600, of_none)
+    labels = some_labels(truth, (40, 24, 16))
+    found = find_belonging(features, labels)
+    belongs, unlabeled = found(features).numpy(), labels < 0
+    assert found.share == pytest.approx((truth >= 0)[unlabeled].mean(), abs=0.1)
+    assert (belongs[truth >= 0] < mixture.BELONGS).mean() < 0.1
+    assert found.noticed == (of_none > 0)
+    if of_none:
+        assert roc_auc_score(truth >= 0, belongs) > 0.95
+    assert np.array_equal(belongs, found.infer(features)[:, 0].numpy())
+
+
+def test_the_mixture_takes_no_notice_of_images_of_no_class_and_makes_no_class_of_them_probable():
+    features, truth = with_strangers(600, 300)
+    labels = some_labels(truth, (40, 24, 16))
+    options = {"targets": "mixture", "alignment": "labels"}
+    found = find_belonging(features, labels)
+    rows = np.arange(len(labels))
+    p = mixture.guide(lambda rows: features[rows], labels, rows, 3, **options, belonging=found).targets
+    strange = found(features).numpy() < mixture.BELONGS
+    strange[labels >= 0] = False
+    assert p[strange] == pytest.approx(np.tile(SHARES, (strange.sum(), 1)), abs=0.01)
+    assert p.sum(1) == pytest.approx(np.ones(len(p)), abs=1e-5)
+    kept = np.flatnonzero(~strange)
+    without = mixture.guide(lambda rows: features[rows], labels, kept, 3, **options).targets
+    certain = np.where(labels >= 0, 1, found(features).numpy())[kept, None]
+    assert p[kept] == pytest.approx(certain * without[kept] + (1 - certain) * SHARES.numpy(), abs=1e-5)
+
+    features, labels = features[:600], labels[:600]
+    found = find_belonging(features, labels)
+    both = [
+        mixture.guide(lambda rows: features[rows], labels, np.arange(600), 3, **options, belonging=each).targets
+        for each in (None, found)
+    ]
+    assert np.array_equal(*both)  # where hardly any seem to be of no class, nothing changes
+
+
+def test_a_component_is_of_a_class_if_labelled_images_fall_there_as_often_as_others():
+    unlabeled = torch.tensor([0.5, 0.3, 0.2])  # one class, two further components
+    nobody = torch.zeros(3)
+    of_class = mixture.components_of_classes(unlabeled, torch.tensor([25.0, 0.0, 10.0]), nobody, 40, 1)
+    assert of_class[0] == 1
+    assert of_class[1] < 1e-4
+    assert of_class[2] > 0.999
+    # by hand, with 70% of the images in components of the class: 4 expected, 1 there: log odds log(10) - 0.9 * 4
+    given = torch.tensor([14 * 5 / 7, 0.0, 1.0])
+    of_class = mixture.components_of_classes(torch.tensor([0.7, 0.0, 0.3]), given, nobody, 1, 1)
+    share = 0.7 + 0.3 * of_class[2]
+    expected = 0.3 / share
+    assert of_class[2] == pytest.approx(float(torch.sigmoid(np.log(10) - 0.9 * expected)), abs=1e-4)
+    said = mixture.components_of_classes(unlabeled, torch.tensor([25.0, 3.0, 3.0]), torch.tensor([0.0, 3, 0]), 40, 1)
+    assert said[1] < said[2]  # somebody said of three images there that they are of none
+
+
+def test_what_somebody_says_of_images_of_none_is_learned_from():
+    features, truth = with_strangers(600, 120)
+    labels = some_labels(truth, (5, 4, 3))
+    strangers = np.flatnonzero(truth < 0)
+    alone, said = (find_belonging(features, labels, none) for none in ((), strangers[:30]))
+    assert (said(features[strangers[:30]]) < 0.5).float().mean() > 0.9
+    rest = np.setdiff1d(np.arange(len(truth)), strangers[:30])
+    right = [roc_auc_score(truth[rest] >= 0, each(features[rest]).numpy()) for each in (alone, said)]
+    assert right[1] > max(0.95, right[0])
+
+
+def test_too_few_images_tell_nothing_of_what_is_none_of_the_classes():
+    features, truth = groups(300)
+    assert find_belonging(features, some_labels(truth, (1, 1, 1))) is None  # no label can be held out
+    assert find_belonging(features, some_labels(truth, (3, 3, 3))) is None
+    assert find_belonging(features[::4], some_labels(truth[::4], (8, 8, 8))) is None
+    found = find_belonging(features, some_labels(truth, (6, 5, 4)))
+    assert found is not None
+    assert not found.noticed

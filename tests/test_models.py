@@ -59,9 +59,10 @@ def test_efficientnet_lite0_knows_imagenet_from_its_package():
     assert torch.equal(state["blocks.6.0.conv_pwl.weight"], packaged["_blocks.15._project_conv.weight"])
 
 
-@pytest.mark.parametrize("size", [64, 33])
-def test_efficientnet_lite0_is_timms_bit_for_bit(size):
-    theirs, ours = timm.create_model("tf_efficientnet_lite0"), models.EfficientNetLite0()
+@pytest.mark.parametrize(("name", "size"), [("lite0", 64), ("lite0", 33), ("lite1", 33), ("lite2", 64)])
+def test_efficientnet_lite_is_timms_bit_for_bit(name, size):
+    name = f"efficientnet_{name}"
+    theirs, ours = timm.create_model(f"tf_{name}"), models.EfficientNetLite(*models.LITE[name])
     assert [*ours.state_dict()] == [*theirs.state_dict()]
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -74,7 +75,7 @@ def test_efficientnet_lite0_is_timms_bit_for_bit(size):
 
 
 def test_efficientnet_lite0_begins_with_weights_that_keep_the_scale_of_what_they_see():
-    weights = {name: p for name, p in models.EfficientNetLite0().named_parameters() if p.ndim == 4}
+    weights = {name: p for name, p in models.EfficientNetLite(1.0, 1.0).named_parameters() if p.ndim == 4}
     assert len(weights) == 49
     for name, weight in weights.items():
         each_way = weight[0, 0].numel() * (1 if "conv_dw" in name else len(weight))

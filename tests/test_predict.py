@@ -1,6 +1,7 @@
 """Labels for a folder of images that nobody labelled."""
 
 import csv
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -254,3 +255,37 @@ def test_a_table_that_leads_out_of_the_new_folder_is_not_followed(trained, colou
         sort_into_folders(results, tmp_path / "sorted")
     assert [path.name for path in (tmp_path / "sorted").rglob("*.png")] == ["001.png"]
     assert (tmp_path / "mine.png").read_bytes() == b"mine"
+
+
+def test_images_of_no_class_are_named_in_the_run_in_a_test_and_in_another_folder(cli, tmp_path):
+    known = make_folder(tmp_path / "known", images=30)
+    strangers = tmp_path / "strangers"
+    strangers.mkdir()
+    rng = np.random.default_rng(5)
+    for i in range(120):  # yellow ones
+        pixels = rng.integers(0, 90, (20, 20, 3)) + np.array([120, 120, 0])
+        Image.fromarray(pixels.astype(np.uint8)).save(strangers / f"{i}.png")
+    unlabeled = make_folder(tmp_path / "others", images=40, seed=1)
+    shutil.copytree(strangers, unlabeled / "strangers")
+    frozen = ["--trainable", "head", "--views", "2", "--targets", "mixture", "--num_epochs", "6"]
+    run = cli.inside("--name", "a", "--data_dir", known, "--unlabeled_dir", unlabeled, *TINY, *frozen)
+    assert re.search(r"about \d\d% of the unlabelled images seem to belong to none of the classes", run.stdout)
+    assert run.stdout.count("of the unlabelled images seem to belong to none of the classes") == 2
+    assert (cli.cwd / "results/a/strangers.png").exists()
+
+    def right(rows):
+        return np.mean([(float(row["belongs"]) < 0.5) == ("strangers" in row["path"]) for row in rows])
+
+    rows = utils.read_csv(cli.cwd / "results/a/predictions.csv")
+    assert right([row for row in rows if row["split"] == "unlabeled"]) > 0.9
+    of_strangers = [float(row["probability"]) for row in rows if "strangers" in row["path"]]
+    assert np.median(of_strangers) < 0.7  # no class is made probable
+    cli.inside("--name", "b", "--test_mode", "--load_path", "a")
+    again = utils.read_csv(cli.cwd / "results/b/predictions.csv")
+    assert {row["path"]: row["belongs"] for row in again} == {row["path"]: row["belongs"] for row in rows}
+    cli.inside("--name", "c", "--test_mode", "--load_path", "a", "--predict_dir", strangers)
+    assert right(utils.read_csv(cli.cwd / "results/c/predictions.csv")) > 0.9
+    cli.inside("--name", "d", "--finetune_mode", "--load_path", "a", "--num_epochs", "2")
+    assert {row["path"]: row["belongs"] for row in utils.read_csv(cli.cwd / "results/d/predictions.csv")}.items() >= {
+        row["path"]: row["belongs"] for row in rows if row["split"] == "unlabeled"
+    }.items()
