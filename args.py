@@ -49,6 +49,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 # frozen backbone at the size it was trained at.
 DIGITS_DEFAULTS = {"model_name": "wrn_10_1", "img_size": 16, "augmentation": "randaugment", "amp": "off"}
 FOLDER_DEFAULTS = {"model_name": "efficientnet_lite0", "img_size": 224, "augmentation": "transfer", "amp": "auto"}
+MADE_FOR = {"efficientnet_lite1": 240, "efficientnet_lite2": 260}  # image sizes other than 224
 
 
 def option(default: Any, group: str, text: str, **spec: Any) -> Any:
@@ -242,7 +243,7 @@ class Config:
         None,
         "model",
         "efficientnet_lite0, any classifier of torchvision (vgg16, resnet18, ...) or timm, or wrn_DEPTH_WIDTH, a "
-        "WideResNet for small images",
+        "WideResNet for small images; A+B: two frozen ones side by side",
         metavar="MODEL",
         shown="efficientnet_lite0; digits: wrn_10_1",
     )
@@ -687,13 +688,15 @@ def _check_range(name: str, value: Any, meta: Any) -> None:
 
 def _resolve(config: Config) -> Config:
     """Fill in what was not given: what the recipe says, then the data set, then what follows from other options."""
+    if config.model_name is not None and (config.model_name in MADE_FOR or "+" in config.model_name):
+        config = _filled(config, img_size=max(map(made_for, config.model_name.split("+"))))
     digits, recipe = config.data_dir == "digits", RECIPES[config.recipe]
     turns = 2 if config.switch_mode else 1  # role playing's two teachers share the warm-up
     warmup_epochs = min(recipe.get("warmup_epoch_num", 20 * turns), config.num_epochs // 5 * turns)
     config = _filled(config, **recipe | {"warmup_epoch_num": warmup_epochs})
     config = _filled(config, **(DIGITS_DEFAULTS if digits else FOLDER_DEFAULTS))
     config = _filled(config, weights="none" if config.model_name.startswith("wrn_") else "default")
-    config = _filled(config, trainable="all" if config.weights == "none" else "head")
+    config = _filled(config, trainable="all" if config.weights == "none" and "+" not in config.model_name else "head")
     frozen = config.trainable == "head"
     config = _filled(config, targets="mixture" if frozen and config.weights != "none" else "teacher")
     mixture = config.targets == "mixture"
@@ -714,6 +717,11 @@ def _resolve(config: Config) -> Config:
         feedback="exact" if config.pseudo_label == "soft" else "loss_difference",
         pseudo_label="soft" if config.feedback == "exact" else "hard",
     )
+
+
+def made_for(model_name: str) -> int:
+    """The image size that a network is given among others, in pixels."""
+    return MADE_FOR.get(model_name, 224)
 
 
 def _filled(config: Config, **values: Any) -> Config:
@@ -788,12 +796,23 @@ def _check_data(config: Config) -> None:
 
 
 def _check_network(config: Config) -> None:
-    if not config.model_name.startswith("wrn_"):
-        return
-    match = re.fullmatch(r"wrn_(\d+)_(\d+)", config.model_name)
-    if match is None or int(match[1]) < 10 or (int(match[1]) - 4) % 6 or int(match[2]) < 1:
-        raise ValueError(f"--model_name {config.model_name}: wrn_D_K needs a depth D of 10, 16, 22, 28 ... and K >= 1")
-    if config.weights == "default":
+    names = config.model_name.split("+")
+    for name in names:
+        match = re.fullmatch(r"wrn_(\d+)_(\d+)", name)
+        if name.startswith("wrn_") and (
+            match is None or int(match[1]) < 10 or (int(match[1]) - 4) % 6 or int(match[2]) < 1
+        ):
+            raise ValueError(f"--model_name {name}: wrn_D_K needs a depth D of 10, 16, 22, 28 ... and K >= 1")
+    if len(names) > 1:
+        if not all(names) or len(set(names)) < len(names):
+            raise ValueError(f"--model_name {config.model_name}: A+B are two different networks")
+        if "img_size" in config.given:
+            raise ValueError("--img_size does not go with two networks: each sees images of the size it was made for")
+        if config.weights not in ("default", "none"):
+            raise ValueError("--weights with a file does not go with two networks: give default or none")
+        if config.trainable == "all":
+            raise ValueError("--trainable all does not go with two networks: they stay frozen")
+    elif config.model_name.startswith("wrn_") and config.weights == "default":
         raise ValueError("--weights default: wrn models have no pretrained weights; use none or a file")
 
 

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import distributed
+from args import made_for
 from utils import (
     CheckpointError,
     ResourceError,
@@ -223,6 +224,26 @@ class Backbone:
         return digest.hexdigest()
 
 
+class SideBySide(nn.Module):
+    """Several backbones as one: [B, 3, S, S] uint8, of which each sees its own size, to the features of all [B, D],
+    each's of a length that makes those of all equally large."""
+
+    def __init__(self, parts: Sequence[Backbone]) -> None:
+        super().__init__()
+        self.bodies = nn.ModuleList(part.body for part in parts)
+        self.sizes = [part.img_size for part in parts]
+        self.lengths = [part.n_features**0.5 / 2 for part in parts]
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = []
+        for body, size, length in zip(self.bodies, self.sizes, self.lengths, strict=True):
+            seen = images
+            if images.shape[-1] != size:
+                seen = F.interpolate(images.float(), (size, size), mode="bilinear", align_corners=False)
+            features.append(length * F.normalize(body(seen).float(), dim=-1))
+        return torch.cat(features, -1)
+
+
 def build_backbone(model_name: str, weights: str, img_size: int, seed: int) -> Backbone:
     """A backbone in eval mode; with ``weights`` ``none`` it is initialised from ``seed``, as those always are that
     ``args`` knows to have no pretrained weights.
@@ -231,6 +252,11 @@ def build_backbone(model_name: str, weights: str, img_size: int, seed: int) -> B
         UsageError: no such model, or it cannot take images of this size.
         CheckpointError: the weights are not on disk and cannot be downloaded, or do not fit.
     """
+    if "+" in model_name:
+        parts = [build_backbone(name, weights, made_for(name), seed) for name in model_name.split("+")]
+        name = "+".join(part.name for part in parts)
+        n_features = sum(part.n_features for part in parts)
+        return Backbone(name, SideBySide(parts).eval(), n_features, img_size, parts[0].normalization)
     model_name = ALIASES.get(model_name, model_name)
     seed_torch(seed, "backbone")
     pretrained = weights == "default"

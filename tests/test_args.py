@@ -256,6 +256,12 @@ def test_the_options_that_are_not_at_their_default_are_told_from_the_rest():
         ("--alignment estimated", "--alignment estimated needs the features of a frozen network"),
         ("--model_name wrn_11_2", "wrn_D_K needs"),
         ("--model_name wrn_16_2 --weights default", "no pretrained weights"),
+        ("--model_name a+wrn_11_2", "--model_name wrn_11_2: wrn_D_K needs"),
+        ("--model_name a+", "two different networks"),
+        ("--model_name a+a", "two different networks"),
+        ("--model_name a+b --img_size 64", "--img_size does not go with two networks"),
+        ("--model_name a+b --weights w.pth", "--weights with a file does not go with two networks"),
+        ("--model_name a+b --trainable all", "--trainable all does not go with two networks"),
         ("--unlabeled_dir u", "goes with a folder"),
         ("--data_dir d --unlabeled_dir d", "same folder"),
         ("--unsupervised mse", "invalid choice"),
@@ -395,3 +401,11 @@ def test_a_rank_in_the_environment_silences_no_run_that_torchrun_did_not_start(t
     assert done.returncode == 2
     assert "--seed -1" in done.stderr
     assert args.speaks()
+
+
+def test_networks_see_images_of_the_size_that_they_were_made_for():
+    for name, size in (("resnet18", 224), ("efficientnet_lite2", 260), ("vgg16+efficientnet_lite1", 240)):
+        assert args.configure(data_dir="d", model_name=name).img_size == size
+    assert args.configure(data_dir="d", model_name="efficientnet_lite2", img_size=128).img_size == 128
+    both = args.configure(data_dir="d", model_name="efficientnet_lite0+wrn_10_1", weights="none")
+    assert (both.trainable, both.img_size) == ("head", 224)

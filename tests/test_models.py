@@ -97,7 +97,10 @@ def test_features_do_not_depend_on_the_rest_of_the_batch():
     assert together.dtype == torch.float32
 
 
-ENGINES = [("efficientnet_lite0", "default", 64), ("resnet18", "none", 64), ("wrn_16_2", "none", 32)]
+ENGINES = [
+    *(("efficientnet_lite0", "default", 64), ("resnet18", "none", 64), ("wrn_16_2", "none", 32)),
+    ("wrn_10_1+wrn_16_2", "none", 40),
+]
 
 
 @pytest.mark.parametrize(("name", "weights", "size"), ENGINES)
@@ -110,6 +113,21 @@ def test_both_engines_give_the_same_features_whatever_else_is_in_the_batch(name,
     assert there.dtype == torch.float32
     assert float((there - here).abs().max()) <= 1e-4 * float(here.abs().max())
     assert torch.equal(there[[10, 3, 7]], onnx(x[[10, 3, 7]]))
+
+
+def test_two_backbones_side_by_side_see_their_own_sizes_and_count_the_same(monkeypatch):
+    monkeypatch.setattr(models, "made_for", {"resnet": 64, "resnet18": 64, "wrn_10_1": 32}.get)
+    both = models.build_backbone("resnet+wrn_10_1", "none", 64, seed=0)
+    assert (both.name, both.n_features, both.img_size) == ("resnet18+wrn_10_1", 512 + 64, 64)
+    x = images(5, 64)
+    smaller = torch.nn.functional.interpolate(x.float(), (32, 32), mode="bilinear")
+    with torch.no_grad():
+        features = both.body(x).split([512, 64], dim=1)
+        for name, seen, found in (("resnet18", x, features[0]), ("wrn_10_1", smaller, features[1])):
+            alone = models.build_backbone(name, "none", seen.shape[-1], seed=0).body(seen)
+            assert torch.allclose(torch.nn.functional.normalize(found), torch.nn.functional.normalize(alone), atol=1e-5)
+            assert found.square().mean(1) == pytest.approx(0.25, rel=1e-4)
+    assert both.fingerprint() != models.build_backbone("wrn_10_1+resnet", "none", 64, seed=0).fingerprint()
 
 
 class Choice:
