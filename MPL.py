@@ -818,7 +818,9 @@ def conclude(
             attempts.attempt(f"--export {config.export}"),
             folder.writing(export.FILES[config.export], export.CARD_FILE),
         ):
-            written.append(export.write_model(config.export, learners, work.inputs, work.data, results))
+            written.append(
+                export.write_model(config.export, learners, work.inputs, work.data, results, work.guide.belonging)
+            )
             prepared, frozen = dataclasses.asdict(work.inputs.preparation), work.architecture.frozen
             written.append(
                 export.write_card(config.export, figures, prepared, results, weights=config.weights, frozen=frozen)

@@ -1,8 +1,9 @@
 """Trained networks for use without this program: ``--export onnx`` or ``torch``, and ``model_card.md`` beside it.
 
 What is exported takes uint8 images [N, 3, S, S] as :class:`images.Preparation` makes them (the normalisation is inside)
-and gives probabilities [N, C]. It is compared with the networks it came from on real images of all classes. The card
-has a script that prepares images with Pillow alone, to within a grey level.
+and gives probabilities [N, C] and, where the run has learned that, how probable it is that an image is of one of the
+classes at all, [N]. It is compared with the networks it came from on real images of all classes. The card has a script
+that prepares images with Pillow alone, to within a grey level.
 """
 
 import copy
@@ -36,15 +37,17 @@ COMPARED = 200  # images
 
 
 class Classifier(nn.Module):
-    """Networks as one: uint8 images [N, 3, S, S] to the mean of their probabilities [N, C]. They share ``body``."""
+    """Networks as one: uint8 images [N, 3, S, S] to the mean of their probabilities [N, C] and, if that is known, how
+    probable it is that they belong to a class, [N]. They share ``body``."""
 
-    def __init__(self, body: nn.Module, heads: list[nn.Module]) -> None:
+    def __init__(self, body: nn.Module, heads: list[nn.Module], belonging: mixture.Belonging | None) -> None:
         super().__init__()
-        self.body, self.heads = body, nn.ModuleList(heads)
+        self.body, self.heads, self.belonging = body, nn.ModuleList(heads), belonging
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         features = self.body(images)
-        return torch.stack([head(features).softmax(-1) for head in self.heads]).mean(0)
+        probabilities = torch.stack([head(features).softmax(-1) for head in self.heads]).mean(0)
+        return (probabilities,) if self.belonging is None else (probabilities, self.belonging(features))
 
 
 def require_packages(kind: str) -> None:
@@ -58,11 +61,18 @@ def require_packages(kind: str) -> None:
         raise utils.UsageError(f"--export {kind}: pip install {' '.join(missing)}")
 
 
-def write_model(kind: str, learners: Mapping[str, Learner], inputs: Inputs, data: Data, results: Path) -> Path:
+def write_model(
+    kind: str,
+    learners: Mapping[str, Learner],
+    inputs: Inputs,
+    data: Data,
+    results: Path,
+    belonging: mixture.Belonging | None,
+) -> Path:
     """Export the ensemble of the learners and compare it with them. Returns the file written."""
     body = inputs.encode.body if isinstance(inputs.encode, Encoder) else nn.Identity()
     heads = [each.model if each.ema is None else each.ema.module for each in learners.values()]
-    model = Classifier(copy.deepcopy(body), copy.deepcopy(heads)).cpu().float().eval().requires_grad_(False)
+    model = Classifier(copy.deepcopy(body), copy.deepcopy(heads), belonging).cpu().float().eval().requires_grad_(False)
     model = model.to(memory_format=torch.contiguous_format)
     rows = some_of_each_class(data)
     pictures = inputs.views("plain", rows, [0] * len(rows))
@@ -78,11 +88,14 @@ def write_model(kind: str, learners: Mapping[str, Learner], inputs: Inputs, data
         torch.export.save(program, content, extra_files={"about.json": json.dumps(about)})
         utils.write_atomically(path, content.getvalue())
         there = torch.export.load(path).module()(pictures)
-    here = train.ensemble(train.infer([*learners.values()], inputs.source, rows))
-    same = int((there.argmax(-1) == here.argmax(-1)).sum())
+    belongs = [] if belonging is None else [belonging]
+    logits = train.infer([*learners.values(), *belongs], inputs.source, rows)
+    here = [train.ensemble(logits[: len(learners)]), *(each[:, 0] for each in logits[len(learners) :])]
+    away = max(float((a - b).abs().max()) for a, b in zip(there, here, strict=True))
+    same = int((there[0].argmax(-1) == here[0].argmax(-1)).sum())
     print(
         f"exported: {path} ({' and '.join(learners)}); on {len(rows)} images of all classes it gives {same} labels as "
-        f"here, probabilities within {float((there - here).abs().max()):.1g}"
+        f"here, probabilities within {away:.1g}"
     )
     return path
 
@@ -97,20 +110,24 @@ def some_of_each_class(data: Data) -> np.ndarray:
 
 def _write_onnx(
     program: torch.export.ExportedProgram, about: dict[str, str], path: Path, pictures: torch.Tensor
-) -> torch.Tensor:
-    """Write an ONNX file and run it. Returns its probabilities."""
+) -> list[torch.Tensor]:
+    """Write an ONNX file and run it. Returns its outputs."""
     import onnxruntime
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the converter about itself
         converted: torch.onnx.ONNXProgram = torch.onnx.export(  # type: ignore[assignment]  # None without dynamo alone
-            program, input_names=["images"], output_names=["probabilities"], dynamo=True, verbose=False
+            program,
+            input_names=["images"],
+            output_names=["probabilities", "belongs"][: len(program.graph_signature.user_outputs)],
+            dynamo=True,
+            verbose=False,
         )
     converted.model.metadata_props.update(about)
     utils.write_atomically(path, converted.model_proto.SerializeToString())
     runtime = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    parts = [runtime.run(None, {"images": part.numpy()})[0] for part in pictures.split(16)]
-    return torch.from_numpy(np.concatenate(parts))
+    parts = [runtime.run(None, {"images": part.numpy()}) for part in pictures.split(16)]
+    return [torch.from_numpy(np.concatenate(each)) for each in zip(*parts, strict=True)]
 
 
 CARD = Template("""# $name
@@ -134,7 +151,7 @@ $honesty
 
 ## Limits
 
-- It knows these classes alone: any image gets one of them, whatever it shows.
+- It knows these classes alone: any image gets one of them, whatever it shows.$belongs
 - The scores hold for images like those in `$dataset`. Others were not tested.$guesses
 - Least reliable classes (F1): $worst.
 
@@ -160,6 +177,8 @@ METHODS = {
 GUESSES = """
 - With {} it learned {} of what it knows from its own guesses on the unlabelled images: look at `report.html`,
   at the most confident mistakes above all, before relying on it."""
+BELONGS = """ The second output says how probable
+  it is that an image is of one of them at all, as far as the unlabelled images of the training told."""
 USE = {
     None: "",
     "onnx": """
@@ -189,9 +208,9 @@ USE = {
     model = onnxruntime.InferenceSession("model.onnx")
     about = {key: json.loads(value) for key, value in model.get_modelmeta().custom_metadata_map.items()}
     for path in sys.argv[1:]:
-        (probabilities,) = model.run(None, {"images": prepared(path, about["preparation"])[None]})
+        probabilities, *belongs = model.run(None, {"images": prepared(path, about["preparation"])[None]})
         best = int(probabilities[0].argmax())
-        print(path, about["classes"][best], round(float(probabilities[0, best]), 4))
+        print(path, about["classes"][best], *(round(float(p), 4) for p in (probabilities[0, best], *belongs)))
 """,
     "torch": """
     import json
@@ -200,7 +219,7 @@ USE = {
     files = {"about.json": ""}
     model = torch.export.load("model.pt2", extra_files=files).module()
     classes = json.loads(files["about.json"])["classes"]
-    probabilities = model(images)  # of uint8 images [N, 3, size, size], prepared as said above: [N, classes]
+    probabilities, *belongs = model(images)  # of uint8 images [N, 3, size, size], prepared as said above: [N, classes]
     names = [classes[best] for best in probabilities.argmax(1)]
 """,
 }
@@ -266,6 +285,7 @@ def write_card(
         if folds
         else f"{counts['test']:,} images of `{plain(figures['dataset'])}`, none of them or an exact copy of them in "
         "training",
+        belongs=BELONGS if figures["belonging"] else "",
         network="the ensemble of " * (len(networks) > 1) + " and ".join(networks),
         guesses=GUESSES.format(utils.counted(labeled, "label"), "most" if unlabeled > labeled else "a part")
         if unlabeled

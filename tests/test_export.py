@@ -69,7 +69,7 @@ def test_the_exported_network_gives_the_same_probabilities(nasty):
     path = nasty.cwd / "results/onnx/model.onnx"
     images = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 16), dtype=np.uint8)
     (there,) = onnxruntime.InferenceSession(path).run(None, {"images": images})
-    assert there == pytest.approx(model(torch.from_numpy(images)).numpy(), abs=1e-4)
+    assert there == pytest.approx(model(torch.from_numpy(images))[0].numpy(), abs=1e-4)
     about = {each.key: json.loads(each.value) for each in onnx.load(path).metadata_props}
     assert about["classes"] == ['<b>x & "y"', "class 1", "class 2"]
     assert (about["preparation"]["size"], about["preparation"]["short_side"]) == (16, 18)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from conftest import TINY, make_folder
@@ -280,7 +281,10 @@ def test_images_of_no_class_are_named_in_the_run_in_a_test_and_in_another_folder
     assert right([row for row in rows if row["split"] == "unlabeled"]) > 0.9
     of_strangers = [float(row["probability"]) for row in rows if "strangers" in row["path"]]
     assert np.median(of_strangers) < 0.7  # no class is made probable
-    cli.inside("--name", "b", "--test_mode", "--load_path", "a")
+    exported = cli.inside("--name", "b", "--test_mode", "--load_path", "a", "--export", "onnx").stdout
+    assert float(re.search(r"probabilities within (\S+)", exported)[1]) < 1e-4
+    outputs = onnxruntime.InferenceSession(cli.cwd / "results/b/model.onnx").get_outputs()
+    assert [each.name for each in outputs] == ["probabilities", "belongs"]
     again = utils.read_csv(cli.cwd / "results/b/predictions.csv")
     assert {row["path"]: row["belongs"] for row in again} == {row["path"]: row["belongs"] for row in rows}
     cli.inside("--name", "c", "--test_mode", "--load_path", "a", "--predict_dir", strangers)
