@@ -368,8 +368,9 @@ def belonging(
 
     To the classes' Gaussians some are added that start where images are far from all classes. What falls into such a
     component may be of a class nevertheless. Labelled images tell: if it is, those whose label was held out are found
-    there as often as unlabelled ones; if it is not, next to none are. A linear classifier then learns what that comes
-    to, so that other images can be told too.
+    there as often as unlabelled ones; if it is not, next to none are. Each of them counts for the images that it is
+    nearest to, since labels that somebody chose to give are not spread as the images are. A linear classifier then
+    learns what that comes to, so that other images can be told too.
 
     Args:
         known: [N] int64, the labels that may be learned from, negative for all other images.
@@ -395,6 +396,7 @@ def belonging(
     reduced = torch.from_numpy(PCA(n_components, random_state=seed).fit_transform(z.numpy())).float()
     centres = distant_centres(reduced[torch.from_numpy(unlabeled)], class_means(reduced, known), n_others, seed)
     shares = label_shares(known, n_classes)
+    tells = fold >= 0
     p = torch.zeros(len(z), n_classes + n_others)  # of the components
     held_out = torch.zeros_like(p)
     for k in range(FOLDS):
@@ -402,12 +404,15 @@ def belonging(
         found = with_others(reduced, left, shares, centres)
         p += found / FOLDS
         held_out[fold == k] = found[fold == k]
-    of_class = components_of_classes(
-        p[unlabeled].mean(0), held_out[fold >= 0].sum(0), p[of_none].sum(0), int((fold >= 0).sum()), n_classes
-    )
-    belongs = p @ of_class
+    stands_for = nearest_place(z, z[tells])
+    belongs, n = torch.ones(len(z)), 0.0
+    for _ in range(3):  # what is of no class is nearest to images of which it says nothing
+        weights = torch.bincount(torch.from_numpy(stands_for), belongs, int(tells.sum()))
+        n = float(weights.sum().square() / weights.square().sum())  # Kish's effective sample size
+        seen = n * (weights @ held_out[tells]) / weights.sum()
+        belongs = p @ components_of_classes(p[unlabeled].mean(0), seen, p[of_none].sum(0), n, n_classes)
     share = float(belongs[unlabeled].mean())
-    noticed = 1 - share >= NOTICED[0] and (fold >= 0).sum() * (1 - share) >= NOTICED[1]
+    noticed = 1 - share >= NOTICED[0] and n * (1 - share) >= NOTICED[1]
     belongs[labeled], belongs[of_none] = 1.0, 0.0
     head = fit_head(z, torch.stack([belongs, 1 - belongs], 1).clamp(0, 1))
     weight, bias = ((each[0] - each[1]).detach() for each in (head.weight, head.bias))
@@ -453,7 +458,7 @@ def with_others(z: torch.Tensor, known: np.ndarray, shares: torch.Tensor, centre
 
 
 def components_of_classes(
-    unlabeled: torch.Tensor, held_out: torch.Tensor, of_none: torch.Tensor, n: int, n_classes: int
+    unlabeled: torch.Tensor, held_out: torch.Tensor, of_none: torch.Tensor, n: float, n_classes: int
 ) -> torch.Tensor:
     """How probable it is that a component holds images of the classes, [C + K]; sure for the first C.
 

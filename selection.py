@@ -3,7 +3,8 @@
 At first the features of all images are divided into as many clusters as labels are asked for (k-means), and the image
 nearest to each centre is chosen: with few labels, coverage is worth more than doubt (Hacohen et al., Active Learning on
 a Budget, arXiv 2202.02794). Once there is a network, the clusters are made of the images on which its two best classes
-lie closest together, so that the chosen ones differ from one another.
+lie closest together, so that the chosen ones differ from one another; and where many images seem to belong to no class,
+a few are such.
 """
 
 import warnings
@@ -17,6 +18,7 @@ import mixture
 MOST_CLUSTERED = 20_000  # images that the centres are found from, whatever the folder's size
 STARTS = 4  # of k-means, of which the best is taken
 UNSURE = 0.25  # the share of images, those of the smallest margin, that are chosen among
+STRANGE = 0.2  # at most, of the chosen ones, where images seem to belong to no class
 
 
 class Chosen(NamedTuple):
@@ -34,6 +36,7 @@ def choose(
     n: int,
     *,
     margins: np.ndarray | None = None,
+    strange: np.ndarray | None = None,
     seed: int,
 ) -> Chosen:
     """The ``n`` unlabelled images to label first, or all if there are no more.
@@ -44,19 +47,28 @@ def choose(
             is enough.
         contents: [N] int64, the same for copies.
         margins: [U] the difference of the two best classes' probabilities; None: there is no network yet.
+        strange: [U] bool, images that seem to belong to no class; None: none does.
     """
     order = np.arange(len(unlabeled)) if margins is None else np.argsort(margins, kind="stable")
     fresh = ~np.isin(contents[unlabeled], contents[labeled])
     _, first = np.unique(contents[unlabeled[order]], return_index=True)
     candidates = unlabeled[order[np.sort(first)]]
     candidates = candidates[np.isin(candidates, unlabeled[fresh])]
-    covered = labeled
+    covered, few = labeled, labeled[:0]
+    space = _Space(features, np.union1d(labeled, unlabeled), seed)
+    if strange is not None:
+        is_strange = np.isin(candidates, unlabeled[strange])
+        few, candidates = candidates[is_strange], candidates[~is_strange]
+        most = max(round(STRANGE * n), n - len(candidates))
+        if len(few) > most:
+            few = _medoids(space, covered, np.sort(few), most, seed) if most else few[:0]
+        n -= len(few)
     if margins is not None:
         candidates = candidates[: max(n, round(UNSURE * len(candidates)))]
         covered = labeled[:0]  # of these images no label is sure
     candidates = np.sort(candidates)
-    space = _Space(features, np.union1d(labeled, unlabeled), seed)
     rows = candidates if len(candidates) <= n else _medoids(space, covered, candidates, n, seed)
+    rows = np.concatenate([rows, few])
     counts = space.nearest_counts(np.concatenate([labeled, rows]), np.union1d(labeled, unlabeled))[len(labeled) :]
     by_count = np.argsort(-counts, kind="stable")
     return Chosen(rows[by_count], counts[by_count])

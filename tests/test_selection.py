@@ -28,11 +28,12 @@ def blobs(sizes: list[int], d: int = 20, spread: float = 0.3) -> tuple[torch.Ten
     return torch.from_numpy((centres[blob] + np.abs(rng.normal(0, spread, (len(blob), d)))).astype(np.float32)), blob
 
 
-def chosen(x, labeled, n, *, contents=None, margins=None, seed=0) -> selection.Chosen:
+def chosen(x, labeled, n, *, contents=None, margins=None, strange=None, seed=0) -> selection.Chosen:
     labeled = np.asarray(labeled, dtype=np.int64)
     unlabeled = np.setdiff1d(np.arange(len(x)), labeled)
     contents = np.arange(len(x)) if contents is None else contents
-    return selection.choose(lambda rows: x[rows], labeled, unlabeled, contents, n, margins=margins, seed=seed)
+    options = {"margins": margins, "strange": strange, "seed": seed}
+    return selection.choose(lambda rows: x[rows], labeled, unlabeled, contents, n, **options)
 
 
 def test_the_first_images_are_one_of_each_kind_the_most_frequent_kind_first():
@@ -50,6 +51,18 @@ def test_what_labels_cover_is_not_asked_about_again():
     more = chosen(x, [0, 45], 6)
     assert len(set(more.rows)) == 6
     assert not {0, 45} & set(more.rows)
+
+
+def test_a_few_of_those_that_seem_to_belong_to_no_class_are_asked_about():
+    x, blob = blobs([40, 60, 30, 45])
+    margins = np.where(blob == 3, 0.1, 0.9)
+    picked = chosen(x, [], 10, margins=margins, strange=blob == 2)
+    assert np.bincount(blob[picked.rows], minlength=4).tolist() == [0, 0, 2, 8]
+    assert picked.stands_for[blob[picked.rows] == 2].sum() == 30
+    assert (blob[chosen(x, [], 10, margins=margins).rows] == 3).all()
+    assert (blob[chosen(x, [], 2, margins=margins, strange=blob == 2).rows] == 3).all()  # two are too few to spare one
+    only = chosen(x, [], 10, margins=margins, strange=np.ones(175, dtype=bool))
+    assert len(only.rows) == 10  # there are no others
 
 
 def test_of_copies_one_is_asked_about_and_none_of_an_image_that_has_a_label():
