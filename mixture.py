@@ -50,7 +50,7 @@ FEWEST_OTHERS = 4
 FEWEST_HELD_OUT = 10  # labelled images, to tell whether a component is of a class
 RARELY = 0.1  # how many of the labelled images that chance would bring fall among images of no class
 BELONGS = 0.5  # from here on an image seems to belong to a class
-NOTICED = 0.15, 8  # from which share of images of no class on, and from how many labelled images that are missing among
+NOTICED = 0.2, 8  # from which share of images of no class on, and from how many labelled images that are missing among
 #                    them, these images are left out of the mixture
 
 Features = Callable[[np.ndarray], torch.Tensor]  # float32 activations [n, D] of some images, by their places [n]
