@@ -275,12 +275,14 @@ class Work(NamedTuple):
     architecture: models.Architecture
     inputs: features.Inputs
     notes: list[str]
+    frozen: features.Inputs | None  # features of the backbone as it was pretrained, if anything is to learn from them
     guide: mixture.Guide = mixture.Guide()  # what the features of all images say to its training
     held_out: crossfit.HeldOut | None = None  # where no image was set aside to test on
 
     def features(self, rows: np.ndarray) -> torch.Tensor:
         """What the mixture learns from: features averaged over an image's views, [n, D]."""
-        return self.inputs.average(rows, n_averaged(self.start.config))
+        assert self.frozen is not None
+        return self.frozen.average(rows, n_averaged(self.start.config))
 
 
 def n_averaged(config: Config) -> int:
@@ -319,16 +321,24 @@ def make_ready(start: Start, found: data.Data, device: torch.device, precision: 
     """Open the networks and their inputs."""
     config = start.config
     architecture, preparation = open_networks(start, found.index, device, precision)
-    inputs = inputs_for(config, images.Images(found.index, preparation), architecture, device, precision)
+    decoded = images.Images(found.index, preparation)
+    inputs = inputs_for(config, decoded, architecture, device, precision)
+    frozen = inputs if architecture.frozen else None
+    if (
+        frozen is None
+        and config.mode not in ("finetune", "test")
+        and (config.targets == "mixture" or config.alignment == "estimated")
+    ):
+        frozen = inputs_for(config, decoded, models.frozen_like(architecture, config.weights), device, precision)
     notes = [*found.notes]
     if preparation.value_range:
         low, high = preparation.value_range
         notes.append(f"images of more than 8 bits: values from {low:g} to {high:g} are shown, black to white")
-    if architecture.frozen:
-        notes.append(inputs.note)
-        if not config.views and config.mode != "test":
-            notes.append("each step has new views, which go through the backbone")
-    return Work(start, found, architecture, inputs, notes)
+    if frozen is not None:
+        notes.append(frozen.note)
+    if architecture.frozen and not config.views and config.mode != "test":
+        notes.append("each step has new views, which go through the backbone")
+    return Work(start, found, architecture, inputs, notes, frozen)
 
 
 def inputs_for(
@@ -474,7 +484,7 @@ def guided(work: Work) -> Work:
     if config.mode in ("finetune", "test"):
         return work._replace(guide=mixture.Guide(belonging=saved.belonging if saved else None))
     belonging = None
-    if work.architecture.frozen and (config.views or config.targets == "mixture"):
+    if work.frozen is not None and (config.views or config.targets == "mixture"):
         rows = np.flatnonzero(np.isin(np.arange(len(found.index)), found.split.train) | found.index.of_none)
         belonging = mixture.belonging(
             lambda places: work.features(rows[places]),
@@ -499,6 +509,8 @@ def guided(work: Work) -> Work:
     if config.alignment == "estimated" and guide.prior is not None:
         given = mixture.label_shares(found.known, len(found.classes))
         print(mixture.describe_shares(guide.prior, given, found.classes))
+    if not work.architecture.frozen:  # then no features are there when something is to be told by them
+        guide = guide._replace(belonging=None)
     return work._replace(guide=guide)
 
 
@@ -881,7 +893,7 @@ def figures_of(
         "commands": commands(config, work.data),
         "settings": args.settings(config) | {"training_version": train.VERSION},
         "options": {"changed": changed, "default": usual},
-        "versions": utils.versions(work.inputs.device) | work.inputs.engines,
+        "versions": utils.versions(work.inputs.device) | (work.frozen or work.inputs).engines,
     }
 
 

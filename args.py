@@ -829,5 +829,7 @@ def _check_training(config: Config) -> None:
     if config.feedback == "exact" and config.pseudo_label != "soft":
         raise ValueError(f"--feedback exact needs --pseudo_label soft, not {config.pseudo_label}")
     for option, value in (("targets", "mixture"), ("alignment", "estimated")):
-        if getattr(config, option) == value and config.trainable != "head":
-            raise ValueError(f"--{option} {value} needs the features of a frozen network: use --trainable head")
+        if getattr(config, option) == value and config.trainable == "all" and config.weights == "none":
+            raise ValueError(
+                f"--{option} {value} needs the features of a network that knows images: --weights none has none"
+            )

@@ -727,6 +727,14 @@ def open_architecture(
     return Architecture(backbone, origin, frozen, source != "none", n_classes)
 
 
+def frozen_like(architecture: Architecture, weights: str) -> Architecture:
+    """The same backbone as it was before a run of which it learned as a whole: with its initial ``weights``, frozen."""
+    backbone, origin = architecture.backbone, architecture.origin
+    backbone = build_backbone(backbone.name, weights, backbone.img_size, origin.seed)
+    origin = dataclasses.replace(origin, fingerprint=backbone.fingerprint(), weights=None)
+    return dataclasses.replace(architecture, backbone=backbone, origin=origin, frozen=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Learners
 

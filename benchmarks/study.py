@@ -35,6 +35,7 @@ BOTH = ("student", "teacher", "ensemble")
 MODELS = ("model_1", "model_2", "ensemble")
 ALIGNED = "--recipe mpl --alignment labels"
 UNALIGNED = "--alignment none"
+WHOLE = "--trainable all --num_epochs 3 --steps_per_epoch 12 --lr 1e-4"
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "labels only": ("--finetune_mode", ("student",)),
     "all labels": ("--finetune_mode --num_labels_percent 100", ("student",)),
@@ -74,10 +75,14 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "best, role playing": ("--switch_mode", MODELS),
     "best, other augmentation": ("--augmentation OTHER", BOTH),
     "best, then finetuned": ("--finetune_mode --load_path best", ("student",)),
+    "best, whole network": (f"{WHOLE} --targets mixture", BOTH),
+    "mpl, whole network": (f"--recipe mpl {WHOLE}", BOTH),
 }
 # Without a pretrained network, whose features the mixture models, ``best`` is ``mpl, aligned``.
 PHOTOGRAPHS_ONLY = [
-    method for method in METHODS if method.startswith(("mpl, aligned", "best, not aligned", "best, estimated"))
+    method
+    for method in METHODS
+    if method.startswith(("mpl, aligned", "best, not aligned", "best, estimated")) or "whole" in method
 ]
 PAIRS = (  # what a part of a method is worth: the method with it and without
     ("mpl", "mpl, no feedback"),
@@ -105,6 +110,8 @@ PAIRS = (  # what a part of a method is worth: the method with it and without
     ("best, fresh views", "best"),
     ("best, other augmentation", "best"),
     ("best, then finetuned", "best"),
+    ("best, whole network", "best"),
+    ("best, whole network", "mpl, whole network"),
 )
 
 

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, Cli, make_folder
+from test_faults import faults, interrupt_at
 
+import checkpoints
 import data
 import mixture
+import models
 import MPL
 import train
 
@@ -278,6 +281,32 @@ def test_new_views_at_each_step_leave_the_mixture_as_it_is(cli, colours, tmp_pat
     assert len(files) == 1 + 2 * 4  # plain, weak and strong ones
     assert len(seen) == 4 * 2  # of the second run alone: the first one's come from the files
     assert len(torch.cat(seen).unique(dim=0)) == len(torch.cat(seen))
+
+
+def test_a_network_that_learns_as_a_whole_learns_what_the_features_said_that_it_began_with(
+    cli, colours, monkeypatch, tmp_path
+):
+    weights = tmp_path / "weights.pth"
+    torch.save(models.build_backbone("wrn_10_1", "none", 16, seed=5).body[1].state_dict(), weights)
+    aims, plan = [], train.make_plan
+    monkeypatch.setattr(
+        train, "make_plan", lambda config, split, *guide: aims.append(guide[0]) or plan(config, split, *guide)
+    )
+    run = ["--data_dir", colours, *TINY, "--weights", weights, "--targets", "mixture", "--num_epochs", "4"]
+    cli.inside("--name", "head", *run)
+    cli.inside("--name", "all", *run, "--trainable", "all")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3, signal.SIGTERM)
+        cli.inside("--name", "cut", *run, "--trainable", "all", check=143)
+    cli.inside("--name", "cut", *run, "--trainable", "all", "--resume")
+    assert all(np.array_equal(aim, aims[0]) for aim in aims)
+    assert faults.equal(*(faults.outcome(cli.cwd, name) for name in ("all", "cut")))
+    best = [checkpoints.load_best(cli.cwd / f"checkpoints/colours/{name}/best_student.pth") for name in ("head", "all")]
+    assert [any("conv" in key for key in each.best.learners["student"]["model"]) for each in best] == [False, True]
+    cli.inside("--name", "test", "--test_mode", "--load_path", "all")
+    assert cli.metrics("test")["test"] == cli.metrics("all")["test"]
+    cli.inside("--name", "more", *run[2:], "--trainable", "all", "--load_path", "all")
+    assert np.array_equal(aims[-1], aims[0])  # not what the features have become
 
 
 def test_the_shares_of_chosen_labels_are_not_believed(cli, tmp_path, colours):
