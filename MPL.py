@@ -277,7 +277,8 @@ class Work(NamedTuple):
     notes: list[str]
     frozen: features.Inputs | None  # features of the backbone as it was pretrained, if anything is to learn from them
     guide: mixture.Guide = mixture.Guide()  # what the features of all images say to its training
-    held_out: crossfit.HeldOut | None = None  # where no image was set aside to test on
+    held_out: crossfit.HeldOut | None = None  # where no image was set aside to test on ...
+    by_half: crossfit.HeldOut | None = None  # ... and the same, predicted from half of the labels
 
     def features(self, rows: np.ndarray) -> torch.Tensor:
         """What the mixture learns from: features averaged over an image's views, [n, D]."""
@@ -453,7 +454,8 @@ def cross_validated(work: Work) -> Work:
     config, found = work.start.config, work.data
     if len(found.split.test) or not len(found.split.labeled) or not work.architecture.frozen:
         return work
-    held_out = crossfit.cross_validate(
+    validate = functools.partial(
+        crossfit.cross_validate,
         work.features,
         found.split,
         found.labels,
@@ -463,11 +465,13 @@ def cross_validated(work: Work) -> Work:
         alignment=config.alignment,
         seed=config.seed,
     )
+    held_out = validate()
     if held_out is None:
         print(
             "no class has two labels, or one has none left, so nothing tells how good the predictions are: label more"
         )
-    return work._replace(held_out=held_out)
+        return work
+    return work._replace(held_out=held_out, by_half=validate(n_folds=2) if held_out.folds > 2 else None)
 
 
 def learned_from_targets(work: Work) -> bool:
@@ -537,7 +541,7 @@ def train_networks(
             learner.load_weights(saved.best.learners.get(name) or next(iter(saved.best.learners.values())))
     val = found.split.val
     validate = train.validator(inputs.source, val, inputs.device)
-    unvalidated = scores_of_folds(work).get("accuracy", math.nan)  # where there are no validation images
+    unvalidated = scores_of_folds(work, work.held_out).get("accuracy", math.nan)  # where there are no validation images
     watched = learners, plan.mode.scored, validate, found.labels[val], unvalidated
     if folder is None:
         keeper = train.Keeper(*watched)
@@ -716,9 +720,9 @@ def find_to_label(start: Start) -> images.Index:
 Scores = dict[str, dict[str, dict[str, float]]]  # by part, network and metric
 
 
-def scores_of_folds(work: Work) -> dict[str, float]:
+def scores_of_folds(work: Work, held_out: crossfit.HeldOut | None) -> dict[str, float]:
     """How good the cross-validated predictions are; nothing if there are none."""
-    held_out, labels = work.held_out, work.data.labels
+    labels = work.data.labels
     if held_out is None:
         return {}
     return metrics.classification_metrics(held_out.probabilities, labels[held_out.rows], held_out.weights)
@@ -882,7 +886,9 @@ def figures_of(
         "val": scores["val"],
         "cross_validation": {}
         if held_out is None
-        else scores_of_folds(work) | {"images": len(held_out.rows), "folds": held_out.folds, "worth": held_out.worth},
+        else scores_of_folds(work, held_out)
+        | {"images": len(held_out.rows), "folds": held_out.folds, "worth": held_out.worth}
+        | {"accuracy_by_half": scores_of_folds(work, work.by_half).get("accuracy")},
         "belonging": {} if belonging is None else {"share": belonging.share, "noticed": belonging.noticed},
         **({} if defaults is None else {"defaults": defaults}),
         "classes": list(work.data.classes),

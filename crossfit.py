@@ -80,6 +80,7 @@ def cross_validate(
     targets: str,
     alignment: str,
     seed: int,
+    n_folds: int = FOLDS,
 ) -> HeldOut | None:
     """Predict each labelled image from the others; None where no class has two.
 
@@ -89,8 +90,9 @@ def cross_validate(
         targets: ``labels`` for heads that learn from the labelled images alone; else the option ``--targets``, of which
             the teacher's own are taken for the labels alone too.
         alignment: the option ``--alignment``.
+        n_folds: how many heads there are; each lacks one part in so many of the labels.
     """
-    folds = fold_splits(split, labels, contents, FOLDS, seed)
+    folds = fold_splits(split, labels, contents, n_folds, seed)
     if not folds or len(np.unique(labels[split.labeled])) < n_classes:  # images of a class are gone since the training
         return None
     known = np.full(len(labels), -1)

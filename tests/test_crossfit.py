@@ -10,6 +10,7 @@ from test_folders import pictures
 
 import crossfit
 import data
+import mixture
 from utils import read_csv
 
 NONE = np.array([], dtype=np.int64)
@@ -87,6 +88,16 @@ def test_labels_that_features_tell_are_predicted(targets):
     assert (again.probabilities == held_out.probabilities).all()
 
 
+def test_fewer_folds_leave_fewer_labels_to_learn_from(monkeypatch):
+    x, labels = clusters(240, 40, 3, apart=1.5)
+    learned, fit_head = [], mixture.fit_head
+    monkeypatch.setattr(mixture, "fit_head", lambda z, target: learned.append(len(z)) or fit_head(z, target))
+    for n in (5, 2):
+        held_out = cross_validated(x, labels, split_of(np.arange(60), NONE), targets="teacher", n_folds=n)
+        assert held_out.rows.tolist() == list(range(60))
+    assert learned == [48] * 5 + [30] * 2
+
+
 def test_each_label_counts_for_the_images_that_it_is_nearest_to():
     x, labels = clusters(200, 40, 2, apart=1.5)
     asked = np.concatenate([np.flatnonzero(labels == 0)[:2], np.flatnonzero(labels == 1)[:18]])  # by whom ever
@@ -129,6 +140,9 @@ def test_a_run_whose_labels_are_all_there_are_sets_none_aside(cli, tmp_path):
     rows = read_csv(cli.cwd / "results/e/cross_validation.csv")
     assert len(rows) == folds["images"] == 12
     assert 0 <= folds["accuracy"] <= 1
+    half = f"half of the labels would have given {folds['accuracy_by_half']:.0%} where 4 in 5 of them give"
+    assert half in out
+    assert half in (cli.cwd / "results/e/report.html").read_text()
     of_truth = [float(row[f"p_{row['true_label']}"]) for row in rows]
     assert of_truth == sorted(of_truth)  # what should be looked at again comes first
     page = (cli.cwd / "results/e/report.html").read_text()
