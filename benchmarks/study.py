@@ -3,7 +3,8 @@
 python benchmarks/study.py --seeds 0-4                                                         (digits)
 python benchmarks/study.py --data_dir FOLDER --seeds 400-409 --budgets 1,3,10 --table flowers5 -- --test_percent 20
 
-Options after -- go to every run. Runs that are already in --out are not repeated; --jobs of them run at a time.
+With --part unlabeled the images are counted that were trained on without their label, in place of test images. Options
+after -- go to every run. Runs that are already in --out are not repeated; --jobs of them run at a time.
 Each seed is one split, the same for every method, and differences are taken within it. The share of the gap closed is
 (method - labels only) / (all labels - labels only), of means. With --table NAME the figures replace
 docs/results/NAME.csv, and what each part of a method is worth NAME_parts.csv; ``python benchmarks/results.py`` then
@@ -19,9 +20,11 @@ import shlex
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import t as student_t
@@ -31,6 +34,8 @@ sys.path.insert(0, str(ROOT))
 
 from results import RESULTS, markdown
 
+import utils
+
 BOTH = ("student", "teacher", "ensemble")
 MODELS = ("model_1", "model_2", "ensemble")
 ALIGNED = "--recipe mpl --alignment labels"
@@ -39,12 +44,16 @@ WHOLE = "--trainable all --num_epochs 3 --steps_per_epoch 12 --lr 1e-4"
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "labels only": ("--finetune_mode", ("student",)),
     "all labels": ("--finetune_mode --num_labels_percent 100", ("student",)),
+    "all labels, out of fold": ("", ("student",)),
     "labels only, two models": (
         "--recipe mpl --switch_mode --num_epochs 200 --warmup_epoch_num 199 --lambda_u 0",
         ("ensemble",),
     ),
     "logistic regression": ("", ("student",)),
     "label spreading": ("", ("student",)),
+    "self-training": ("", ("student",)),
+    "like FixMatch": ("--recipe mpl", ("student",)),
+    "like FlexMatch": ("--recipe mpl", ("student",)),
     "mpl, no feedback": ("--recipe mpl --feedback none", BOTH),
     "mpl": ("--recipe mpl", BOTH),
     "mpl, dot feedback": ("--recipe mpl --feedback dot", BOTH),
@@ -82,7 +91,8 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
 PHOTOGRAPHS_ONLY = [
     method
     for method in METHODS
-    if method.startswith(("mpl, aligned", "best, not aligned", "best, estimated")) or "whole" in method
+    if method.startswith(("mpl, aligned", "best, not aligned", "best, estimated", "all labels, out"))
+    or "whole" in method
 ]
 PAIRS = (  # what a part of a method is worth: the method with it and without
     ("mpl", "mpl, no feedback"),
@@ -121,6 +131,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0-4", help="first-last")
     parser.add_argument("--budgets", default="3", help="percents of labels, comma-separated")
     parser.add_argument("--methods", help="separated by semicolons [all that the dataset allows]")
+    parser.add_argument("--part", choices=("test", "unlabeled"), default="test", help="the images that are counted")
     parser.add_argument("--out", default="study", help="where the runs are kept")
     parser.add_argument("--table", help="name of the files in docs/results to replace [print only]")
     parser.add_argument("--hardware", default="", help="what it ran on, for those files")
@@ -159,6 +170,12 @@ def measure(options: argparse.Namespace, method: str, budget: float, seed: int) 
     extra, networks = METHODS[method]
     extra, _, start = extra.partition(" --load_path ")
     metrics = run(options, method, extra.split(), start, budget, seed)
+    if options.part == "test":
+        right = {network: metrics["test"][network]["accuracy"] for network in networks}
+    elif method in SHALLOW:
+        right = metrics["unlabeled"]
+    else:
+        right = right_of_unlabeled(Path(options.out) / "results" / run_name(method, budget, seed), networks)
     return [
         {
             "dataset": metrics["dataset"],
@@ -166,11 +183,24 @@ def measure(options: argparse.Namespace, method: str, budget: float, seed: int) 
             "method": method,
             "network": network.replace("_", " "),
             "n_labels": metrics["counts"]["labeled"],
-            "accuracy": 100 * metrics["test"][network]["accuracy"],
+            "accuracy": 100 * right[network],
             "seconds": metrics["seconds"]["total"],
         }
         for network in networks
     ]
+
+
+def right_of_unlabeled(results: Path, networks: tuple[str, ...]) -> dict[str, float]:
+    """The share of unlabelled images that each network is right about; with all labels there is none, and it is not a
+    number."""
+    rows = utils.read_csv(results / "predictions.csv", split="unlabeled")
+    columns = {network: f"{network}_vote" if network != "ensemble" else "predicted_label" for network in networks}
+    if not rows:
+        return dict.fromkeys(networks, float("nan"))
+    return {
+        network: float(np.mean([row[column] == row["true_label"] for row in rows]))
+        for network, column in columns.items()
+    }
 
 
 def run_name(method: str, budget: float, seed: int) -> str:
@@ -192,7 +222,8 @@ def run(options: argparse.Namespace, method: str, extra: list[str], start: str, 
     other = "transfer" if options.data_dir == "digits" else "randaugment"
     given += [other if option == "OTHER" else option for option in extra]
     if method in SHALLOW:
-        metrics = shallow(method, [*given, *options.rest])
+        with ONE_AT_A_TIME:
+            metrics = shallow(method, [*given, *extra, *options.rest])
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(metrics))
         return metrics
@@ -201,16 +232,19 @@ def run(options: argparse.Namespace, method: str, extra: list[str], start: str, 
     return json.loads(file.read_text())
 
 
-SHALLOW = ("logistic regression", "label spreading")
+SHALLOW = (
+    *("logistic regression", "label spreading", "self-training", "like FixMatch", "like FlexMatch"),
+    "all labels, out of fold",
+)
+ONE_AT_A_TIME = threading.Lock()  # torch's seed is the process's
+SURE = 0.95  # the threshold of FixMatch (Sohn et al., arXiv 2001.07685) and FlexMatch (Zhang et al., arXiv 2110.08263)
+SLOWLY = 0.02  # how fast FlexMatch's estimates of what is learned of each class move
 
 
 def shallow(method: str, given: list[str]) -> dict:
-    """What one would try first: scikit-learn on the same features, averaged over the same views for training; on the
-    pixels, if there are no features."""
+    """What one would try in place of the program, on the same features, averaged over the same views for training; on
+    the pixels, if there are no features."""
     import torch  # here, as what follows, so that --help answers at once
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import normalize
-    from sklearn.semi_supervised import LabelSpreading
 
     import args
     import MPL
@@ -219,23 +253,95 @@ def shallow(method: str, given: list[str]) -> dict:
     work = MPL.make_ready(start, MPL.find_data(start), torch.device("cpu"), None)
     index, split = work.data.index, work.data.split
     began = time.perf_counter()
-    labels = np.where(np.isin(split.train, split.labeled), index.labels[split.train], -1)
+    asked = np.concatenate([split.test, split.unlabeled])
+    if method.startswith("like"):
+        predicted = by_threshold(work, asked, flexible="Flex" in method)
+    else:
+        predicted = by_features(work, method, asked)
+    right = predicted == index.labels[asked]
+    of_test, of_unlabeled = np.split(right, [len(split.test)])
+    return {
+        "dataset": index.name,
+        "counts": split.counts(),
+        "test": {"student": {"accuracy": float(of_test.mean())}},
+        "unlabeled": {"student": float(of_unlabeled.mean())},
+        "seconds": {"total": time.perf_counter() - began},
+    }
+
+
+def by_features(work: Any, method: str, asked: np.ndarray) -> np.ndarray:
+    """The classes of some images by scikit-learn, [n]; by a head that learns all labels but those of a fold."""
+    import torch
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold
+    from sklearn.preprocessing import normalize
+    from sklearn.semi_supervised import LabelSpreading, SelfTrainingClassifier
 
     def plain(rows: np.ndarray) -> torch.Tensor:
         return work.inputs.source("plain", rows, np.zeros(len(rows), dtype=np.int64)).float().flatten(1)
 
+    split, truth = work.data.split, work.data.index.labels
     x = normalize((work.features if work.architecture.frozen else plain)(split.train).numpy())
-    x_test = normalize(plain(split.test).numpy())
+    seen = normalize(plain(asked).numpy())
+    logistic = LogisticRegression(C=100.0, max_iter=1000)
+    if method.startswith("all labels"):
+        predicted = logistic.fit(x, truth[split.train]).predict(seen)
+        for others, fold in StratifiedKFold(5, shuffle=True, random_state=0).split(x, truth[split.train]):
+            here = np.isin(asked, split.train[fold])
+            predicted[here] = logistic.fit(x[others], truth[split.train[others]]).predict(seen[here])
+        return predicted
+    labels = np.where(np.isin(split.train, split.labeled), truth[split.train], -1)
     if method == "label spreading":
-        predicted = LabelSpreading("knn", n_neighbors=10).fit(x, labels).predict(x_test)
-    else:
-        predicted = LogisticRegression(C=100.0, max_iter=1000).fit(x[labels >= 0], labels[labels >= 0]).predict(x_test)
-    return {
-        "dataset": index.name,
-        "counts": split.counts(),
-        "test": {"student": {"accuracy": float((predicted == index.labels[split.test]).mean())}},
-        "seconds": {"total": time.perf_counter() - began},
-    }
+        return LabelSpreading("knn", n_neighbors=10).fit(x, labels).predict(seen)
+    if method == "self-training":
+        return SelfTrainingClassifier(logistic, threshold=SURE, max_iter=50).fit(x, labels).predict(seen)
+    return logistic.fit(x[labels >= 0], labels[labels >= 0]).predict(seen)
+
+
+def by_threshold(work: Any, asked: np.ndarray, *, flexible: bool) -> np.ndarray:
+    """The classes of some images by one network, [n], which learns the strong views of those images whose weak view it
+    is sure of; ``flexible``: the less sure, the less is learned of a class."""
+    import dataclasses
+
+    import torch
+    import torch.nn.functional as F
+
+    import train
+
+    n_classes = len(work.data.classes)
+    learned = torch.zeros(n_classes)
+
+    def step(student: Any, batch: Any, number: int) -> dict[str, torch.Tensor]:
+        nonlocal learned
+        with torch.no_grad():
+            sure, guess = student.examine(batch.x_uw).softmax(-1).max(-1)
+        counts = torch.bincount(guess[sure >= SURE], minlength=n_classes) / len(guess)
+        learned = (1 - SLOWLY) * learned + SLOWLY * counts
+        share = learned / learned.max().clamp_min(1 - learned.sum())  # the paper's eq. 6 and 11
+        needed = SURE * (share / (2 - share))[guess] if flexible else SURE
+        logits_l, logits_us = student(torch.cat([batch.x_l, batch.x_us])).split([len(batch.x_l), len(batch.x_us)])
+        loss_l = F.cross_entropy(logits_l, batch.y_l)
+        loss_u = ((sure >= needed) * F.cross_entropy(logits_us, guess, reduction="none")).mean()
+        student.update(loss_l + loss_u)
+        return {"loss_l": loss_l.detach()}
+
+    plan = train.make_plan(work.start.config, work.data.split)
+    alone = train.MODES["finetune"]
+    plan = dataclasses.replace(plan, mode=alone, step=step, updates={"student": plan.total_steps})
+    learners = train.new_learners(work.start.config, plan.updates, work.architecture, work.inputs.device, None)
+    batches = work.inputs.batches(plan.schedule, work.data.labels, 0, plan.total_steps, num_workers=0)
+    train.fit(
+        learners,
+        batches,
+        plan.step,
+        alone.roles,
+        steps=range(plan.total_steps),
+        steps_per_epoch=plan.steps_per_epoch,
+        seed=plan.seed,
+        meter=train.Meter(),
+    )
+    (logits,) = train.infer([*learners.values()], work.inputs.source, asked)
+    return logits.argmax(1).numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,7 +366,8 @@ def summary(rows: list[dict]) -> list[dict]:
     figures = []
     for (percent, method, network), own in groups.items():
         values, baseline = accuracies(own), accuracies(groups[percent, "labels only", "student"])
-        ceiling = groups.get((percent, "all labels", "student"))
+        ceilings = [groups.get((percent, each, "student")) for each in ("all labels", "all labels, out of fold")]
+        ceiling = next((each for each in ceilings if each and not np.isnan(accuracies(each)).any()), None)
         gains = np.subtract(values, baseline)
         figure = {
             **{"dataset": own[0]["dataset"], "labels_percent": percent, "n_labels": own[0]["n_labels"]},
