@@ -489,18 +489,10 @@ def guided(work: Work) -> Work:
         return work._replace(guide=mixture.Guide(belonging=saved.belonging if saved else None))
     belonging = None
     if work.frozen is not None and (config.views or config.targets == "mixture"):
-        rows = np.flatnonzero(np.isin(np.arange(len(found.index)), found.split.train) | found.index.of_none)
-        belonging = mixture.belonging(
-            lambda places: work.features(rows[places]),
-            found.known[rows],
-            found.index.of_none[rows],
-            len(found.classes),
-        )
+        belonging = mixture.find_belonging(work.features, found)
     if belonging is not None and belonging.noticed:
-        print(
-            f"about {1 - belonging.share:.0%} of the unlabelled images seem to belong to none of the classes; "
-            "predictions.csv says which (column belongs)"
-        )
+        which = "; predictions.csv says which (column belongs)" if work.architecture.frozen else ""
+        print(f"about {1 - belonging.share:.0%} of the unlabelled images seem to belong to none of the classes{which}")
     guide = mixture.guide(
         work.features,
         found.known,
@@ -843,7 +835,15 @@ def conclude(
             )
             prepared, frozen = dataclasses.asdict(work.inputs.preparation), work.architecture.frozen
             written.append(
-                export.write_card(config.export, figures, prepared, results, weights=config.weights, frozen=frozen)
+                export.write_card(
+                    config.export,
+                    figures,
+                    prepared,
+                    results,
+                    weights=config.weights,
+                    frozen=frozen,
+                    belongs=work.guide.belonging is not None,
+                )
             )
     print(report.result_table(figures))
     if (results / "predictions.csv").exists():
@@ -865,7 +865,9 @@ def figures_of(
 ) -> dict[str, Any]:
     """What metrics.json holds."""
     config, labels, saved, held_out = work.start.config, work.data.labels, work.start.saved, work.held_out
-    belonging = work.guide.belonging
+    # What was found out of another training's images says nothing of these.
+    belonging = work.guide.belonging if config.mode not in ("finetune", "test") else None
+    left_out = belonging is not None and belonging.noticed and config.targets == "mixture"
     rows = {part: each.rows for part, each in predicted.items()}
     final = {part: train.final(each.probabilities).numpy() for part, each in predicted.items()}
     about = {part: (final[part], labels[rows[part]]) for part in final}
@@ -889,7 +891,9 @@ def figures_of(
         else scores_of_folds(work, held_out)
         | {"images": len(held_out.rows), "folds": held_out.folds, "worth": held_out.worth}
         | {"accuracy_by_half": scores_of_folds(work, work.by_half).get("accuracy")},
-        "belonging": {} if belonging is None else {"share": belonging.share, "noticed": belonging.noticed},
+        "belonging": {}
+        if belonging is None
+        else {"share": belonging.share, "noticed": belonging.noticed, "left_out": left_out},
         **({} if defaults is None else {"defaults": defaults}),
         "classes": list(work.data.classes),
         "per_class": metrics.per_class(*about["test"]),

@@ -804,12 +804,12 @@ def _check_network(config: Config) -> None:
         ):
             raise ValueError(f"--model_name {name}: wrn_D_K needs a depth D of 10, 16, 22, 28 ... and K >= 1")
     if len(names) > 1:
-        if not all(names) or len(set(names)) < len(names):
-            raise ValueError(f"--model_name {config.model_name}: A+B are two different networks")
-        if "img_size" in config.given:
-            raise ValueError("--img_size does not go with two networks: each sees images of the size it was made for")
-        if config.weights not in ("default", "none"):
-            raise ValueError("--weights with a file does not go with two networks: give default or none")
+        if len(names) > 2 or not all(names) or any(name.startswith("wrn_") for name in names):
+            raise ValueError(f"--model_name {config.model_name}: A+B takes two pretrained networks")
+        if config.img_size != max(map(made_for, names)):
+            raise ValueError("--img_size does not go with two networks: each sees images of its own size")
+        if config.weights != "default":
+            raise ValueError(f"--weights {config.weights} does not go with two networks: they come with their own")
         if config.trainable == "all":
             raise ValueError("--trainable all does not go with two networks: they stay frozen")
     elif config.model_name.startswith("wrn_") and config.weights == "default":
@@ -830,6 +830,4 @@ def _check_training(config: Config) -> None:
         raise ValueError(f"--feedback exact needs --pseudo_label soft, not {config.pseudo_label}")
     for option, value in (("targets", "mixture"), ("alignment", "estimated")):
         if getattr(config, option) == value and config.trainable == "all" and config.weights == "none":
-            raise ValueError(
-                f"--{option} {value} needs the features of a network that knows images: --weights none has none"
-            )
+            raise ValueError(f"--{option} {value} needs the features of a pretrained network, not --weights none")

@@ -65,7 +65,8 @@ OF_STUDY = (
 )
 OF_NETWORKS = (  # what speaks of the weights in the checkpoints
     *("history.csv", "metrics.json", "predictions.csv", "cross_validation.csv", "report.html"),
-    *("graphs.png", "calibration.png", "mistakes.png", "disagreements.png", "Student_CM.png", "Teacher_CM.png"),
+    *("graphs.png", "calibration.png", "mistakes.png", "disagreements.png", "strangers.png"),
+    *("Student_CM.png", "Teacher_CM.png"),
     *(
         "Teacher and Student_CM.png",
         "Model 1_CM.png",

@@ -108,14 +108,15 @@ def cross_validate(
         known_here = np.where(left_out, -1, known[some])
         trained = np.flatnonzero(~left_out | held_out)  # without its label an image is one of the unlabelled ones
         if targets == "mixture":
-            here = x[trained]
+            here, labeled = x[trained].__getitem__, known_here[trained]
             guide = mixture.guide(
-                here.__getitem__,
-                known_here[trained],
+                here,
+                labeled,
                 np.arange(len(trained)),
                 n_classes,
                 targets=targets,
                 alignment=alignment,
+                belonging=belonging_among(x[trained], labeled, contents[some[trained]], n_classes),
             )
             target = torch.as_tensor(guide.targets)
         else:
@@ -126,5 +127,19 @@ def cross_validate(
         probabilities.append(head(z[held_out]).softmax(-1).detach().numpy())
     order = np.argsort(np.concatenate(rows))
     held_out = np.concatenate(rows)[order]
-    weights = np.bincount(mixture.nearest_place(z, z[np.isin(some, held_out)]), minlength=len(held_out))
+    belonging = belonging_among(x, known[some], contents[some], n_classes)
+    counted = z
+    if belonging is not None and belonging.noticed:  # what is of no class is not what a label stands for
+        counted = z[(belonging(x) >= mixture.BELONGS) | torch.from_numpy(known[some] >= 0)]
+    weights = np.bincount(mixture.nearest_place(counted, z[np.isin(some, held_out)]), minlength=len(held_out))
     return HeldOut(held_out, np.concatenate(probabilities)[order], weights, len(folds))
+
+
+def belonging_among(
+    x: torch.Tensor, known: np.ndarray, contents: np.ndarray, n_classes: int
+) -> mixture.Belonging | None:
+    """What tells images of the classes from others, by features [n, D] and labels that are negative where unknown; of
+    copies (equal ``contents``) one counts."""
+    places = mixture.one_of_each(contents, known >= 0)
+    of_none = np.zeros(len(places), dtype=bool)
+    return mixture.belonging(lambda rows: x[places[rows]], known[places], of_none, n_classes)

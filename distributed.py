@@ -185,6 +185,15 @@ def tell(value: int) -> int:
     return int(said)
 
 
+def as_the_first(values: torch.Tensor) -> torch.Tensor:
+    """What the first rank has in place of these values, which rounding may have made others here; on the CPU."""
+    if world() == 1:
+        return values
+    said = values.to(_where_heard()).contiguous()
+    dist.broadcast(said, 0)
+    return said.cpu()
+
+
 def share(rows: np.ndarray) -> np.ndarray:
     """This rank's part of a step's rows."""
     size = len(rows) // world()

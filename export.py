@@ -237,7 +237,14 @@ def _described(training: Mapping[str, Any]) -> str:
 
 
 def write_card(
-    kind: str, figures: Mapping[str, Any], preparation: Mapping[str, Any], results: Path, *, weights: str, frozen: bool
+    kind: str,
+    figures: Mapping[str, Any],
+    preparation: Mapping[str, Any],
+    results: Path,
+    *,
+    weights: str,
+    frozen: bool,
+    belongs: bool,
 ) -> Path:
     """Write model_card.md. Returns its path.
 
@@ -245,6 +252,7 @@ def write_card(
         figures: what metrics.json holds.
         preparation: the fields of :class:`images.Preparation`.
         weights: where the backbone's come from; ``frozen``: whether they stay.
+        belongs: whether the file says if an image belongs to a class.
     """
     counts, trainings, classes = figures["counts"], figures["trainings"], figures["classes"]
     folds = figures["cross_validation"]
@@ -285,7 +293,7 @@ def write_card(
         if folds
         else f"{counts['test']:,} images of `{plain(figures['dataset'])}`, none of them or an exact copy of them in "
         "training",
-        belongs=BELONGS if figures["belonging"] else "",
+        belongs=BELONGS if belongs else "",
         network="the ensemble of " * (len(networks) > 1) + " and ".join(networks),
         guesses=GUESSES.format(utils.counted(labeled, "label"), "most" if unlabeled > labeled else "a part")
         if unlabeled

@@ -14,6 +14,7 @@ shares are sought under which its predictions for all the others are the likelie
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import distributed
+from data import Data
 from utils import first_few, uncompiled
 
 MOST_IMAGES = 5_000  # to estimate from, to be neighbours and to hold at once, whatever the folder's size
@@ -50,8 +53,9 @@ FEWEST_OTHERS = 4
 FEWEST_HELD_OUT = 10  # labelled images, to tell whether a component is of a class
 RARELY = 0.1  # how many of the labelled images that chance would bring fall among images of no class
 BELONGS = 0.5  # from here on an image seems to belong to a class
-NOTICED = 0.2, 8  # from which share of images of no class on, and from how many labelled images that are missing among
-#                    them, these images are left out of the mixture
+# Images of no class are left out of the mixture if they have this share, and this many labelled images would be among
+# them if they were of a class.
+NOTICED, MISSED = 0.2, 8
 
 Features = Callable[[np.ndarray], torch.Tensor]  # float32 activations [n, D] of some images, by their places [n]
 
@@ -376,6 +380,8 @@ def belonging(
         known: [N] int64, the labels that may be learned from, negative for all other images.
         of_none: [N] bool, images that somebody said are of no class.
     """
+    if len(np.unique(known[known >= 0])) < n_classes:  # images of a class are gone since an earlier training
+        return None
     order = in_order_of_use(np.where(of_none, n_classes, known), n_classes, seed)
     some = np.sort(order[:MOST_IMAGES])
     known, of_none = known[some], of_none[some]
@@ -387,14 +393,10 @@ def belonging(
     if n_others < FEWEST_OTHERS or (fold >= 0).sum() < FEWEST_HELD_OUT:
         return None
 
-    from sklearn.decomposition import PCA  # here, since it is slow and some runs do without
-
     x = features(some)
     normalise = normaliser(x)
     z = normalise(x)
-    n_components = min(REDUCED, len(z) // 3, z.shape[1])
-    reduced = torch.from_numpy(PCA(n_components, random_state=seed).fit_transform(z.numpy())).float()
-    centres = distant_centres(reduced[torch.from_numpy(unlabeled)], class_means(reduced, known), n_others, seed)
+    reduced, centres = distant_centres(z, known, unlabeled, n_others, seed)
     shares = label_shares(known, n_classes)
     tells = fold >= 0
     p = torch.zeros(len(z), n_classes + n_others)  # of the components
@@ -412,11 +414,35 @@ def belonging(
         seen = n * (weights @ held_out[tells]) / weights.sum()
         belongs = p @ components_of_classes(p[unlabeled].mean(0), seen, p[of_none].sum(0), n, n_classes)
     share = float(belongs[unlabeled].mean())
-    noticed = 1 - share >= NOTICED[0] and n * (1 - share) >= NOTICED[1]
+    noticed = 1 - share >= NOTICED and n * (1 - share) >= MISSED
     belongs[labeled], belongs[of_none] = 1.0, 0.0
     head = fit_head(z, torch.stack([belongs, 1 - belongs], 1).clamp(0, 1))
     weight, bias = ((each[0] - each[1]).detach() for each in (head.weight, head.bias))
-    return Belonging(*normalise, weight, bias, share, bool(noticed))
+    # Every process is to leave the same images out, though clusters may have come out otherwise elsewhere.
+    numbers = torch.stack([bias, *torch.tensor([share, noticed])])
+    found = distributed.as_the_first(torch.cat([*normalise, weight, numbers]))
+    lowest, origin, centre, weight, (bias, *said) = found.split([len(weight)] * 4 + [len(numbers)])
+    return Belonging(lowest, origin, centre, weight, bias, float(said[0]), bool(said[1]))
+
+
+def find_belonging(features: Features, data: Data) -> Belonging | None:
+    """What tells the images of a training's classes from others: see :func:`belonging`. Of copies one counts, the
+    labelled one if there is one.
+
+    Args:
+        features: of images by their places in the index.
+    """
+    index = data.index
+    rows = np.flatnonzero(np.isin(np.arange(len(index)), data.split.train) | index.of_none)
+    rows = rows[one_of_each(index.contents[rows], (data.known[rows] >= 0) | index.of_none[rows])]
+    return belonging(lambda places: features(rows[places]), data.known[rows], index.of_none[rows], len(data.classes))
+
+
+def one_of_each(contents: np.ndarray, preferred: np.ndarray) -> np.ndarray:
+    """The place of one image of each content, sorted, of ``preferred`` ones if there are such; both [N]."""
+    order = np.argsort(~preferred, kind="stable")
+    _, first = np.unique(contents[order], return_index=True)
+    return np.sort(order[first])
 
 
 def class_means(z: torch.Tensor, known: np.ndarray) -> torch.Tensor:
@@ -424,17 +450,28 @@ def class_means(z: torch.Tensor, known: np.ndarray) -> torch.Tensor:
     return torch.stack([z[known == c].mean(0) for c in range(known.max() + 1)])
 
 
-def distant_centres(z: torch.Tensor, means: torch.Tensor, n: int, seed: int) -> torch.Tensor:
-    """The centres of ``n`` clusters of images [N, D], each the furthest from the classes' means [C, D] and from those
-    chosen before it."""
-    from sklearn.cluster import KMeans  # here, as above
+def distant_centres(
+    z: torch.Tensor, known: np.ndarray, unlabeled: np.ndarray, n: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images [N, D] in few dimensions, and the centres of ``n`` clusters of unlabelled ones there, each the one that is
+    furthest from the classes' means and from those chosen before it."""
+    import threadpoolctl  # these two here, since they are slow and some runs do without
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
 
-    found = KMeans(min(len(means) + 2 * n, len(z)), n_init=1, random_state=seed).fit(z.numpy()).cluster_centers_
-    centres, chosen = torch.from_numpy(found).float(), means
+    # Several threads would add what each has found in the order in which they finish, and no run be made again.
+    with threadpoolctl.threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of images that are all alike
+        pca = PCA(min(REDUCED, len(z) // 3, z.shape[1]), random_state=seed)
+        reduced = torch.from_numpy(pca.fit_transform(z.numpy())).float()
+        chosen = class_means(reduced, known)
+        some = reduced[torch.from_numpy(unlabeled)]
+        kmeans = KMeans(min(len(chosen) + 2 * n, len(some)), n_init=1, random_state=seed).fit(some.numpy())
+    centres, n_classes = torch.from_numpy(kmeans.cluster_centers_).float(), len(chosen)
     for _ in range(n):
         furthest = torch.cdist(centres, chosen).amin(1).argmax()
         chosen = torch.cat([chosen, centres[furthest, None]])
-    return chosen[len(means) :]
+    return reduced, chosen[n_classes:]
 
 
 def with_others(z: torch.Tensor, known: np.ndarray, shares: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
@@ -537,6 +574,7 @@ def guide(
         parts = np.split(rows, range(MOST_IMAGES, len(rows), MOST_IMAGES))
         belongs = np.concatenate([belonging(features(part)).numpy() for part in parts])
         belongs[known[rows] >= 0] = 1.0
+        belongs = distributed.as_the_first(torch.from_numpy(belongs)).numpy()
     of_class = belongs >= BELONGS
     kept = rows[of_class]
 

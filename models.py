@@ -254,6 +254,8 @@ def build_backbone(model_name: str, weights: str, img_size: int, seed: int) -> B
     """
     if "+" in model_name:
         parts = [build_backbone(name, weights, made_for(name), seed) for name in model_name.split("+")]
+        if len({part.name for part in parts}) < len(parts):
+            raise UsageError(f"--model_name {model_name}: both are {parts[0].name}; name two different networks")
         name = "+".join(part.name for part in parts)
         n_features = sum(part.n_features for part in parts)
         return Backbone(name, SideBySide(parts).eval(), n_features, img_size, parts[0].normalization)

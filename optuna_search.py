@@ -126,6 +126,7 @@ class Fold:
             len(self.data.classes),
             targets=self.config.targets,
             alignment=self.config.alignment,
+            belonging=mixture.find_belonging(self.features, self.data) if self.config.targets == "mixture" else None,
         )
 
     @property

@@ -30,7 +30,7 @@ import train
 import utils
 from data import NO_CLASS
 from features import Inputs
-from mixture import Belonging
+from mixture import BELONGS, Belonging
 from models import Learner
 
 Probabilities = dict[str, torch.Tensor]  # of some images, by network: [N, C]
@@ -67,7 +67,8 @@ def predict(
         widths.append(1)
 
     def infer(rows: np.ndarray) -> list[torch.Tensor]:
-        """Logits [n, C] of each network, and whether the image could be read, [n]."""
+        """Logits [n, C] of each network, whether the images belong to a class, [n, 1], if that is known, and whether
+        they could be read, [n]."""
         try:
             return [*train.infer(networks, inputs.source, rows), torch.ones(len(rows))]
         except utils.DataError:
@@ -287,9 +288,11 @@ def label_folder(
     index = stream.index
     began = time.perf_counter()
     counts: Counter[str] = Counter()
+    n_strangers = 0
     bad: Unreadable = []
 
     def write(file: BinaryIO) -> None:
+        nonlocal n_strangers
         file.write(utils.BOM + utils.csv_bytes([prediction_header(index.classes, learners)]))
         batches = stream.batches(AT_ONCE)
         shown = utils.progress(
@@ -303,6 +306,7 @@ def label_folder(
             chosen = [index.paths[i] for i in rows]
             lines = list(prediction_rows(index.classes, chosen, index.labels[rows], "", predicted, belongs))
             counts.update(str(line[3]) for line in lines)
+            n_strangers += 0 if belongs is None else int((belongs < BELONGS).sum())
             file.write(utils.csv_bytes(lines))
         if not counts:
             raise utils.DataError(f"{what}: no file in it can be read as an image")
@@ -320,6 +324,8 @@ def label_folder(
     seconds = time.perf_counter() - began
     for name, count in counts.most_common():
         print(f"{count:9,} {name}")
+    if n_strangers:
+        print(f"{n_strangers:,} of them seem to belong to none of the classes (belongs below {BELONGS:g})")
     print(f"{counts.total():,} images in {seconds:.0f} s ({counts.total() / seconds:.0f} a second): ", end="")
     print(results / "predictions.csv")
 

@@ -52,7 +52,7 @@ def write_report(results: Path) -> Path:
         figures=figures,
         tested=tested(figures),
         by_half=by_half(figures) if figures["cross_validation"].get("accuracy_by_half") is not None else "",
-        strangers=strangers(figures) if figures["belonging"].get("noticed") else "",
+        strangers=strangers(figures) if figures["belonging"] else "",
         n_tested=f"{n_tested:,}",
         few_tested=n_tested < FEW,
         why_no_temperature=metrics.why_no_temperature(figures),

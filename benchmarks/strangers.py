@@ -4,8 +4,9 @@ python benchmarks/strangers.py --data_dir /datasets/flowers [--labels_percent 3]
 
 Of a folder with a subfolder for each class two classes are taken to be unknown, every choice of two in turn, and their
 images are strangers among the unlabelled ones, so many that they make a given share of these. Of the other classes some
-images keep their label, and a fifth of all unlabelled images is kept from everything, to test on. A linear head on kept
-features learns the mixture's targets, with strangers noticed and without.
+images keep their label, and a fifth of all unlabelled images is kept from everything, to test ``belongs`` on. A linear
+head on kept features learns the mixture's targets, with strangers noticed and without, and is right about so many of
+the unlabelled images that it learned from and that are of a class.
 """
 
 import argparse

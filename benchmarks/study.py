@@ -211,7 +211,7 @@ def run(options: argparse.Namespace, method: str, extra: list[str], start: str, 
     """The metrics of one run, which goes on from that of the method ``start`` if one is given."""
     out, name = Path(options.out), run_name(method, budget, seed)
     file = out / "results" / name / "metrics.json"
-    if file.exists():
+    if file.exists() and (method not in SHALLOW or "unlabeled" in json.loads(file.read_text())):
         return json.loads(file.read_text())
     given = ["--data_dir", options.data_dir, "--seed", str(seed)]
     if start:
@@ -223,7 +223,7 @@ def run(options: argparse.Namespace, method: str, extra: list[str], start: str, 
     given += [other if option == "OTHER" else option for option in extra]
     if method in SHALLOW:
         with ONE_AT_A_TIME:
-            metrics = shallow(method, [*given, *extra, *options.rest])
+            metrics = shallow(method, [*given, *options.rest])
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(metrics))
         return metrics
@@ -262,7 +262,7 @@ def shallow(method: str, given: list[str]) -> dict:
     of_test, of_unlabeled = np.split(right, [len(split.test)])
     return {
         "dataset": index.name,
-        "counts": split.counts(),
+        "counts": split.counts() | ({"labeled": len(split.train)} if method.startswith("all labels") else {}),
         "test": {"student": {"accuracy": float(of_test.mean())}},
         "unlabeled": {"student": float(of_unlabeled.mean())},
         "seconds": {"total": time.perf_counter() - began},
@@ -273,7 +273,7 @@ def by_features(work: Any, method: str, asked: np.ndarray) -> np.ndarray:
     """The classes of some images by scikit-learn, [n]; by a head that learns all labels but those of a fold."""
     import torch
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold
+    from sklearn.model_selection import StratifiedGroupKFold
     from sklearn.preprocessing import normalize
     from sklearn.semi_supervised import LabelSpreading, SelfTrainingClassifier
 
@@ -286,7 +286,8 @@ def by_features(work: Any, method: str, asked: np.ndarray) -> np.ndarray:
     logistic = LogisticRegression(C=100.0, max_iter=1000)
     if method.startswith("all labels"):
         predicted = logistic.fit(x, truth[split.train]).predict(seen)
-        for others, fold in StratifiedKFold(5, shuffle=True, random_state=0).split(x, truth[split.train]):
+        folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)  # copies on one side
+        for others, fold in folds.split(x, truth[split.train], work.data.index.contents[split.train]):
             here = np.isin(asked, split.train[fold])
             predicted[here] = logistic.fit(x[others], truth[split.train[others]]).predict(seen[here])
         return predicted

@@ -252,15 +252,16 @@ def test_the_options_that_are_not_at_their_default_are_told_from_the_rest():
         ("--num_epochs 10 --warmup_epoch_num 10", "leaves the student nothing"),
         ("--pseudo_label soft --feedback dot", "no gradient"),
         ("--pseudo_label hard --feedback exact", "needs --pseudo_label soft"),
-        ("--targets mixture", "--targets mixture needs the features of a network that knows images"),
-        ("--alignment estimated", "--alignment estimated needs the features of a network that knows images"),
+        ("--targets mixture", "--targets mixture needs the features of a pretrained network"),
+        ("--alignment estimated", "--alignment estimated needs the features of a pretrained network"),
         ("--model_name wrn_11_2", "wrn_D_K needs"),
         ("--model_name wrn_16_2 --weights default", "no pretrained weights"),
-        ("--model_name a+wrn_11_2", "--model_name wrn_11_2: wrn_D_K needs"),
-        ("--model_name a+", "two different networks"),
-        ("--model_name a+a", "two different networks"),
+        ("--model_name a+wrn_16_2", "two pretrained networks"),
+        ("--model_name a+", "two pretrained networks"),
+        ("--model_name a+b+c", "two pretrained networks"),
+        ("--model_name a+b --weights none", "--weights none does not go with two networks"),
         ("--model_name a+b --img_size 64", "--img_size does not go with two networks"),
-        ("--model_name a+b --weights w.pth", "--weights with a file does not go with two networks"),
+        ("--model_name a+b --weights w.pth", "--weights w.pth does not go with two networks"),
         ("--model_name a+b --trainable all", "--trainable all does not go with two networks"),
         ("--unlabeled_dir u", "goes with a folder"),
         ("--data_dir d --unlabeled_dir d", "same folder"),
@@ -407,5 +408,5 @@ def test_networks_see_images_of_the_size_that_they_were_made_for():
     for name, size in (("resnet18", 224), ("efficientnet_lite2", 260), ("vgg16+efficientnet_lite1", 240)):
         assert args.configure(data_dir="d", model_name=name).img_size == size
     assert args.configure(data_dir="d", model_name="efficientnet_lite2", img_size=128).img_size == 128
-    both = args.configure(data_dir="d", model_name="efficientnet_lite0+wrn_10_1", weights="none")
-    assert (both.trainable, both.img_size) == ("head", 224)
+    both = args.configure(data_dir="d", model_name="vgg16+efficientnet_lite1", img_size=240)  # as in its config.json
+    assert (both.trainable, both.img_size) == ("head", 240)

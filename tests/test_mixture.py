@@ -1,5 +1,8 @@
 """What features say about classes: formulas against others' or worked by hand, and that few labels are enough."""
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,8 @@ from scipy.stats import multivariate_normal
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
+import data
+import images
 import mixture
 
 SHARES = torch.tensor([0.5, 0.3, 0.2])
@@ -308,10 +313,27 @@ def test_what_somebody_says_of_images_of_none_is_learned_from():
     assert right[1] > max(0.95, right[0])
 
 
+def test_copies_of_an_image_make_no_strangers_of_it():
+    features, truth = groups(300)
+    labels = some_labels(truth, (12, 10, 8))
+    copied = np.flatnonzero(labels < 0)[0]
+    rows = np.concatenate([np.arange(300), np.full(200, copied)])  # 200 times more
+    index = images.Index("", Path(), ("",) * 500, labels[rows], ("a", "b", "c"))
+    index = dataclasses.replace(index, digests=rows.astype("S16"))
+    split = data.Split.of(np.where(labels[rows] >= 0, "labeled", "unlabeled").tolist())
+    found = mixture.find_belonging(lambda places: features[rows[places]], data.Data(index, split, ()))
+    alone = find_belonging(features, labels)
+    assert found.share == pytest.approx(alone.share, abs=1e-4)
+    assert found(features[copied, None]) == pytest.approx(alone(features[copied, None]), abs=1e-3)
+    assert mixture.one_of_each(np.array([5, 7, 5, 7, 9]), np.array([0, 0, 1, 0, 0], bool)).tolist() == [1, 2, 4]
+
+
 def test_too_few_images_tell_nothing_of_what_is_none_of_the_classes():
     features, truth = groups(300)
     assert find_belonging(features, some_labels(truth, (1, 1, 1))) is None  # no label can be held out
     assert find_belonging(features, some_labels(truth, (3, 3, 3))) is None
+    labels = some_labels(truth, (20, 20, 20))
+    assert find_belonging(features, np.where(labels == 2, -1, labels)) is None  # a class has lost its labels
     assert find_belonging(features[::4], some_labels(truth[::4], (8, 8, 8))) is None
     found = find_belonging(features, some_labels(truth, (6, 5, 4)))
     assert found is not None

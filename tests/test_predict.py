@@ -283,12 +283,16 @@ def test_images_of_no_class_are_named_in_the_run_in_a_test_and_in_another_folder
     assert np.median(of_strangers) < 0.7  # no class is made probable
     exported = cli.inside("--name", "b", "--test_mode", "--load_path", "a", "--export", "onnx").stdout
     assert float(re.search(r"probabilities within (\S+)", exported)[1]) < 1e-4
+    assert "of the unlabelled images seem" not in exported  # which was found out of the training's
     outputs = onnxruntime.InferenceSession(cli.cwd / "results/b/model.onnx").get_outputs()
     assert [each.name for each in outputs] == ["probabilities", "belongs"]
     again = utils.read_csv(cli.cwd / "results/b/predictions.csv")
     assert {row["path"]: row["belongs"] for row in again} == {row["path"]: row["belongs"] for row in rows}
-    cli.inside("--name", "c", "--test_mode", "--load_path", "a", "--predict_dir", strangers)
-    assert right(utils.read_csv(cli.cwd / "results/c/predictions.csv")) > 0.9
+    elsewhere = cli.inside("--name", "c", "--test_mode", "--load_path", "a", "--predict_dir", strangers)
+    rows_there = utils.read_csv(cli.cwd / "results/c/predictions.csv")
+    assert right(rows_there) > 0.9
+    n = sum(float(row["belongs"]) < 0.5 for row in rows_there)
+    assert f"{n} of them seem to belong to none of the classes" in elsewhere.stdout
     cli.inside("--name", "d", "--finetune_mode", "--load_path", "a", "--num_epochs", "2")
     assert {row["path"]: row["belongs"] for row in utils.read_csv(cli.cwd / "results/d/predictions.csv")}.items() >= {
         row["path"]: row["belongs"] for row in rows if row["split"] == "unlabeled"

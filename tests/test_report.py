@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import fnmatch
 import html.parser
 import importlib.util
 import json
@@ -14,6 +15,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+import checkpoints
 import report
 import utils
 
@@ -272,3 +274,8 @@ def test_without_test_images_the_table_has_dashes_and_no_interval():
     table = report.result_table(changed(test={}, counts={"test": 0}))
     assert "student            –         –         –       –       75.0%\n" in table
     assert "interval" not in table
+
+
+def test_every_picture_of_the_page_is_known_to_be_a_runs_own():
+    for pattern in report.PICTURES.values():
+        assert [name for name in checkpoints.IN_RESULTS if fnmatch.fnmatch(name, f"{pattern}.png")], pattern
