@@ -270,10 +270,9 @@ def shallow(method: str, given: list[str]) -> dict:
 
 
 def by_features(work: Any, method: str, asked: np.ndarray) -> np.ndarray:
-    """The classes of some images by scikit-learn, [n]; by a head that learns all labels but those of a fold."""
+    """The classes of some images by scikit-learn, [n], or by heads that learn all labels but those of a fold."""
     import torch
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedGroupKFold
     from sklearn.preprocessing import normalize
     from sklearn.semi_supervised import LabelSpreading, SelfTrainingClassifier
 
@@ -281,22 +280,46 @@ def by_features(work: Any, method: str, asked: np.ndarray) -> np.ndarray:
         return work.inputs.source("plain", rows, np.zeros(len(rows), dtype=np.int64)).float().flatten(1)
 
     split, truth = work.data.split, work.data.index.labels
-    x = normalize((work.features if work.architecture.frozen else plain)(split.train).numpy())
-    seen = normalize(plain(asked).numpy())
-    logistic = LogisticRegression(C=100.0, max_iter=1000)
+    features = (work.features if work.architecture.frozen else plain)(split.train)
     if method.startswith("all labels"):
-        predicted = logistic.fit(x, truth[split.train]).predict(seen)
-        folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)  # copies on one side
-        for others, fold in folds.split(x, truth[split.train], work.data.index.contents[split.train]):
-            here = np.isin(asked, split.train[fold])
-            predicted[here] = logistic.fit(x[others], truth[split.train[others]]).predict(seen[here])
-        return predicted
+        return out_of_fold(features, plain(asked), truth, asked, split.train, work.data.index.contents[split.train])
+    x, seen = normalize(features.numpy()), normalize(plain(asked).numpy())
+    logistic = LogisticRegression(C=100.0, max_iter=1000)
     labels = np.where(np.isin(split.train, split.labeled), truth[split.train], -1)
     if method == "label spreading":
         return LabelSpreading("knn", n_neighbors=10).fit(x, labels).predict(seen)
     if method == "self-training":
         return SelfTrainingClassifier(logistic, threshold=SURE, max_iter=50).fit(x, labels).predict(seen)
     return logistic.fit(x[labels >= 0], labels[labels >= 0]).predict(seen)
+
+
+def out_of_fold(
+    features: Any, seen: Any, truth: np.ndarray, asked: np.ndarray, rows: np.ndarray, contents: np.ndarray
+) -> np.ndarray:
+    """The classes of some images by heads that learn all labels but those of a fold, [n]; copies are on one side.
+
+    Args:
+        features: [N, D] of the training images ``rows``; ``seen``: [n, D] of those ``asked`` for.
+    """
+    import torch
+    import torch.nn.functional as F
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    import mixture
+
+    normalise = mixture.normaliser(features)
+    z, z_seen = normalise(features), normalise(seen)
+    labels = torch.from_numpy(truth[rows])
+
+    def classes_of(some: np.ndarray, here: np.ndarray) -> np.ndarray:
+        head = mixture.fit_head(z[some], F.one_hot(labels[some]).float())
+        return head(z_seen[here]).argmax(1).numpy()
+
+    predicted = classes_of(np.arange(len(rows)), np.arange(len(asked)))
+    for others, fold in StratifiedGroupKFold(5, shuffle=True, random_state=0).split(z, labels, contents):
+        here = np.flatnonzero(np.isin(asked, rows[fold]))
+        predicted[here] = classes_of(others, here)
+    return predicted
 
 
 def by_threshold(work: Any, asked: np.ndarray, *, flexible: bool) -> np.ndarray:
