@@ -101,6 +101,8 @@ def cross_validate(
     some = np.sort(split.train[order])  # the labelled ones first of all
     x = features(some)
     z = mixture.normaliser(x)(x)
+    belonging = belonging_among(x, known[some], contents[some], n_classes)
+    strangers = belonging is not None and belonging.noticed  # else they change nothing
     rows, probabilities = [], []
     for fold in folds:
         held_out = np.isin(some, fold.val)
@@ -116,7 +118,9 @@ def cross_validate(
                 n_classes,
                 targets=targets,
                 alignment=alignment,
-                belonging=belonging_among(x[trained], labeled, contents[some[trained]], n_classes),
+                belonging=belonging_among(x[trained], labeled, contents[some[trained]], n_classes)
+                if strangers
+                else None,
             )
             target = torch.as_tensor(guide.targets)
         else:
@@ -127,9 +131,8 @@ def cross_validate(
         probabilities.append(head(z[held_out]).softmax(-1).detach().numpy())
     order = np.argsort(np.concatenate(rows))
     held_out = np.concatenate(rows)[order]
-    belonging = belonging_among(x, known[some], contents[some], n_classes)
     counted = z
-    if belonging is not None and belonging.noticed:  # what is of no class is not what a label stands for
+    if belonging is not None and strangers:  # what is of no class is not what a label stands for
         counted = z[(belonging(x) >= mixture.BELONGS) | torch.from_numpy(known[some] >= 0)]
     weights = np.bincount(mixture.nearest_place(counted, z[np.isin(some, held_out)]), minlength=len(held_out))
     return HeldOut(held_out, np.concatenate(probabilities)[order], weights, len(folds))

@@ -163,3 +163,15 @@ def test_with_one_label_of_each_class_it_is_said_that_nothing_can_be_known(cli, 
     out = cli.inside("--name", "e", "--data_dir", root, *FROZEN).stdout
     assert "no class has two labels" in out
     assert "No image was there to test on" in (cli.cwd / "results/e/report.html").read_text()
+
+
+def test_images_of_no_class_are_left_out_of_what_is_validated():
+    x, labels = clusters(400, 40, 3, apart=1.5)
+    strangers = torch.from_numpy(np.random.default_rng(5).gamma(2.0, 0.5, (200, 40)).astype(np.float32)) * torch.arange(
+        40
+    ).remainder(3)
+    x, labels = torch.cat([x, strangers]), np.concatenate([labels, np.zeros(200, dtype=np.int64)])
+    split = split_of(np.arange(90), np.arange(90, 600))
+    held_out = cross_validated(x, labels, split)
+    assert held_out.weights.sum() == pytest.approx(400, abs=30)  # a label stands for no image of another kind
+    assert (held_out.probabilities.argmax(1) == labels[:90]).mean() > 0.9
