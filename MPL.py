@@ -633,13 +633,13 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
         inputs = inputs_for(config, images.Images(index, preparation), architecture, device, precision)
         for line in (f"{index.name}: {len(labeled)} labelled and {len(unlabeled)} unlabelled images", *index.notes):
             print(line)
-        p = strange = None
+        p = belongs = None
         if saved:
             learners = loaded_learners(config, saved.best.learners, architecture, inputs)
             predicted = predict.predict(learners, inputs, there, unlabeled, saved.belonging)
             unlabeled, p = predicted.rows, train.final(predicted.probabilities).numpy()
             if predicted.belongs is not None and saved.belonging and saved.belonging.noticed:
-                strange = predicted.belongs.numpy() < mixture.BELONGS
+                belongs = predicted.belongs.numpy()
 
         def features_of(places: np.ndarray) -> torch.Tensor:
             if architecture.frozen:
@@ -648,13 +648,20 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
             return torch.nn.functional.adaptive_avg_pool2d(pixels.float().mean(1, keepdim=True), 8).flatten(1)
 
         margins = None if p is None else selection.margins(p)
+        strange = None if belongs is None else belongs < mixture.BELONGS
         chosen = selection.choose(
             features_of, labeled, unlabeled, index.contents, n, margins=margins, strange=strange, seed=config.seed
         )
         if not len(chosen.rows):
             raise DataError(f"--select {n}: all that has no label are copies of images that have one, or unreadable")
-        said = None if p is None else p[np.searchsorted(unlabeled, chosen.rows)]
-        asked = report.to_label([index.paths[i] for i in chosen.rows], chosen.stands_for, there.classes, said)
+        places = np.searchsorted(unlabeled, chosen.rows)
+        asked = report.to_label(
+            [index.paths[i] for i in chosen.rows],
+            chosen.stands_for,
+            there.classes,
+            None if p is None else p[places],
+            None if belongs is None else belongs[places],
+        )
         side = report.side_for(len(asked))
         pictures = [images.picture(index, i, side, preparation.value_range) for i in chosen.rows]
         begin()

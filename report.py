@@ -19,7 +19,9 @@ import numpy as np
 from PIL import Image
 
 import metrics
+import mixture
 import utils
+from data import NO_CLASS
 
 PICTURES = {  # the page's galleries and the files in them
     "training": "graphs",
@@ -94,22 +96,32 @@ class ToLabel:
 
 
 def to_label(
-    paths: Sequence[str], stands_for: np.ndarray, classes: Sequence[str], probabilities: np.ndarray | None
+    paths: Sequence[str],
+    stands_for: np.ndarray,
+    classes: Sequence[str],
+    probabilities: np.ndarray | None,
+    belongs: np.ndarray | None = None,
 ) -> list[ToLabel]:
     """The images to be labelled.
 
     Args:
         stands_for: [n] int64.
         probabilities: [n, C] what a network says of them, if there is one.
+        belongs: [n] how probable it is that they belong to a class; None: nothing tells. Of those that seem not to, the
+            guess is that.
     """
     asked = [ToLabel(path, int(count)) for path, count in zip(paths, stands_for, strict=True)]
     if probabilities is None:
         return asked
     best = np.argsort(-probabilities, 1, kind="stable")[:, :2]
     said = np.take_along_axis(probabilities, best, 1)
-    return [
+    asked = [
         dataclasses.replace(each, guess=classes[place], probability=float(p[0]), margin=float(p[0] - p[-1]))
         for each, (place, *_), p in zip(asked, best.tolist(), said, strict=True)
+    ]
+    return [
+        each if b >= mixture.BELONGS else dataclasses.replace(each, guess=NO_CLASS, probability=1 - float(b))
+        for each, b in zip(asked, np.ones(len(asked)) if belongs is None else belongs, strict=True)
     ]
 
 

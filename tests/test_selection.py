@@ -263,3 +263,10 @@ def test_what_cannot_be_selected_is_refused(cli, tmp_path):
     (tmp_path / "none").mkdir()
     assert "no images in it" in cli.one_line_error(3, "--select", "3", "--data_dir", tmp_path / "none")
     assert args.configure(select=3).mode == "select"
+
+
+def test_where_an_image_seems_to_be_of_no_class_that_is_the_guess():
+    p = np.array([[0.7, 0.3], [0.2, 0.8]])
+    asked = report.to_label(["a", "b"], np.array([3, 2]), ["x", "y"], p, np.array([0.9, 0.1]))
+    assert [(each.guess, round(each.probability, 6)) for each in asked] == [("x", 0.7), ("-", 0.9)]
+    assert [each.guess for each in report.to_label(["a", "b"], np.array([3, 2]), ["x", "y"], p)] == ["x", "y"]
