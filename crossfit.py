@@ -207,7 +207,7 @@ class Trust(NamedTuple):
         said = f"log loss of held out labels: {mixture_loss:.2f} by the mixture, {labels_loss:.2f} by the labels alone"
         if self.share == 1:
             return f"{said}; the mixture's targets stay as they are"
-        return f"{said}, {loss:.2f} by both: {self.share:.0%} of each target are the mixture's, the rest is theirs"
+        return f"{said}, {loss:.2f} by both: {self.share:.0%} of each target comes from the mixture, the rest from them"
 
 
 def find_trust(labels: Labels) -> Trust | None:
