@@ -276,6 +276,8 @@ class Work(NamedTuple):
     inputs: features.Inputs
     notes: list[str]
     frozen: features.Inputs | None  # features of the backbone as it was pretrained, if anything is to learn from them
+    labels: crossfit.Labels | None  # with those features, to be held out
+    trust: float = 1.0  # the mixture's share in its targets
     guide: mixture.Guide = mixture.Guide()  # what the features of all images say to its training
     held_out: crossfit.HeldOut | None = None  # where no image was set aside to test on ...
     by_half: crossfit.HeldOut | None = None  # ... and the same, predicted from half of the labels
@@ -339,7 +341,18 @@ def make_ready(start: Start, found: data.Data, device: torch.device, precision: 
         notes.append(frozen.note)
     if architecture.frozen and not config.views and config.mode != "test":
         notes.append("each step has new views, which go through the backbone")
-    return Work(start, found, architecture, inputs, notes, frozen)
+    labels = None
+    if frozen is not None and len(found.split.labeled):
+        labels = crossfit.Labels(
+            functools.partial(frozen.average, n_views=n_averaged(config)),
+            found.split,
+            found.labels,
+            found.index.contents,
+            len(found.classes),
+            alignment=config.alignment,
+            seed=config.seed,
+        )
+    return Work(start, found, architecture, inputs, notes, frozen, labels)
 
 
 def inputs_for(
@@ -378,7 +391,7 @@ def loaded_learners(
 
 def assist(work: Work, signals: Signals) -> None:
     """What every process but the first does: its share of the training and of the predictions."""
-    work = guided(cross_validated(work))
+    work = guided(cross_validated(weighed(work)))
     trained = {} if work.start.config.mode == "test" else train_networks(work, signals)
     work, learners = ready_to_test(work, trained)
     score(work, learners)
@@ -428,7 +441,7 @@ def carry_out(work: Work, begin: Callable[[], None], signals: Signals) -> None:
         print(models.describe_network(work.architecture, config.seed))
     trained: dict[str, models.Learner] = {}
     defaults = None
-    work = cross_validated(work)
+    work = cross_validated(weighed(work))
     if config.mode == "optuna":
         import optuna_search
 
@@ -448,22 +461,35 @@ def carry_out(work: Work, begin: Callable[[], None], signals: Signals) -> None:
     conclude(work, trained, defaults, time.perf_counter() - work.start.began)
 
 
+def weighed(work: Work) -> Work:
+    """The run with how far the mixture's targets are to be trusted, by what the labels tell. The trials of a study have
+    them as they are."""
+    config = work.start.config
+    tested_by_folds = config.mode == "test" and not len(work.data.split.test)
+    if config.targets != "mixture" or work.labels is None or not learned_from_targets(work):
+        return work
+    if config.mode not in ("train", "switch") and not tested_by_folds:
+        return work
+    found = crossfit.find_trust(work.labels)
+    if found is None:
+        said = "no class has two labels, so nothing tells how far the mixture's targets are to be trusted"
+    else:
+        said = found.describe()
+    print(said)
+    return work._replace(trust=1.0 if found is None else found.share, notes=[*work.notes, said])
+
+
 def cross_validated(work: Work) -> Work:
     """The run, where no image is set aside to test on, with what heads on kept features predict of labelled images
     whose labels they have not seen."""
     config, found = work.start.config, work.data
-    if len(found.split.test) or not len(found.split.labeled) or not work.architecture.frozen:
+    if len(found.split.test) or work.labels is None or not work.architecture.frozen:
         return work
     validate = functools.partial(
         crossfit.cross_validate,
-        work.features,
-        found.split,
-        found.labels,
-        found.index.contents,
-        len(found.classes),
+        work.labels,
         targets=config.targets if learned_from_targets(work) else "labels",
-        alignment=config.alignment,
-        seed=config.seed,
+        trust=work.trust,
     )
     held_out = validate()
     if held_out is None:
@@ -501,6 +527,7 @@ def guided(work: Work) -> Work:
         targets=config.targets,
         alignment=config.alignment,
         belonging=belonging,
+        trust=work.trust,
     )
     if config.alignment == "estimated" and guide.prior is not None:
         given = mixture.label_shares(found.known, len(found.classes))

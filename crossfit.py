@@ -7,17 +7,21 @@ because a network was unsure are harder. So each counts for the images that it i
 """
 
 import dataclasses
+import functools
 import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import distributed
 import mixture
 from data import Split
 
 FOLDS = 5
+LEAST = 1e-3  # probability, so that a few sure mistakes do not outweigh everything
 
 
 class HeldOut(NamedTuple):
@@ -70,72 +74,173 @@ def fold_splits(split: Split, labels: np.ndarray, contents: np.ndarray, n: int, 
     return folds
 
 
-def cross_validate(
-    features: mixture.Features,
-    split: Split,
-    labels: np.ndarray,
-    contents: np.ndarray,
-    n_classes: int,
-    *,
-    targets: str,
-    alignment: str,
-    seed: int,
-    n_folds: int = FOLDS,
-) -> HeldOut | None:
+class _Fold(NamedTuple):
+    """Labelled images whose label is held out, and all that a head may learn from without it."""
+
+    rows: np.ndarray  # [h] int64, places in the index
+    z_held_out: torch.Tensor  # [h, D]
+    z: torch.Tensor  # [n, D], also of unlabelled images and, as such, of those held out
+    known: np.ndarray  # [n] int64, negative where unknown
+    targets: torch.Tensor | None  # [n, C], those of the mixture if they were asked for
+    held_out: np.ndarray  # [n] bool
+
+    def labels_only(self, n_classes: int) -> torch.nn.Linear:
+        """A head that learns the labels alone."""
+        labeled = self.known >= 0
+        return mixture.fit_head(self.z[labeled], F.one_hot(torch.from_numpy(self.known[labeled]), n_classes).float())
+
+
+class Labels:
+    """The labelled images of a split, to be held out in turn from what learns the others and all unlabelled ones."""
+
+    def __init__(
+        self,
+        features: mixture.Features,
+        split: Split,
+        labels: np.ndarray,
+        contents: np.ndarray,
+        n_classes: int,
+        *,
+        alignment: str,
+        seed: int,
+    ) -> None:
+        """
+        Args:
+            features: of images by their places in the index.
+            labels, contents: [N] int64.
+            alignment: the option ``--alignment``.
+        """
+        self.split, self.labels, self.contents, self.n_classes = split, labels, contents, n_classes
+        self.alignment, self.seed = alignment, seed
+        self.usable = len(np.unique(labels[split.labeled])) == n_classes  # else images are gone since the training
+        known = np.full(len(labels), -1)
+        known[split.labeled] = labels[split.labeled]
+        order = np.arange(0)
+        if self.usable:
+            order = mixture.in_order_of_use(known[split.train], n_classes, seed)[: mixture.MOST_IMAGES]
+        self.some = np.sort(split.train[order])  # the labelled ones first of all
+        self.known = known[self.some]
+        self.features = features
+
+    @functools.cached_property
+    def x(self) -> torch.Tensor:
+        return self.features(self.some)
+
+    @functools.cached_property
+    def z(self) -> torch.Tensor:
+        return mixture.normaliser(self.x)(self.x)
+
+    @functools.cached_property
+    def belonging(self) -> mixture.Belonging | None:
+        """What tells images of no class, if these are many: else it changes nothing."""
+        found = belonging_among(self.x, self.known, self.contents[self.some], self.n_classes)
+        return found if found is not None and found.noticed else None
+
+    def folds(self, n: int, *, targets: bool, trust: float = 1.0, seed: int | None = None) -> Iterator[_Fold]:
+        """``n`` folds, or fewer where no class has so many labels; none where no class has two.
+
+        Args:
+            targets: whether those of the mixture are wanted, of which ``trust`` is the option of :func:`mixture.guide`.
+        """
+        split = dataclasses.replace(self.split, val=self.split.val[:0])  # of which nothing is to be known
+        dealt = fold_splits(split, self.labels, self.contents, n, self.seed if seed is None else seed)
+        for fold in dealt if self.usable else ():
+            held_out = np.isin(self.some, fold.val)
+            left_out = held_out | np.isin(self.some, fold.unused)
+            known = np.where(left_out, -1, self.known)
+            here = np.flatnonzero(~left_out | held_out)  # without its label an image is one of the unlabelled ones
+            x, known = self.x[here], known[here]
+            guide = mixture.Guide()
+            if targets:
+                guide = mixture.guide(
+                    x.__getitem__,
+                    known,
+                    np.arange(len(here)),
+                    self.n_classes,
+                    targets="mixture",
+                    alignment=self.alignment,
+                    belonging=self.belonging
+                    and belonging_among(x, known, self.contents[self.some[here]], self.n_classes),
+                    trust=trust,
+                )
+            found = None if guide.targets is None else torch.as_tensor(guide.targets)
+            yield _Fold(self.some[held_out], self.z[held_out], self.z[here], known, found, held_out[here])
+
+    def weights(self, rows: np.ndarray) -> np.ndarray:
+        """To how many images each of some labelled ones is the nearest, [n] int64, but for those of no class."""
+        counted = self.z
+        if self.belonging is not None:
+            counted = counted[(self.belonging(self.x) >= mixture.BELONGS) | torch.from_numpy(self.known >= 0)]
+        return np.bincount(mixture.nearest_place(counted, self.z[np.isin(self.some, rows)]), minlength=len(rows))
+
+
+def cross_validate(labels: Labels, *, targets: str, n_folds: int = FOLDS, trust: float = 1.0) -> HeldOut | None:
     """Predict each labelled image from the others; None where no class has two.
 
     Args:
-        features: of images by their places in the index.
-        labels, contents: [N] int64.
         targets: ``labels`` for heads that learn from the labelled images alone; else the option ``--targets``, of which
             the teacher's own are taken for the labels alone too.
-        alignment: the option ``--alignment``.
         n_folds: how many heads there are; each lacks one part in so many of the labels.
+        trust: as for :func:`mixture.guide`.
     """
-    folds = fold_splits(split, labels, contents, n_folds, seed)
-    if not folds or len(np.unique(labels[split.labeled])) < n_classes:  # images of a class are gone since the training
-        return None
-    known = np.full(len(labels), -1)
-    known[split.labeled] = labels[split.labeled]
-    order = mixture.in_order_of_use(known[split.train], n_classes, seed)[: mixture.MOST_IMAGES]
-    some = np.sort(split.train[order])  # the labelled ones first of all
-    x = features(some)
-    z = mixture.normaliser(x)(x)
-    belonging = belonging_among(x, known[some], contents[some], n_classes)
-    strangers = belonging is not None and belonging.noticed  # else they change nothing
     rows, probabilities = [], []
-    for fold in folds:
-        held_out = np.isin(some, fold.val)
-        left_out = held_out | np.isin(some, fold.unused)
-        known_here = np.where(left_out, -1, known[some])
-        trained = np.flatnonzero(~left_out | held_out)  # without its label an image is one of the unlabelled ones
-        if targets == "mixture":
-            here, labeled = x[trained].__getitem__, known_here[trained]
-            guide = mixture.guide(
-                here,
-                labeled,
-                np.arange(len(trained)),
-                n_classes,
-                targets=targets,
-                alignment=alignment,
-                belonging=belonging_among(x[trained], labeled, contents[some[trained]], n_classes)
-                if strangers
-                else None,
-            )
-            target = torch.as_tensor(guide.targets)
-        else:
-            trained = np.flatnonzero(known_here >= 0)
-            target = F.one_hot(torch.from_numpy(known_here[trained]), n_classes).float()
-        head = mixture.fit_head(z[trained], target)
-        rows.append(some[held_out])
-        probabilities.append(head(z[held_out]).softmax(-1).detach().numpy())
+    for fold in labels.folds(n_folds, targets=targets == "mixture", trust=trust):
+        head = fold.labels_only(labels.n_classes) if fold.targets is None else mixture.fit_head(fold.z, fold.targets)
+        rows.append(fold.rows)
+        probabilities.append(head(fold.z_held_out).softmax(-1).detach().numpy())
+    if not rows:
+        return None
     order = np.argsort(np.concatenate(rows))
     held_out = np.concatenate(rows)[order]
-    counted = z
-    if belonging is not None and strangers:  # what is of no class is not what a label stands for
-        counted = z[(belonging(x) >= mixture.BELONGS) | torch.from_numpy(known[some] >= 0)]
-    weights = np.bincount(mixture.nearest_place(counted, z[np.isin(some, held_out)]), minlength=len(held_out))
-    return HeldOut(held_out, np.concatenate(probabilities)[order], weights, len(folds))
+    return HeldOut(held_out, np.concatenate(probabilities)[order], labels.weights(held_out), len(rows))
+
+
+class Trust(NamedTuple):
+    """How far the mixture's targets are to be trusted."""
+
+    share: float  # of a target; the rest is what a classifier of the labels alone says
+    losses: tuple[float, float, float]  # mean log loss of held out labels: of the mixture, of that classifier, of both
+
+    def describe(self) -> str:
+        """In words, what was found and what follows from it."""
+        mixture_loss, labels_loss, loss = self.losses
+        said = f"log loss of held out labels: {mixture_loss:.2f} by the mixture, {labels_loss:.2f} by the labels alone"
+        if self.share == 1:
+            return f"{said}; the mixture's targets stay as they are"
+        return f"{said}, {loss:.2f} by both: {self.share:.0%} of each target comes from the mixture, the rest from them"
+
+
+def find_trust(labels: Labels) -> Trust | None:
+    """The share of the mixture in its targets under which held-out labels are the likeliest; all of it, unless less is
+    better by two standard errors. None where no class has two labels.
+
+    The folds are others than those that say how good the predictions are.
+    """
+    of_mixture, of_labels, rows = [], [], []
+    for fold in labels.folds(FOLDS, targets=True, seed=labels.seed + 1):
+        truth = torch.from_numpy(labels.labels[fold.rows])[:, None]
+        assert fold.targets is not None
+        alone = fold.labels_only(labels.n_classes)(fold.z_held_out).softmax(-1).detach()
+        of_mixture.append(fold.targets[torch.from_numpy(fold.held_out)].gather(1, truth)[:, 0])
+        of_labels.append(alone.gather(1, truth)[:, 0])
+        rows.append(fold.rows)
+    if not rows:
+        return None
+    held_out = np.concatenate(rows)
+    order = np.argsort(held_out)
+    p, q = (torch.cat(each)[order].clamp_min(LEAST) for each in (of_mixture, of_labels))
+    weights = torch.from_numpy(labels.weights(held_out[order])).float()
+    weights = weights / weights.sum()
+    shares = torch.linspace(0, 1, 21)[:, None]
+    log_p = (shares * p + (1 - shares) * q).log()  # [21, n]
+    best = int((log_p @ weights).argmax())
+    gains = log_p[best] - log_p[-1]
+    gain = gains @ weights
+    error = (weights.square() @ (gains - gain).square()).sqrt()
+    share = float(shares[best]) if gain > 2 * error else 1.0
+    losses = (-p.log() @ weights, -q.log() @ weights, -log_p[best] @ weights)
+    said = distributed.as_the_first(torch.tensor([share, *losses]))
+    return Trust(float(said[0]), (float(said[1]), float(said[2]), float(said[3])))
 
 
 def belonging_among(

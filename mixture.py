@@ -555,6 +555,7 @@ def guide(
     targets: str,
     alignment: str,
     belonging: Belonging | None = None,
+    trust: float = 1.0,
 ) -> Guide:
     """The guide that ``--targets`` and ``--alignment`` ask for.
 
@@ -565,6 +566,7 @@ def guide(
         features: of images by their places in the index.
         known: [N] int64, the labels that may be learned from, negative for all other images.
         rows: [n] int64, the training images.
+        trust: the mixture's share in a target of its own; the rest is what a classifier of the labels alone says.
     """
     shares = label_shares(known, n_classes)
     if targets != "mixture" and alignment != "estimated":
@@ -589,8 +591,24 @@ def guide(
         p[rows] = shares
         certain = belongs[of_class, None]
         found = posterior(features_at, known[kept], n_classes, shares).numpy()
+        if trust < 1:
+            unknown = known[kept] < 0
+            alone = labels_only(features_at, known[kept], n_classes)
+            found[unknown] = trust * found[unknown] + (1 - trust) * alone[unknown]
         p[kept] = certain * found + (1 - certain) * shares.numpy()
     return Guide(p, None if alignment == "none" else shares, belonging)
+
+
+def labels_only(features: Features, known: np.ndarray, n_classes: int) -> np.ndarray:
+    """What a linear head that learns the labels alone says of all images, [n, C] float32."""
+    order = in_order_of_use(known, n_classes, 0)
+    some = np.sort(order[:MOST_IMAGES])
+    x = features(some)
+    normalise, labels = normaliser(x), torch.from_numpy(known[some])
+    labeled = labels >= 0
+    head = fit_head(normalise(x)[labeled], F.one_hot(labels[labeled], n_classes).float())
+    parts = np.split(np.arange(len(known)), range(MOST_IMAGES, len(known), MOST_IMAGES))
+    return np.concatenate([head(normalise(features(part))).softmax(-1).detach().numpy() for part in parts])
 
 
 def label_shares(known: np.ndarray, n_classes: int) -> torch.Tensor:

@@ -31,8 +31,14 @@ def clusters(n: int, d: int, classes: int, apart: float, seed: int = 0) -> tuple
 
 def cross_validated(x, labels, split, contents=None, **options) -> crossfit.HeldOut | None:
     contents = np.arange(len(labels)) if contents is None else contents
-    asked = {"targets": "mixture", "alignment": "labels", "seed": 0} | options
-    return crossfit.cross_validate(lambda rows: x[rows], split, labels, contents, int(labels.max()) + 1, **asked)
+    asked = {"targets": "mixture"} | options
+    return crossfit.cross_validate(labels_of(x, labels, split, contents), **asked)
+
+
+def labels_of(x, labels, split, contents=None) -> crossfit.Labels:
+    contents = np.arange(len(labels)) if contents is None else contents
+    n_classes = int(labels.max()) + 1
+    return crossfit.Labels(lambda rows: x[rows], split, labels, contents, n_classes, alignment="labels", seed=0)
 
 
 def test_folds_validate_every_image_once_and_keep_copies_together():
@@ -175,3 +181,31 @@ def test_images_of_no_class_are_left_out_of_what_is_validated():
     held_out = cross_validated(x, labels, split)
     assert held_out.weights.sum() == pytest.approx(400, abs=30)  # a label stands for no image of another kind
     assert (held_out.probabilities.argmax(1) == labels[:90]).mean() > 0.9
+
+
+def test_the_mixture_is_trusted_as_far_as_labels_that_were_held_out_bear_it_out():
+    x, clear = clusters(600, 60, 3, apart=1.5)
+    split = split_of(np.arange(90), np.arange(90, 600))
+    kept = crossfit.find_trust(labels_of(x, clear, split))
+    assert kept.share == 1
+    assert kept.losses[0] < kept.losses[1]
+
+    z = mixture.normaliser(x)(x)  # labels that a line tells, across the clusters
+    across = (z @ torch.linalg.qr(torch.randn(60, 1, generator=torch.Generator().manual_seed(0)))[0])[:, 0]
+    labels = (across > across.median()).long().numpy()
+    found = crossfit.find_trust(labels_of(x, labels, split_of(np.arange(300), np.arange(300, 600))))
+    assert found.share < 0.6
+    assert found.losses[2] < found.losses[0] - 0.1
+    assert found.losses[2] <= found.losses[1]
+
+    known = np.where(np.arange(600) < 300, labels, -1)
+    right = []
+    for trust in (1.0, found.share):
+        guide = mixture.guide(
+            lambda rows: x[rows], known, np.arange(600), 2, targets="mixture", alignment="labels", trust=trust
+        )
+        right.append((guide.targets[300:].argmax(1) == labels[300:]).mean())
+        assert guide.targets.sum(1) == pytest.approx(np.ones(600), abs=1e-5)
+    assert right[1] > right[0] + 0.02
+    one = np.array([0, 1, -1, -1])
+    assert crossfit.find_trust(labels_of(x[:4], np.maximum(one, 0), split_of([0, 1], [2, 3]))) is None
