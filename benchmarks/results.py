@@ -127,7 +127,10 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "unlabeled": lambda: budgets_table(
         "flowers5_unlabeled",
-        {**{method: FOUR[method] for method in ("labels only", "mpl", "best")}, "all labels, out of fold": "all labels"},
+        {
+            **{method: FOUR[method] for method in ("labels only", "mpl", "best")},
+            "all labels, out of fold": "all labels",
+        },
     ),
     "digits": lambda: methods_table("digits_new_splits", "3", ("labels only", "best", "all labels")),
     "feedback": lambda: parts_table(

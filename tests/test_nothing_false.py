@@ -284,7 +284,7 @@ def card(tmp_path: Path, *trainings: checkpoints.Training, n_val: int = 60, netw
         "commands": {"label a folder of images": "python MPL.py"},
     }
     preparation = dataclasses.asdict(images.Preparation(16, 18))
-    path = export.write_card("torch", figures, preparation, tmp_path, weights="default", frozen=True)
+    path = export.write_card("torch", figures, preparation, tmp_path, weights="default", frozen=True, belongs=False)
     return path.read_text(encoding="utf-8")
 
 
