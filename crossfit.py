@@ -217,7 +217,7 @@ def find_trust(labels: Labels) -> Trust | None:
     The folds are others than those that say how good the predictions are.
     """
     of_mixture, of_labels, rows = [], [], []
-    for fold in labels.folds(FOLDS, targets=True, seed=labels.seed + 1):
+    for fold in labels.folds(FOLDS, targets=True, seed=(labels.seed + 1) % 2**32):
         truth = torch.from_numpy(labels.labels[fold.rows])[:, None]
         assert fold.targets is not None
         alone = fold.labels_only(labels.n_classes)(fold.z_held_out).softmax(-1).detach()
