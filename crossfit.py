@@ -45,8 +45,6 @@ def fold_splits(split: Split, labels: np.ndarray, contents: np.ndarray, n: int, 
     image that is validated on are not used. The only image of a class is never validated on, as nothing would tell what
     it is. There are fewer folds where no class has ``n`` images, and none where none has two.
     """
-    from sklearn.model_selection import StratifiedKFold  # late: it takes seconds to import
-
     pool = np.union1d(split.labeled, split.val)
     _, first = np.unique(contents[pool], return_index=True)
     images = pool[np.sort(first)]  # one of each content
@@ -55,6 +53,8 @@ def fold_splits(split: Split, labels: np.ndarray, contents: np.ndarray, n: int, 
     n = min(n, count.max(initial=0))
     if n < 2:
         return []
+    from sklearn.model_selection import StratifiedKFold  # late: it takes seconds to import
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of classes with fewer images than folds
         dealt = list(StratifiedKFold(n, shuffle=True, random_state=seed).split(images, labels[images]))
