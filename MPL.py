@@ -462,13 +462,12 @@ def carry_out(work: Work, begin: Callable[[], None], signals: Signals) -> None:
 
 
 def weighed(work: Work) -> Work:
-    """The run with how far the mixture's targets are to be trusted, by what the labels tell. The trials of a study have
-    them as they are."""
-    config = work.start.config
-    tested_by_folds = config.mode == "test" and not len(work.data.split.test)
-    if config.targets != "mixture" or work.labels is None or not learned_from_targets(work):
-        return work
-    if config.mode not in ("train", "switch") and not tested_by_folds:
+    """The run with how far the mixture's targets are to be trusted, by what the labels tell; where it makes none, as in
+    the training that it starts from. A study, trials and all, has them as they are."""
+    config, saved = work.start.config, work.start.saved
+    if config.mode in ("finetune", "test"):
+        return work._replace(trust=saved.trust if saved else 1.0)
+    if config.targets != "mixture" or config.mode == "optuna" or work.labels is None:
         return work
     found = crossfit.find_trust(work.labels)
     if found is None:
@@ -565,7 +564,9 @@ def train_networks(
     if folder is None:
         keeper = train.Keeper(*watched)
     else:
-        about = checkpoints.about_run(config, found, work.architecture, inputs.preparation, saved, work.guide.belonging)
+        about = checkpoints.about_run(
+            config, found, work.architecture, inputs.preparation, saved, work.guide.belonging, work.trust
+        )
         keeper = checkpoints.SavingKeeper(
             *watched,
             folder=folder,

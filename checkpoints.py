@@ -506,6 +506,7 @@ class Checkpoint:
     unlabeled_dir: str | None
     started_from: str | None  # the digest of the checkpoint that the run was given, if it was
     belonging: Belonging | None = dataclasses.field(default=None, kw_only=True)  # what tells images of no class
+    trust: float = dataclasses.field(default=1.0, kw_only=True)  # the mixture's share in the targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -536,6 +537,7 @@ def about_run(
     preparation: Preparation,
     saved: BestCheckpoint | None,
     belonging: Belonging | None,
+    trust: float,
 ) -> Checkpoint:
     """What every checkpoint says of a run that started from the checkpoint ``saved``, if from any."""
     return Checkpoint(
@@ -549,6 +551,7 @@ def about_run(
         unlabeled_dir=os.path.realpath(resolve_path(config.unlabeled_dir)) if config.unlabeled_dir else None,
         started_from=saved.digest if saved else None,
         belonging=belonging,
+        trust=trust,
     )
 
 
@@ -641,6 +644,7 @@ def _typed(state: dict[str, Any]) -> dict[str, Any]:
         "unlabeled_dir": state["unlabeled_dir"],
         "started_from": state["started_from"],
         "belonging": Belonging(**state["belonging"]) if state.get("belonging") else None,  # earlier versions had none
+        "trust": float(state.get("trust", 1.0)),
     }
 
 

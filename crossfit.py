@@ -142,7 +142,8 @@ class Labels:
         Args:
             targets: whether those of the mixture are wanted, of which ``trust`` is the option of :func:`mixture.guide`.
         """
-        split = dataclasses.replace(self.split, val=self.split.val[:0])  # of which nothing is to be known
+        # Of the validation images nothing is to be known, and of others that are not used none is needed.
+        split = dataclasses.replace(self.split, labeled=self.some[self.known >= 0], val=self.split.val[:0])
         dealt = fold_splits(split, self.labels, self.contents, n, self.seed if seed is None else seed)
         for fold in dealt if self.usable else ():
             held_out = np.isin(self.some, fold.val)

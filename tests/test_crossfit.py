@@ -8,6 +8,7 @@ import torch
 from conftest import TINY, make_folder
 from test_folders import pictures
 
+import checkpoints
 import crossfit
 import data
 import mixture
@@ -209,3 +210,39 @@ def test_the_mixture_is_trusted_as_far_as_labels_that_were_held_out_bear_it_out(
     assert right[1] > right[0] + 0.02
     one = np.array([0, 1, -1, -1])
     assert crossfit.find_trust(labels_of(x[:4], np.maximum(one, 0), split_of([0, 1], [2, 3]))) is None
+
+
+def test_a_test_takes_over_how_far_the_mixture_was_trusted(cli, tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "d", classes=2, images=6)
+    pictures(root / "unlabeled", 8)
+    run = ["--data_dir", root, *FROZEN]
+    with monkeypatch.context() as patch:
+        patch.setattr(crossfit, "find_trust", lambda labels: crossfit.Trust(0.25, (1.0, 0.6, 0.5)))
+        out = cli.inside("--name", "e", *run).stdout
+    assert "0.50 by both: 25% of each target comes from the mixture" in out
+    monkeypatch.setattr(crossfit, "find_trust", lambda labels: pytest.fail("it is known"))
+    cli.inside("--name", "t", "--test_mode", "--load_path", "e")
+    first, again = (
+        json.loads((cli.cwd / f"results/{name}/metrics.json").read_text())["cross_validation"] for name in ("e", "t")
+    )
+    assert again == first
+    assert checkpoints.load_best(cli.cwd / "checkpoints/d/e/best_student.pth").trust == 0.25
+
+
+def test_a_rare_class_of_which_few_labels_are_used_crashes_no_fold(monkeypatch):
+    monkeypatch.setattr(mixture, "MOST_IMAGES", 40)
+    x, labels = clusters(300, 30, 2, apart=1.5)
+    labels[:] = 0
+    labels[:3] = 1
+    x[:3] += 3
+    for seed in range(5):
+        known = crossfit.Labels(
+            lambda rows: x[rows],
+            split_of(np.arange(200), np.arange(200, 300)),
+            labels,
+            np.arange(300),
+            2,
+            alignment="labels",
+            seed=seed,
+        )
+        assert crossfit.find_trust(known) is not None
