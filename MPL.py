@@ -7,6 +7,7 @@ with a subfolder of images for each class. ``python MPL.py --help`` lists the op
 results; the algorithm, its losses, steps and feedback, is in ``train.py``.
 """
 
+import gc
 import os
 import sys
 
@@ -19,6 +20,7 @@ if __name__ == "__main__":
     # How long an OpenMP thread spins for the others. By default so long that two runs on the same cores are ten times
     # slower than one after the other; this costs a run that has them to itself nothing measurable.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    gc.disable()  # what is imported is a million objects, none of which is garbage: looking through them takes a second
 
 import contextlib
 import dataclasses
@@ -51,6 +53,10 @@ import train
 from args import Config
 from checkpoints import BestCheckpoint, LastCheckpoint, RunFolder
 from utils import Attempts, CheckpointError, DataError, Failure, Interrupted, Signals, UsageError
+
+if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
 
 
 def main(config: Config) -> int:
@@ -276,7 +282,8 @@ class Work(NamedTuple):
     inputs: features.Inputs
     notes: list[str]
     frozen: features.Inputs | None  # features of the backbone as it was pretrained, if anything is to learn from them
-    labels: crossfit.Labels | None  # with those features, to be held out
+    space: mixture.Space | None = None  # in which the mixture sees them
+    labels: crossfit.Labels | None = None  # to be held out
     trust: float = 1.0  # the mixture's share in its targets
     guide: mixture.Guide = mixture.Guide()  # what the features of all images say to its training
     held_out: crossfit.HeldOut | None = None  # where no image was set aside to test on ...
@@ -341,18 +348,10 @@ def make_ready(start: Start, found: data.Data, device: torch.device, precision: 
         notes.append(frozen.note)
     if architecture.frozen and not config.views and config.mode != "test":
         notes.append("each step has new views, which go through the backbone")
-    labels = None
-    if frozen is not None and len(found.split.labeled):
-        labels = crossfit.Labels(
-            functools.partial(frozen.average, n_views=n_averaged(config)),
-            found.split,
-            found.labels,
-            found.index.contents,
-            len(found.classes),
-            alignment=config.alignment,
-            seed=config.seed,
-        )
-    return Work(start, found, architecture, inputs, notes, frozen, labels)
+    space = None
+    if frozen is not None:
+        space = mixture.open_space(functools.partial(frozen.average, n_views=n_averaged(config)), found)
+    return Work(start, found, architecture, inputs, notes, frozen, space)
 
 
 def inputs_for(
@@ -391,7 +390,7 @@ def loaded_learners(
 
 def assist(work: Work, signals: Signals) -> None:
     """What every process but the first does: its share of the training and of the predictions."""
-    work = guided(cross_validated(weighed(work)))
+    work = guided(cross_validated(weighed(told_apart(work))))
     trained = {} if work.start.config.mode == "test" else train_networks(work, signals)
     work, learners = ready_to_test(work, trained)
     score(work, learners)
@@ -427,7 +426,7 @@ def lead(work: Work, signals: Signals) -> None:
         import optuna_search
 
         # the one who holds the folder reports
-        optuna_search.join(config, storage, work.data, work.features, functools.partial(train_trial, work, signals))
+        optuna_search.join(config, storage, work.data, work.space, functools.partial(train_trial, work, signals))
 
 
 def carry_out(work: Work, begin: Callable[[], None], signals: Signals) -> None:
@@ -441,12 +440,12 @@ def carry_out(work: Work, begin: Callable[[], None], signals: Signals) -> None:
         print(models.describe_network(work.architecture, config.seed))
     trained: dict[str, models.Learner] = {}
     defaults = None
-    work = cross_validated(weighed(work))
+    work = cross_validated(weighed(told_apart(work)))
     if config.mode == "optuna":
         import optuna_search
 
         train_one = functools.partial(train_trial, work, signals)
-        tuned = optuna_search.search(config, work.data, work.features, train_one, folder.results, begin, folder.writing)
+        tuned = optuna_search.search(config, work.data, work.space, train_one, folder.results, begin, folder.writing)
         print("training once with the options as given, and once with the best:")
         _, defaults = score(work, train_networks(guided(work), signals))
         last = folder.take_up(tuned, work.architecture.origin)
@@ -459,6 +458,34 @@ def carry_out(work: Work, begin: Callable[[], None], signals: Signals) -> None:
         work = guided(work)
         trained = train_networks(work, signals, folder, begin=begin)
     conclude(work, trained, defaults, time.perf_counter() - work.start.began)
+
+
+def told_apart(work: Work) -> Work:
+    """The run with what tells images of its classes from others, as the training knew it that it starts from, or as its
+    own images tell; and with its labels, to be held out."""
+    config, found, saved = work.start.config, work.data, work.start.saved
+    belonging = saved.belonging if saved else None
+    if config.mode not in ("finetune", "test"):
+        wanted = work.space is not None and (config.views or config.targets == "mixture")
+        belonging = mixture.find_belonging(work.space, found) if work.space is not None and wanted else None
+        if belonging is not None and belonging.noticed:
+            which = "; predictions.csv says which (column belongs)" if work.architecture.frozen else ""
+            print(
+                f"about {1 - belonging.share:.0%} of the unlabelled images seem to belong to none of the classes{which}"
+            )
+    labels = None
+    if work.space is not None and len(found.split.labeled):
+        labels = crossfit.Labels(
+            work.space,
+            found.split,
+            found.labels,
+            found.index.contents,
+            len(found.classes),
+            alignment=config.alignment,
+            seed=config.seed,
+            belonging=belonging,
+        )
+    return work._replace(guide=mixture.Guide(belonging=belonging), labels=labels)
 
 
 def weighed(work: Work) -> Work:
@@ -507,25 +534,18 @@ def learned_from_targets(work: Work) -> bool:
 
 
 def guided(work: Work) -> Work:
-    """The run with what the features of all images say to its training, unless it trains on labelled images alone:
-    then with what the checkpoint says that it starts from."""
-    config, found, saved = work.start.config, work.data, work.start.saved
+    """The run with what the features of all images say to its training, unless it trains on labelled images alone."""
+    config, found = work.start.config, work.data
     if config.mode in ("finetune", "test"):
-        return work._replace(guide=mixture.Guide(belonging=saved.belonging if saved else None))
-    belonging = None
-    if work.frozen is not None and (config.views or config.targets == "mixture"):
-        belonging = mixture.find_belonging(work.features, found)
-    if belonging is not None and belonging.noticed:
-        which = "; predictions.csv says which (column belongs)" if work.architecture.frozen else ""
-        print(f"about {1 - belonging.share:.0%} of the unlabelled images seem to belong to none of the classes{which}")
+        return work
     guide = mixture.guide(
-        work.features,
+        work.space,
         found.known,
         found.split.train,
         len(found.classes),
         targets=config.targets,
         alignment=config.alignment,
-        belonging=belonging,
+        belonging=work.guide.belonging,
         trust=work.trust,
     )
     if config.alignment == "estimated" and guide.prior is not None:

@@ -8,7 +8,6 @@ because a network was unsure are harder. So each counts for the images that it i
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -53,14 +52,12 @@ def fold_splits(split: Split, labels: np.ndarray, contents: np.ndarray, n: int, 
     n = min(n, count.max(initial=0))
     if n < 2:
         return []
-    from sklearn.model_selection import StratifiedKFold  # late: it takes seconds to import
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of classes with fewer images than folds
-        dealt = list(StratifiedKFold(n, shuffle=True, random_state=seed).split(images, labels[images]))
+    images = np.random.default_rng(seed).permutation(images)
+    images = images[np.argsort(labels[images], kind="stable")]  # by class, so that each fold gets its share of all
+    dealt = [images[k::n] for k in range(n)]
     folds = []
-    for _, held_out in dealt:
-        is_held_out = np.isin(contents, contents[images[held_out]])
+    for held_out in dealt:
+        is_held_out = np.isin(contents, contents[held_out])
         unlabeled = np.zeros(len(labels), dtype=bool)
         unlabeled[split.unlabeled] = True
         fold = dataclasses.replace(
@@ -95,7 +92,7 @@ class Labels:
 
     def __init__(
         self,
-        features: mixture.Features,
+        space: mixture.Space,
         split: Split,
         labels: np.ndarray,
         contents: np.ndarray,
@@ -103,12 +100,14 @@ class Labels:
         *,
         alignment: str,
         seed: int,
+        belonging: mixture.Belonging | None = None,
     ) -> None:
         """
         Args:
-            features: of images by their places in the index.
+            space: of images by their places in the index.
             labels, contents: [N] int64.
             alignment: the option ``--alignment``.
+            belonging: what tells images of no class, if anything does.
         """
         self.split, self.labels, self.contents, self.n_classes = split, labels, contents, n_classes
         self.alignment, self.seed = alignment, seed
@@ -120,21 +119,12 @@ class Labels:
             order = mixture.in_order_of_use(known[split.train], n_classes, seed)[: mixture.MOST_IMAGES]
         self.some = np.sort(split.train[order])  # the labelled ones first of all
         self.known = known[self.some]
-        self.features = features
-
-    @functools.cached_property
-    def x(self) -> torch.Tensor:
-        return self.features(self.some)
+        self.space = space
+        self.belonging = belonging if belonging is not None and belonging.noticed else None  # else it changes nothing
 
     @functools.cached_property
     def z(self) -> torch.Tensor:
-        return mixture.normaliser(self.x)(self.x)
-
-    @functools.cached_property
-    def belonging(self) -> mixture.Belonging | None:
-        """What tells images of no class, if these are many: else it changes nothing."""
-        found = belonging_among(self.x, self.known, self.contents[self.some], self.n_classes)
-        return found if found is not None and found.noticed else None
+        return self.space(self.some)
 
     def folds(self, n: int, *, targets: bool, trust: float = 1.0, seed: int | None = None) -> Iterator[_Fold]:
         """``n`` folds, or fewer where no class has so many labels; none where no class has two.
@@ -150,28 +140,36 @@ class Labels:
             left_out = held_out | np.isin(self.some, fold.unused)
             known = np.where(left_out, -1, self.known)
             here = np.flatnonzero(~left_out | held_out)  # without its label an image is one of the unlabelled ones
-            x, known = self.x[here], known[here]
+            rows, known = self.some[here], known[here]
             guide = mixture.Guide()
             if targets:
                 guide = mixture.guide(
-                    x.__getitem__,
+                    self.space.of(rows),
                     known,
                     np.arange(len(here)),
                     self.n_classes,
                     targets="mixture",
                     alignment=self.alignment,
-                    belonging=self.belonging
-                    and belonging_among(x, known, self.contents[self.some[here]], self.n_classes),
+                    belonging=self.belonging and self._belonging_among(rows, known),
                     trust=trust,
                 )
             found = None if guide.targets is None else torch.as_tensor(guide.targets)
             yield _Fold(self.some[held_out], self.z[held_out], self.z[here], known, found, held_out[here])
 
+    def _belonging_among(self, rows: np.ndarray, known: np.ndarray) -> mixture.Belonging | None:
+        """What tells images of the classes from others, by some images and their labels, negative where unknown; of
+        copies one counts."""
+        places = mixture.one_of_each(self.contents[rows], known >= 0)
+        of_none = np.zeros(len(places), dtype=bool)
+        return mixture.belonging(self.space.of(rows[places]), known[places], of_none, self.n_classes)
+
     def weights(self, rows: np.ndarray) -> np.ndarray:
         """To how many images each of some labelled ones is the nearest, [n] int64, but for those of no class."""
         counted = self.z
         if self.belonging is not None:
-            counted = counted[(self.belonging(self.x) >= mixture.BELONGS) | torch.from_numpy(self.known >= 0)]
+            counted = counted[
+                (self.belonging(self.space.features(self.some)) >= mixture.BELONGS) | torch.from_numpy(self.known >= 0)
+            ]
         return np.bincount(mixture.nearest_place(counted, self.z[np.isin(self.some, rows)]), minlength=len(rows))
 
 
@@ -242,13 +240,3 @@ def find_trust(labels: Labels) -> Trust | None:
     losses = (-p.log() @ weights, -q.log() @ weights, -log_p[best] @ weights)
     said = distributed.as_the_first(torch.tensor([share, *losses]))
     return Trust(float(said[0]), (float(said[1]), float(said[2]), float(said[3])))
-
-
-def belonging_among(
-    x: torch.Tensor, known: np.ndarray, contents: np.ndarray, n_classes: int
-) -> mixture.Belonging | None:
-    """What tells images of the classes from others, by features [n, D] and labels that are negative where unknown; of
-    copies (equal ``contents``) one counts."""
-    places = mixture.one_of_each(contents, known >= 0)
-    of_none = np.zeros(len(places), dtype=bool)
-    return mixture.belonging(lambda rows: x[places[rows]], known[places], of_none, n_classes)

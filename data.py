@@ -783,7 +783,7 @@ def _describe(index: Index, split: Split, changes: Sequence[str]) -> list[str]:
 # device where the images are. What is drawn for a view depends on its seed alone, and no bit of it on what else is in
 # the batch or on the number of threads: sums are of whole numbers, and whatever is rounded is rounded in one way.
 
-VIEWS_VERSION = 2  # raised whenever a draw comes to give another view: kept features are known by it
+VIEWS_VERSION = 3  # raised whenever a draw comes to give another view: kept features are known by it
 
 
 class Draws:
@@ -929,6 +929,14 @@ def blend(image: torch.Tensor, share: float, other: torch.Tensor | float) -> Non
     image.mul_(share).add_((1 - share) * other).clamp_(0, 255)
 
 
+def brighten(image: torch.Tensor, share: float) -> None:
+    blend(image, share, 0.0)
+
+
+def saturate(image: torch.Tensor, share: float) -> None:
+    blend(image, share, grey(image))
+
+
 def adjust_contrast(image: torch.Tensor, share: float) -> None:
     levels = grey(image).to(torch.int32)
     blend(image, share, levels.sum() / levels.numel())
@@ -949,12 +957,8 @@ def turn_hue(image: torch.Tensor, turn: float) -> None:
         torch.sub(high, torch.minimum(far.neg_().add_(two).clamp_(min=0), chroma), out=channel)
 
 
-ADJUSTMENTS: tuple[Callable[[torch.Tensor, float], None], ...] = (  # of an image [3, S, S] float32 from 0 to 255
-    lambda image, share: blend(image, share, 0.0),  # brightness
-    adjust_contrast,
-    lambda image, share: blend(image, share, grey(image)),  # saturation
-    turn_hue,
-)
+# Of an image [3, S, S] float32 from 0 to 255.
+ADJUSTMENTS: tuple[Callable[[torch.Tensor, float], None], ...] = (brighten, adjust_contrast, saturate, turn_hue)
 
 
 def randaugment(images: torch.Tensor, draws: Draws, *, mirror: bool) -> torch.Tensor:
@@ -973,37 +977,74 @@ def randaugment(images: torch.Tensor, draws: Draws, *, mirror: bool) -> torch.Te
     return views.masked_fill_(erased, 127)
 
 
-def operations(size: int) -> list[Callable[[torch.Tensor, int], torch.Tensor]]:
-    """RandAugment's, at magnitude 10 of 30: of [n, 3, S, S] uint8, and 1 or -1 for the way that it goes."""
-    from torchvision.transforms.v2 import InterpolationMode  # here alone: it takes seconds
-    from torchvision.transforms.v2 import functional as vision
+Operation = Callable[[torch.Tensor, int], torch.Tensor]  # of [n, 3, S, S] uint8, and 1 or -1 for the way that it goes
 
-    bilinear = {"interpolation": InterpolationMode.BILINEAR}
-    shear, far = math.degrees(math.atan(0.1)), int(size * 50 / 331)
-    corner = {"center": [0, 0], **bilinear}
 
-    def contrast(x: torch.Tensor, way: int) -> torch.Tensor:
-        views = x.float()
-        for view in views:  # torchvision's mean depends on how a sum is divided among threads
-            adjust_contrast(view, 1 + way * 0.3)
-        return views.to(torch.uint8)
+def operations(size: int) -> list[Operation]:
+    """RandAugment's, at magnitude 10 of 30. They are torchvision's, which takes seconds to import."""
+    corner, far, turn = size / 2, int(size * 50 / 331), math.radians(10)
+
+    def moved(matrix: Callable[[int], list[list[float]]]) -> Operation:
+        return lambda x, way: warp(x.float(), np.array([matrix(way)] * len(x))).round_().to(torch.uint8)
+
+    def adjusted(adjust: Callable[[torch.Tensor, float], None]) -> Operation:
+        def operation(x: torch.Tensor, way: int) -> torch.Tensor:
+            views = x.float()
+            for view in views:  # each by itself, so that its bits do not depend on the others
+                adjust(view, 1 + way * 0.3)
+            return views.to(torch.uint8)
+
+        return operation
 
     return [
         lambda x, way: x,
-        lambda x, way: vision.affine(x, 0.0, [0, 0], 1.0, [way * shear, 0.0], **corner),
-        lambda x, way: vision.affine(x, 0.0, [0, 0], 1.0, [0.0, way * shear], **corner),
-        lambda x, way: vision.affine(x, 0.0, [way * far, 0], 1.0, [0.0, 0.0], **bilinear),
-        lambda x, way: vision.affine(x, 0.0, [0, way * far], 1.0, [0.0, 0.0], **bilinear),
-        lambda x, way: vision.rotate(x, way * 10.0, **bilinear),
-        lambda x, way: vision.adjust_brightness(x, 1 + way * 0.3),
-        lambda x, way: vision.adjust_saturation(x, 1 + way * 0.3),
-        contrast,
-        lambda x, way: vision.adjust_sharpness(x, 1 + way * 0.3),
-        lambda x, way: vision.posterize(x, 7),
-        lambda x, way: vision.solarize(x, 170),
-        lambda x, way: vision.autocontrast(x),
-        lambda x, way: vision.equalize(x),
+        moved(lambda way: [[1, way * 0.1, way * 0.1 * corner], [0, 1, 0], [0, 0, 1]]),  # about a corner
+        moved(lambda way: [[1, 0, 0], [way * 0.1, 1, way * 0.1 * corner], [0, 0, 1]]),
+        moved(lambda way: [[1, 0, -way * far], [0, 1, 0], [0, 0, 1]]),
+        moved(lambda way: [[1, 0, 0], [0, 1, -way * far], [0, 0, 1]]),
+        moved(
+            lambda way: [
+                [math.cos(turn), -way * math.sin(turn), 0],
+                [way * math.sin(turn), math.cos(turn), 0],
+                [0, 0, 1],
+            ]
+        ),
+        adjusted(brighten),
+        adjusted(saturate),
+        adjusted(adjust_contrast),
+        adjusted(sharpen),
+        lambda x, way: x & 0b11111110,  # posterize
+        lambda x, way: torch.where(x >= 170, 255 - x, x),  # solarize
+        lambda x, way: stretched(x),
+        lambda x, way: equalized(x),
     ]
+
+
+def sharpen(image: torch.Tensor, share: float) -> None:
+    """Away from the mean of a pixel, which counts five times, and of those around it; the border stays."""
+    kernel = torch.ones(3, 3, device=image.device)
+    kernel[1, 1] = 5
+    inside = image[:, 1:-1, 1:-1]
+    blend(inside, share, F.conv2d(image[:, None], kernel[None, None] / 13)[:, 0].round_())
+
+
+def stretched(images: torch.Tensor) -> torch.Tensor:
+    """Each channel stretched from black to white (autocontrast)."""
+    x = images.float()
+    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    return torch.where(high > low, (x - low) * (255 / (high - low)), x).to(torch.uint8)
+
+
+def equalized(images: torch.Tensor) -> torch.Tensor:
+    """Each channel with levels that are all as frequent, as far as that goes (histogram equalisation)."""
+    channels = images.flatten(2).flatten(0, 1).long()  # [3 n, S * S]
+    counts = torch.zeros(len(channels), 256, dtype=torch.int64, device=images.device)
+    counts.scatter_add_(1, channels, torch.ones_like(channels))
+    highest = counts.gather(1, channels.amax(1, keepdim=True))
+    step = (channels.shape[1] - highest) // 255  # [3 n, 1]
+    levels = ((counts.cumsum(1) - counts + step // 2) // step.clamp_min(1)).clamp_max(255)
+    levels = torch.where(step > 0, levels, torch.arange(256, device=images.device))
+    return levels.gather(1, channels).to(torch.uint8).view_as(images)
 
 
 # Those that a run may name as its strong one are the choices of --augmentation in args.py.

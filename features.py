@@ -71,7 +71,7 @@ class Request:
     indices: np.ndarray  # [n] int64
     draws: np.ndarray  # [n] int64
     missing: np.ndarray  # [m] int64, places of those that are not there
-    features: np.ndarray | None = None  # [n, D] float32, if any can be
+    features: np.ndarray | None = None  # [n, D] float16, if any can be
 
 
 class FeatureSource:
@@ -184,7 +184,7 @@ class FeatureCache(FeatureSource):
             self.touched = time.monotonic()
         indices, draws = np.asarray(indices), np.asarray(draws)
         rows = self.rows[indices]
-        features = np.empty((len(indices), self.encoder.n_features), dtype=np.float32)
+        features = np.empty((len(indices), self.encoder.n_features), dtype=np.float16)
         missing = np.zeros(len(indices), dtype=bool)
         for draw in np.unique(draws):
             here = draws == draw
@@ -195,20 +195,21 @@ class FeatureCache(FeatureSource):
         assert request.features is not None
         while self.unsaid:
             print(self.unsaid.pop(0), flush=True)
+        features = torch.from_numpy(request.features).float()
         if fresh:
             self._note_engines(self.encoder.engines)
             exact = torch.cat(fresh).cpu().numpy()
             with np.errstate(over="ignore"):
                 rounded = exact.astype(np.float16)
             keep = np.all(np.isfinite(rounded), axis=1)  # beyond 65,504 there is no float16: such features are not kept
-            request.features[request.missing] = np.where(keep[:, None], rounded, exact)
+            features[request.missing] = torch.from_numpy(np.where(keep[:, None], rounded, exact))
             rows = self.rows[request.indices]
             for i, row, finite in zip(request.missing, rounded, keep, strict=True):
                 table = self.tables[self._table(request.kind, request.draws[i])]
                 if table is not None and finite:
                     table["features"][rows[i]] = row
                     table["check"][rows[i]] = _check(row)
-        return torch.from_numpy(request.features).to(self.encoder.device)
+        return features.to(self.encoder.device)
 
     def _read(self, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which rows of a table are missing, [n] bool, and the rows, [n, D] float16."""
@@ -234,7 +235,7 @@ class FeatureCache(FeatureSource):
                 new = not path.exists() or path.stat().st_size != n * self.row.itemsize
                 if new:
                     _make_file(path, n * self.row.itemsize)
-                table = np.memmap(path, dtype=self.row, mode="r+", shape=(n,))
+                table = np.memmap(path, dtype=self.row, mode="r+", shape=(n,)).view(np.ndarray)
             except OSError as error:
                 if all(table is not None for table in self.tables.values()):
                     self.unsaid.append(f"{path}: {error.strerror}; the run goes on, with features that are not kept")

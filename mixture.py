@@ -1,10 +1,11 @@
 """What a pretrained backbone's features say about the classes of all training images, from the labels of a few.
 
-First a mixture of Gaussians, one a class, of labelled and unlabelled images together: linear discriminant analysis,
-semi-supervised by expectation maximisation (Nigam et al., Machine Learning 39, 2000; Hastie & Tibshirani, JRSS B 58,
-1996). Then labels are propagated between neighbours in the space whitened by its covariance (Zhou et al., Learning with
-Local and Global Consistency, NIPS 2003). Throughout, the classes keep given shares: those among the labels, or an
-estimate of those among the unlabelled images, which need not be the same (label shift).
+All of it happens in one :class:`Space`: directions in the principal dimensions of the features. First a mixture of
+Gaussians, one a class, of labelled and unlabelled images together: linear discriminant analysis, semi-supervised by
+expectation maximisation (Nigam et al., Machine Learning 39, 2000; Hastie & Tibshirani, JRSS B 58, 1996). Then labels
+are propagated between neighbours in the space whitened by its covariance (Zhou et al., Learning with Local and Global
+Consistency, NIPS 2003). Throughout, the classes keep given shares: those among the labels, or an estimate of those
+among the unlabelled images, which need not be the same (label shift).
 
 That estimate is the mean of two that fail on different images. Each unlabelled image counts for the labelled one that
 is nearest to it, however many labels a class has: this needs one of each class, but knows little where classes meet.
@@ -12,7 +13,9 @@ And the confidence of a classifier of the labelled images is calibrated on those
 shares are sought under which its predictions for all the others are the likeliest.
 """
 
+import copy
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,25 +33,27 @@ MOST_IMAGES = 5_000  # to estimate from, to be neighbours and to hold at once, w
 AVERAGED_VIEWS = 4  # weak and strong ones each of an image, if each step has new ones
 CHUNK = 1024  # images whose neighbours are sought at once
 EPSILON = 1e-3  # added to activations before their root is taken
+DIMENSIONS = 512  # principal ones that are kept; no more than a third of the images
 
 PRIOR_WEIGHT = 3.0  # how many images, for each feature, the sphere counts as that the covariance is drawn towards
 LABEL_WEIGHT = 10.0  # how many unlabelled images a labelled one counts as
-EM_ROUNDS = 30
+EM_ROUNDS = 15
 
 NEIGHBOURS, SHARPNESS = 10, 0.1  # of an image; their weights are softmax(cosine / SHARPNESS)
 PROPAGATED = 0.8  # the share of an image's label that comes from its neighbours
 PROPAGATION_ROUNDS = 15
 
 FOLDS = 5
-INVERSE_PENALTY = 10.0  # of the classifier's weights
+INVERSE_PENALTY = 10.0  # of the classifier's squared weights, against the sum of its losses
 MOST_LABELLED = 1_000  # images that the classifier learns from
 SHARE_ROUNDS = 300
 BIAS_PENALTY = 0.02
 
 PENALTY, HEAD_ROUNDS = 1e-4, 100  # of a head's squared weights; of its search
 
-REDUCED = 128  # dimensions in which images of no class are sought
+SOUGHT_IN = 128  # dimensions, the first of all, in which images of no class are sought
 OTHERS, EACH = 8, 20  # most components without a class; unlabelled images for each
+CLUSTER_ROUNDS = 30
 FEWEST_OTHERS = 4
 FEWEST_HELD_OUT = 10  # labelled images, to tell whether a component is of a class
 RARELY = 0.1  # how many of the labelled images that chance would bring fall among images of no class
@@ -61,55 +66,7 @@ Features = Callable[[np.ndarray], torch.Tensor]  # float32 activations [n, D] of
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the features say about the classes
-
-
-def posterior(
-    features: Features, labels: np.ndarray, n_classes: int, shares: torch.Tensor | None, *, seed: int = 0
-) -> torch.Tensor:
-    """The probabilities of the classes for each image, [N, C] float32; one-hot where the label is known.
-
-    Args:
-        labels: [N] int64 of labelled and unlabelled images, negative where unknown; each class has at least one.
-        shares: [C] float32, the classes' shares among the images that are to be kept; None: any.
-    """
-    known = torch.from_numpy(labels >= 0)
-    y = F.one_hot(torch.from_numpy(labels).clamp_min(0), n_classes).float() * known[:, None]
-    if known.all():
-        return y
-    order = torch.from_numpy(in_order_of_use(labels, n_classes, seed))
-    used, others = (part.sort().values for part in (order[:MOST_IMAGES], order[MOST_IMAGES:]))
-
-    activations = features(used.numpy())
-    normalise = normaliser(activations)
-    z = normalise(activations)
-    del activations
-    means, root = fit_mixture(z, y[used], shares)
-    sources = whitened(z, root)  # whose labels are propagated, [L, D]
-    k = min(NEIGHBOURS, len(used) - 1)
-    scores = torch.empty(len(labels), n_classes)
-    weights, neighbours = torch.empty(len(labels), k), torch.empty(len(labels), k, dtype=torch.int64)
-
-    def place(rows: torch.Tensor, z: torch.Tensor, own: torch.Tensor | None = None) -> None:
-        scores[rows] = log_densities(z, means, root)
-        weights[rows], places = nearest(whitened(z, root), sources, k, own)
-        neighbours[rows] = used[places]
-
-    place(used, z, own=torch.arange(len(used)))
-    for rows in others.split(MOST_IMAGES) if len(others) else ():
-        place(rows, normalise(features(rows.numpy())))
-    p = torch.where(known[:, None], y, balanced(scores.softmax(-1), shares))
-    p = propagate(p, weights, neighbours, known)
-    return torch.where(known[:, None], y, balanced(p, shares))
-
-
-def in_order_of_use(labels: np.ndarray, n_classes: int, seed: int) -> np.ndarray:
-    """The images' places [N] in the order in which they are used while there is room: one of each class, labelled ones,
-    the others, shuffled."""
-    rank = np.where(labels >= 0, 1, 2)
-    rank[[np.flatnonzero(labels == c)[0] for c in range(n_classes)]] = 0
-    order = np.random.default_rng(seed).permutation(len(labels))
-    return order[np.argsort(rank[order], kind="stable")]
+# The space
 
 
 class Normaliser(NamedTuple):
@@ -138,6 +95,130 @@ def normaliser(features: torch.Tensor) -> Normaliser:
 
 def _roots(x: torch.Tensor, lowest: torch.Tensor) -> torch.Tensor:
     return (x - lowest).clamp_min_(0).add_(EPSILON).sqrt_()
+
+
+def principal_axes(z: torch.Tensor) -> torch.Tensor:
+    """The directions [D, d] in which centred images [n, D] vary most, the first one first: ``DIMENSIONS`` of them, but
+    no more than a third of the images, since in further ones these few differ by chance. The same on every process."""
+    d = max(1, min(DIMENSIONS, len(z) // 3, z.shape[1]))
+    _, axes = torch.linalg.eigh(z.T @ z)  # in ascending order
+    return distributed.as_the_first(axes[:, -d:].flip(1).contiguous())
+
+
+class _Fitted(NamedTuple):
+    """What a space is made of, and the images that it was fitted to, which it keeps."""
+
+    normalise: Normaliser
+    axes: torch.Tensor  # [D, d]
+    rows: np.ndarray  # [n], sorted
+    z: torch.Tensor  # [n, d]
+
+
+class Space:
+    """Images as the mixture sees them, ``space(places)`` [n, d]: normalised, in the principal dimensions of some.
+
+    These are ``MOST_IMAGES`` of all, labelled ones first. Nothing is computed before it is needed.
+    """
+
+    def __init__(
+        self, features: Features, labels: np.ndarray, n_classes: int, rows: np.ndarray | None = None, *, seed: int = 0
+    ) -> None:
+        """
+        Args:
+            labels: [N] int64 of all images, negative where unknown.
+            rows: [n] int64, the places of those that it may be fitted to; None: all.
+        """
+        self._features, self._places = features, np.arange(len(labels))
+        rows = self._places if rows is None else rows
+        order = in_order_of_use(labels[rows], n_classes, seed)
+        self._some = np.sort(rows[order[:MOST_IMAGES]])
+
+    @functools.cached_property
+    def _fitted(self) -> _Fitted:
+        x = self._features(self._some)
+        normalise = normaliser(x)
+        z = normalise(x)
+        axes = principal_axes(z)
+        return _Fitted(normalise, axes, self._some, z @ axes)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def normalise(self) -> Normaliser:
+        return self._fitted.normalise
+
+    @property
+    def axes(self) -> torch.Tensor:
+        return self._fitted.axes
+
+    def __call__(self, places: np.ndarray) -> torch.Tensor:
+        fitted, rows = self._fitted, self._places[places]
+        at = np.searchsorted(fitted.rows, rows).clip(max=len(fitted.rows) - 1)
+        kept = fitted.rows[at] == rows
+        z = fitted.z[at]
+        if not kept.all():
+            z[torch.from_numpy(~kept)] = fitted.normalise(self._features(rows[~kept])) @ fitted.axes
+        return z
+
+    def features(self, places: np.ndarray) -> torch.Tensor:
+        """The activations [n, D] of some images."""
+        return self._features(self._places[places])
+
+    def of(self, places: np.ndarray) -> "Space":
+        """The same space of these images alone, whose places begin at 0."""
+        assert self._fitted
+        part = copy.copy(self)
+        part._places = self._places[places]
+        return part
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the features say about the classes
+
+
+def posterior(
+    space: Space, labels: np.ndarray, n_classes: int, shares: torch.Tensor | None, *, seed: int = 0
+) -> torch.Tensor:
+    """The probabilities of the classes for each image, [N, C] float32; one-hot where the label is known.
+
+    Args:
+        labels: [N] int64 of labelled and unlabelled images, negative where unknown; each class has at least one.
+        shares: [C] float32, the classes' shares among the images that are to be kept; None: any.
+    """
+    known = torch.from_numpy(labels >= 0)
+    y = F.one_hot(torch.from_numpy(labels).clamp_min(0), n_classes).float() * known[:, None]
+    if known.all():
+        return y
+    order = torch.from_numpy(in_order_of_use(labels, n_classes, seed))
+    used, others = (part.sort().values for part in (order[:MOST_IMAGES], order[MOST_IMAGES:]))
+
+    z = space(used.numpy())
+    means, root = fit_mixture(z, y[used], shares)
+    sources = whitened(z, root)  # whose labels are propagated, [L, d]
+    k = min(NEIGHBOURS, len(used) - 1)
+    scores = torch.empty(len(labels), n_classes)
+    weights, neighbours = torch.empty(len(labels), k), torch.empty(len(labels), k, dtype=torch.int64)
+    scores[used] = log_densities(z, means, root)
+    weights[used], places = nearest(sources, sources, k, own=torch.arange(len(used)))
+    neighbours[used] = used[places]
+    for rows in others.split(MOST_IMAGES) if len(others) else ():
+        z = space(rows.numpy())
+        scores[rows] = log_densities(z, means, root)
+        weights[rows], places = nearest(whitened(z, root), sources, k)
+        neighbours[rows] = used[places]
+    p = torch.where(known[:, None], y, balanced(scores.softmax(-1), shares))
+    p = propagate(p, weights, neighbours, known)
+    return torch.where(known[:, None], y, balanced(p, shares))
+
+
+def in_order_of_use(labels: np.ndarray, n_classes: int, seed: int) -> np.ndarray:
+    """The images' places [N] in the order in which they are used while there is room: one of each class, labelled ones,
+    the others, shuffled."""
+    rank = np.where(labels >= 0, 1, 2)
+    rank[[np.flatnonzero(labels == c)[0] for c in range(n_classes) if (labels == c).any()]] = 0
+    order = np.random.default_rng(seed).permutation(len(labels))
+    return order[np.argsort(rank[order], kind="stable")]
 
 
 def whitened(z: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
@@ -174,15 +255,16 @@ def maximised(
         assign: of log densities [m, K] of images whose component is unknown, the components' probabilities [m, K].
     """
     known = y.any(-1)
-    weight = torch.where(known, LABEL_WEIGHT, 1.0)[:, None]  # [n, 1]
-    scatter = z.T @ (weight * z)  # about the origin
-    root = torch.linalg.cholesky(shrunk(scatter / weight.sum(), len(z)))
+    z_l, z_u, y = z[known], z[~known], y[known]
+    n_l, sum_l = LABEL_WEIGHT * y.sum(0), LABEL_WEIGHT * y.T @ z_l  # [K], [K, d]
+    scatter = LABEL_WEIGHT * z_l.T @ z_l + z_u.T @ z_u  # about the origin
+    total = n_l.sum() + len(z_u)
+    root = torch.linalg.cholesky(shrunk(scatter / total, len(z)))
     for _ in range(EM_ROUNDS):
-        p = y.clone()
-        p[~known] = assign(log_densities(z[~known], means, root))
-        n = (weight * p).sum(0)[:, None].clamp_min(1e-6)  # [K, 1]
-        means = (weight * p).T @ z / n
-        root = torch.linalg.cholesky(shrunk((scatter - (n * means).T @ means) / n.sum(), len(z)))
+        p = assign(log_densities(z_u, means, root))
+        n = (n_l + p.sum(0))[:, None].clamp_min(1e-6)  # [K, 1]
+        means = (sum_l + p.T @ z_u) / n
+        root = torch.linalg.cholesky(shrunk((scatter - (n * means).T @ means) / total, len(z)))
     return means, root
 
 
@@ -232,22 +314,22 @@ def propagate(p: torch.Tensor, weights: torch.Tensor, neighbours: torch.Tensor, 
 # The classes' shares among the unlabelled images
 
 
-def estimated_shares(features: Features, labels: np.ndarray, n_classes: int, *, seed: int = 0) -> torch.Tensor:
+def estimated_shares(space: Space, labels: np.ndarray, n_classes: int, *, seed: int = 0) -> torch.Tensor:
     """The classes' shares among the unlabelled images, [C] float32; among the labelled ones if there are no others.
 
     Args:
         labels: [N] int64, negative where unknown; each class has at least one.
     """
     some = np.sort(in_order_of_use(labels, n_classes, seed)[:MOST_IMAGES])
-    x, labels = features(some), labels[some]
+    labels = labels[some]
     unknown = labels < 0
     if not unknown.any():
         return torch.from_numpy(np.bincount(labels, minlength=n_classes) / len(labels)).float()
-    z = normaliser(x)(x)
+    z = space(some)
     found = nearest_shares(z, labels, n_classes)
     if np.bincount(labels[~unknown]).min() < 2 or 2 * n_classes > MOST_LABELLED:  # none of a class could be held out
         return found
-    held_out, truth, logits = classifier_logits(z.numpy(), labels, seed)
+    held_out, truth, logits = classifier_logits(z, labels, seed)
     scale, bias = calibration(held_out, truth)
     likeliest = likeliest_shares(softmax(scale * logits + bias))
     return (found + torch.from_numpy(likeliest).float()) / 2
@@ -266,7 +348,7 @@ def nearest_place(z: torch.Tensor, others: torch.Tensor) -> np.ndarray:
     return torch.cat([torch.cdist(part, others).argmin(1) for part in z.split(CHUNK)]).numpy()
 
 
-def classifier_logits(z: np.ndarray, labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def classifier_logits(z: torch.Tensor, labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Logits by logistic regression, in which all classes count the same, of labelled images that were held out from
     it [n, C], their labels [n], and its logits of the unlabelled images [U, C], means over the folds.
 
@@ -274,19 +356,19 @@ def classifier_logits(z: np.ndarray, labels: np.ndarray, seed: int) -> tuple[np.
         z: [N, D] features of images.
         labels: [N] int64, negative where unknown; each class has at least two.
     """
-    from sklearn.linear_model import LogisticRegression  # here, since it is slow and most runs do without
-
     known = np.random.default_rng(seed).permutation(np.flatnonzero(labels >= 0))
     known = known[np.argsort(place_in_class(labels[known]), kind="stable")][:MOST_LABELLED]
     y = labels[known]
     fold = place_in_class(y) % FOLDS
     held_out, truth, others = [], [], []
     for k in np.unique(fold):
-        model = LogisticRegression(C=INVERSE_PENALTY, class_weight="balanced", max_iter=200)
-        model.fit(z[known[fold != k]], y[fold != k])
-        held_out.append(model.predict_log_proba(z[known[fold == k]]))
+        learned = torch.from_numpy(y[fold != k])
+        weight = len(learned) / torch.bincount(learned)  # scaled below to a mean of 1
+        target = F.one_hot(learned) * (weight / len(weight))[learned, None]
+        head = fit_head(z[known[fold != k]], target, penalty=1 / (2 * INVERSE_PENALTY * len(learned)))
+        held_out.append(head(z[known[fold == k]]).log_softmax(-1).detach().numpy())
         truth.append(y[fold == k])
-        others.append(model.predict_log_proba(z[labels < 0]))
+        others.append(head(z[labels < 0]).log_softmax(-1).detach().numpy())
     return np.concatenate(held_out), np.concatenate(truth), np.mean(others, 0)
 
 
@@ -366,7 +448,7 @@ class Belonging:
 
 
 def belonging(
-    features: Features, known: np.ndarray, of_none: np.ndarray, n_classes: int, *, seed: int = 0
+    space: Space, known: np.ndarray, of_none: np.ndarray, n_classes: int, *, seed: int = 0
 ) -> Belonging | None:
     """What tells images of the classes from those that belong to none; None if there are too few to tell by.
 
@@ -393,10 +475,9 @@ def belonging(
     if n_others < FEWEST_OTHERS or (fold >= 0).sum() < FEWEST_HELD_OUT:
         return None
 
-    x = features(some)
-    normalise = normaliser(x)
-    z = normalise(x)
-    reduced, centres = distant_centres(z, known, unlabeled, n_others, seed)
+    z = space(some)
+    reduced = z[:, :SOUGHT_IN]
+    centres = distant_centres(reduced, known, unlabeled, n_others, seed)
     shares = label_shares(known, n_classes)
     tells = fold >= 0
     p = torch.zeros(len(z), n_classes + n_others)  # of the components
@@ -418,24 +499,35 @@ def belonging(
     belongs[labeled], belongs[of_none] = 1.0, 0.0
     head = fit_head(z, torch.stack([belongs, 1 - belongs], 1).clamp(0, 1))
     weight, bias = ((each[0] - each[1]).detach() for each in (head.weight, head.bias))
+    weight = space.axes @ weight
     # Every process is to leave the same images out, though clusters may have come out otherwise elsewhere.
     numbers = torch.stack([bias, *torch.tensor([share, noticed])])
-    found = distributed.as_the_first(torch.cat([*normalise, weight, numbers]))
+    found = distributed.as_the_first(torch.cat([*space.normalise, weight, numbers]))
     lowest, origin, centre, weight, (bias, *said) = found.split([len(weight)] * 4 + [len(numbers)])
     return Belonging(lowest, origin, centre, weight, bias, float(said[0]), bool(said[1]))
 
 
-def find_belonging(features: Features, data: Data) -> Belonging | None:
-    """What tells the images of a training's classes from others: see :func:`belonging`. Of copies one counts, the
-    labelled one if there is one.
+def open_space(features: Features, data: Data) -> Space:
+    """The space of a training's images and of those that somebody said are of no class, by their places in the index.
 
     Args:
         features: of images by their places in the index.
     """
+    return Space(features, data.known, len(data.classes), distinct_rows(data))
+
+
+def find_belonging(space: Space, data: Data) -> Belonging | None:
+    """What tells the images of a training's classes from others: see :func:`belonging`."""
+    rows = distinct_rows(data)
+    return belonging(space.of(rows), data.known[rows], data.index.of_none[rows], len(data.classes))
+
+
+def distinct_rows(data: Data) -> np.ndarray:
+    """The places of a training's images and of those that somebody said are of no class, [n]; of copies one, a labelled
+    one if there is one."""
     index = data.index
     rows = np.flatnonzero(np.isin(np.arange(len(index)), data.split.train) | index.of_none)
-    rows = rows[one_of_each(index.contents[rows], (data.known[rows] >= 0) | index.of_none[rows])]
-    return belonging(lambda places: features(rows[places]), data.known[rows], index.of_none[rows], len(data.classes))
+    return rows[one_of_each(index.contents[rows], (data.known[rows] >= 0) | index.of_none[rows])]
 
 
 def one_of_each(contents: np.ndarray, preferred: np.ndarray) -> np.ndarray:
@@ -450,28 +542,22 @@ def class_means(z: torch.Tensor, known: np.ndarray) -> torch.Tensor:
     return torch.stack([z[known == c].mean(0) for c in range(known.max() + 1)])
 
 
-def distant_centres(
-    z: torch.Tensor, known: np.ndarray, unlabeled: np.ndarray, n: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images [N, D] in few dimensions, and the centres of ``n`` clusters of unlabelled ones there, each the one that is
-    furthest from the classes' means and from those chosen before it."""
-    import threadpoolctl  # these two here, since they are slow and some runs do without
-    from sklearn.cluster import KMeans
-    from sklearn.decomposition import PCA
+def distant_centres(z: torch.Tensor, known: np.ndarray, unlabeled: np.ndarray, n: int, seed: int) -> torch.Tensor:
+    """The centres [n, d] of ``n`` clusters of the unlabelled of the images [N, d], each the one that is furthest from
+    the classes' means and from those chosen before it."""
+    from scipy.cluster.vq import kmeans2  # here, since some runs do without
 
-    # Several threads would add what each has found in the order in which they finish, and no run be made again.
-    with threadpoolctl.threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of images that are all alike
-        pca = PCA(min(REDUCED, len(z) // 3, z.shape[1]), random_state=seed)
-        reduced = torch.from_numpy(pca.fit_transform(z.numpy())).float()
-        chosen = class_means(reduced, known)
-        some = reduced[torch.from_numpy(unlabeled)]
-        kmeans = KMeans(min(len(chosen) + 2 * n, len(some)), n_init=1, random_state=seed).fit(some.numpy())
-    centres, n_classes = torch.from_numpy(kmeans.cluster_centers_).float(), len(chosen)
+    chosen = class_means(z, known)
+    some = z[torch.from_numpy(unlabeled)].numpy()
+    k = min(len(chosen) + 2 * n, len(some))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of clusters that are empty, as of images that are all alike
+        found, _ = kmeans2(some, k, iter=CLUSTER_ROUNDS, minit="++", rng=seed)
+    centres, n_classes = torch.from_numpy(found), len(chosen)
     for _ in range(n):
         furthest = torch.cdist(centres, chosen).amin(1).argmax()
         chosen = torch.cat([chosen, centres[furthest, None]])
-    return reduced, chosen[n_classes:]
+    return chosen[n_classes:]
 
 
 def with_others(z: torch.Tensor, known: np.ndarray, shares: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
@@ -516,9 +602,9 @@ def components_of_classes(
     return of_class
 
 
-def fit_head(z: torch.Tensor, target: torch.Tensor) -> torch.nn.Linear:
+def fit_head(z: torch.Tensor, target: torch.Tensor, *, penalty: float = PENALTY) -> torch.nn.Linear:
     """A linear head [D] -> [C] that gives features [n, D] the distributions ``target`` [n, C]: logistic regression with
-    soft labels."""
+    soft labels, each of which counts as much as its target sums to. ``penalty``: of the squared weights."""
     head = torch.nn.Linear(z.shape[1], target.shape[1])
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
@@ -526,7 +612,7 @@ def fit_head(z: torch.Tensor, target: torch.Tensor) -> torch.nn.Linear:
 
     def loss() -> torch.Tensor:
         search.zero_grad()
-        total = F.cross_entropy(head(z), target) + PENALTY * head.weight.square().sum()
+        total = F.cross_entropy(head(z), target) + penalty * head.weight.square().sum()
         total.backward()
         return total
 
@@ -547,7 +633,7 @@ class Guide(NamedTuple):
 
 
 def guide(
-    features: Features,
+    space: Space | None,
     known: np.ndarray,
     rows: np.ndarray,
     n_classes: int,
@@ -563,7 +649,7 @@ def guide(
     the less certain the less it seems to belong: what nothing is known of comes to have the classes' shares.
 
     Args:
-        features: of images by their places in the index.
+        space: of images by their places in the index; not needed for what does without features.
         known: [N] int64, the labels that may be learned from, negative for all other images.
         rows: [n] int64, the training images.
         trust: the mixture's share in a target of its own; the rest is what a classifier of the labels alone says.
@@ -571,44 +657,39 @@ def guide(
     shares = label_shares(known, n_classes)
     if targets != "mixture" and alignment != "estimated":
         return Guide(None, None if alignment == "none" else shares, belonging)
+    assert space is not None, "there are features of all that has targets or estimated shares"
     belongs = np.ones(len(rows), dtype=np.float32)
     if belonging is not None and belonging.noticed:
         parts = np.split(rows, range(MOST_IMAGES, len(rows), MOST_IMAGES))
-        belongs = np.concatenate([belonging(features(part)).numpy() for part in parts])
+        belongs = np.concatenate([belonging(space.features(part)).numpy() for part in parts])
         belongs[known[rows] >= 0] = 1.0
         belongs = distributed.as_the_first(torch.from_numpy(belongs)).numpy()
     of_class = belongs >= BELONGS
     kept = rows[of_class]
-
-    def features_at(places: np.ndarray) -> torch.Tensor:
-        return features(kept[places])
-
+    of_kept = space.of(kept)
     if alignment == "estimated":
-        shares = estimated_shares(features_at, known[kept], n_classes)
+        shares = estimated_shares(of_kept, known[kept], n_classes)
     p = None
     if targets == "mixture":
         p = np.zeros((len(known), n_classes), dtype=np.float32)
         p[rows] = shares
         certain = belongs[of_class, None]
-        found = posterior(features_at, known[kept], n_classes, shares).numpy()
+        found = posterior(of_kept, known[kept], n_classes, shares).numpy()
         if trust < 1:
             unknown = known[kept] < 0
-            alone = labels_only(features_at, known[kept], n_classes)
+            alone = labels_only(of_kept, known[kept], n_classes)
             found[unknown] = trust * found[unknown] + (1 - trust) * alone[unknown]
         p[kept] = certain * found + (1 - certain) * shares.numpy()
     return Guide(p, None if alignment == "none" else shares, belonging)
 
 
-def labels_only(features: Features, known: np.ndarray, n_classes: int) -> np.ndarray:
+def labels_only(space: Space, known: np.ndarray, n_classes: int) -> np.ndarray:
     """What a linear head that learns the labels alone says of all images, [n, C] float32."""
-    order = in_order_of_use(known, n_classes, 0)
-    some = np.sort(order[:MOST_IMAGES])
-    x = features(some)
-    normalise, labels = normaliser(x), torch.from_numpy(known[some])
-    labeled = labels >= 0
-    head = fit_head(normalise(x)[labeled], F.one_hot(labels[labeled], n_classes).float())
+    order = in_order_of_use(known, n_classes, 0)[:MOST_IMAGES]
+    labeled = np.sort(order[known[order] >= 0])
+    head = fit_head(space(labeled), F.one_hot(torch.from_numpy(known[labeled]), n_classes).float())
     parts = np.split(np.arange(len(known)), range(MOST_IMAGES, len(known), MOST_IMAGES))
-    return np.concatenate([head(normalise(features(part))).softmax(-1).detach().numpy() for part in parts])
+    return np.concatenate([head(space(part)).softmax(-1).detach().numpy() for part in parts])
 
 
 def label_shares(known: np.ndarray, n_classes: int) -> torch.Tensor:

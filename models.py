@@ -4,6 +4,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import io
@@ -740,7 +741,7 @@ def frozen_like(architecture: Architecture, weights: str) -> Architecture:
 # ---------------------------------------------------------------------------------------------------------------------
 # Learners
 
-AdamW = uncompiled(torch.optim.AdamW)
+AdamW = functools.partial(uncompiled(torch.optim.AdamW), fused=True)
 
 
 class Learner:

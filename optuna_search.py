@@ -115,18 +115,21 @@ class Fold:
 
     config: Config
     data: Data
-    features: mixture.Features  # that the mixture learns from, of images by their places in the index
+    space: mixture.Space | None  # in which the mixture sees the images of the index
 
     @functools.cached_property
     def guide(self) -> mixture.Guide:
+        belonging = None
+        if self.space is not None and self.config.targets == "mixture":
+            belonging = mixture.find_belonging(self.space, self.data)
         return mixture.guide(
-            self.features,
+            self.space,
             self.data.known,
             self.data.split.train,
             len(self.data.classes),
             targets=self.config.targets,
             alignment=self.config.alignment,
-            belonging=mixture.find_belonging(self.features, self.data) if self.config.targets == "mixture" else None,
+            belonging=belonging,
         )
 
     @property
@@ -139,7 +142,7 @@ def trial_epochs(config: Config) -> int:
     return max(1, config.num_epochs // 10) if config.data_dir == "digits" else config.num_epochs
 
 
-def validation_folds(config: Config, data: Data, features: mixture.Features) -> tuple[list[Fold], str]:
+def validation_folds(config: Config, data: Data, space: mixture.Space | None) -> tuple[list[Fold], str]:
     """What each trial is trained on, one after another, and a line that says so.
 
     With few validation images, each time another part of the labelled and validation images, dealt anew, is validated
@@ -155,14 +158,14 @@ def validation_folds(config: Config, data: Data, features: mixture.Features) -> 
     few = n_val < ENOUGH_TO_VALIDATE
     splits = crossfit.fold_splits(split, data.labels, data.index.contents, times, config.seed) if few else []
     if not splits:
-        return [Fold(c, data, features) for c in seeded], f"{each} and is scored on {n_val} validation images"
+        return [Fold(c, data, space) for c in seeded], f"{each} and is scored on {n_val} validation images"
     n = len(splits)
     note = (
         f"{n_val} validation images are too few to choose by: {each}; each time another of {n} parts of the "
         f"labelled and validation images is validated on, {len(pool) // n} images or so"
     )
     folds = [dataclasses.replace(data, split=splits[s % n]) for s in range(times)]
-    return [Fold(c, fold, features) for c, fold in zip(seeded, folds, strict=True)], note
+    return [Fold(c, fold, space) for c, fold in zip(seeded, folds, strict=True)], note
 
 
 def score_trial(trial: optuna.Trial, folds: Sequence[Fold], train: Train) -> float:
@@ -381,17 +384,17 @@ def helpers(config: Config, url: str) -> Iterator[None]:
             process.wait()
 
 
-def join(config: Config, url: str, data: Data, features: mixture.Features, train: Train) -> None:
+def join(config: Config, url: str, data: Data, space: mixture.Space | None, train: Train) -> None:
     """Work on a study in the database ``url`` that another process has started and will report."""
     budget = Budget(config, url, fingerprint(data.index, data.split))
-    folds, _ = validation_folds(config, data, features)
+    folds, _ = validation_folds(config, data, space)
     budget.work(functools.partial(score_trial, folds=folds, train=train), time.monotonic() + config.timeout)
 
 
 def search(
     config: Config,
     data: Data,
-    features: mixture.Features,
+    space: mixture.Space | None,
     train: Train,
     results: Path,
     begin: Callable[[], None] = lambda: None,
@@ -400,7 +403,7 @@ def search(
     """Run the study, write ``best_params.json`` and its pictures. Returns the best trial's configuration.
 
     Args:
-        features: those that the mixture learns from, of images by their places in the index.
+        space: in which the mixture sees the images of the index.
         begin: called before anything is written; once the database is known to work, if it is not in ``results``.
         writing: a block in which a file of ``results`` is written, by its name.
 
@@ -417,7 +420,7 @@ def search(
         begin()
     total_steps = make_plan(config, data.split).total_steps
     budget.fill(as_given(config, total_steps))
-    folds, note = validation_folds(config, data, features)
+    folds, note = validation_folds(config, data, space)
     print(note, flush=True)
     with helpers(config, url):
         budget.work(functools.partial(score_trial, folds=folds, train=train), began + config.timeout)

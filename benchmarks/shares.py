@@ -121,16 +121,16 @@ def compare_estimates(options: argparse.Namespace) -> None:
             rows = np.array([place[file.resolve()] for file in (*labelled, *others)])
             labels = np.where(np.arange(len(rows)) < len(labelled), index.labels[rows], images.UNKNOWN)
             truth, unknown = index.labels[rows], labels == images.UNKNOWN
-            features = x[rows].__getitem__
+            space = mixture.Space(x[rows].__getitem__, labels, n_classes)
             estimates = {
                 "the labels'": torch.from_numpy(np.bincount(labels[~unknown]) / len(labelled)).float(),
-                "the mixture's": mixture.posterior(features, labels, n_classes, None)[unknown].mean(0),
-                "the nearest labels'": mixture.nearest_shares(mixture.normaliser(x[rows])(x[rows]), labels, n_classes),
-                "the estimated ones": mixture.estimated_shares(features, labels, n_classes),
+                "the mixture's": mixture.posterior(space, labels, n_classes, None)[unknown].mean(0),
+                "the nearest labels'": mixture.nearest_shares(space(np.arange(len(rows))), labels, n_classes),
+                "the estimated ones": mixture.estimated_shares(space, labels, n_classes),
                 "the true ones": torch.from_numpy(np.bincount(truth[unknown]) / unknown.sum()).float(),
             }
             for name, shares in estimates.items():
-                chosen = mixture.posterior(features, labels, n_classes, shares).argmax(1).numpy()
+                chosen = mixture.posterior(space, labels, n_classes, shares).argmax(1).numpy()
                 off.setdefault(name, []).append(100 * float((shares - estimates["the true ones"]).abs().max()))
                 right.setdefault(name, []).append(100 * (chosen == truth)[unknown].mean())
         for name in off:

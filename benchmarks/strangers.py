@@ -105,10 +105,8 @@ def measure(
     rows = np.concatenate([labeled, unlabeled])
     labels = np.where(np.arange(len(rows)) < len(labeled), truth[rows], images.UNKNOWN)
 
-    def features(places: np.ndarray) -> torch.Tensor:
-        return x[rows[places]]
-
-    belonging = mixture.belonging(features, labels, np.zeros(len(rows), dtype=bool), n_classes)
+    space = mixture.Space(lambda places: x[rows[places]], labels, n_classes)
+    belonging = mixture.belonging(space, labels, np.zeros(len(rows), dtype=bool), n_classes)
     assert belonging is not None
     belongs = {part: belonging(plain[places]).numpy() for part, places in (("un", unlabeled), ("test", test))}
     auroc = [
@@ -117,14 +115,13 @@ def measure(
     ]
     off = 100 * (belonging.share - (truth[unlabeled] >= 0).mean())
     below = 100 * (belongs["un"][truth[unlabeled] >= 0] < mixture.BELONGS).mean()
-    normalise = mixture.normaliser(x[rows])
     right = []
     for each in (None, belonging):
         options = {"targets": "mixture", "alignment": "labels", "belonging": each}
-        targets = mixture.guide(features, labels, np.arange(len(rows)), n_classes, **options).targets
-        head = mixture.fit_head(normalise(x[rows]), torch.from_numpy(targets))
+        targets = mixture.guide(space, labels, np.arange(len(rows)), n_classes, **options).targets
+        head = mixture.fit_head(space.normalise(x[rows]), torch.from_numpy(targets))
         of_class = unlabeled[truth[unlabeled] >= 0]
-        right.append(100 * (head(normalise(plain[of_class])).argmax(1).numpy() == truth[of_class]).mean())
+        right.append(100 * (head(space.normalise(plain[of_class])).argmax(1).numpy() == truth[of_class]).mean())
     return (*auroc, off, below, float(belonging.noticed), *right)
 
 

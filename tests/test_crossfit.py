@@ -39,7 +39,14 @@ def cross_validated(x, labels, split, contents=None, **options) -> crossfit.Held
 def labels_of(x, labels, split, contents=None) -> crossfit.Labels:
     contents = np.arange(len(labels)) if contents is None else contents
     n_classes = int(labels.max()) + 1
-    return crossfit.Labels(lambda rows: x[rows], split, labels, contents, n_classes, alignment="labels", seed=0)
+    known = np.where(np.isin(np.arange(len(labels)), split.labeled), labels, -1)
+    space = mixture.Space(lambda rows: x[rows], known, n_classes, split.train)
+    found = None
+    if len(np.unique(labels[split.labeled])) == n_classes:
+        train = split.train
+        found = mixture.belonging(space.of(train), known[train], np.zeros(len(train), dtype=bool), n_classes)
+    options = {"alignment": "labels", "seed": 0, "belonging": found}
+    return crossfit.Labels(space, split, labels, contents, n_classes, **options)
 
 
 def test_folds_validate_every_image_once_and_keep_copies_together():
@@ -203,7 +210,13 @@ def test_the_mixture_is_trusted_as_far_as_labels_that_were_held_out_bear_it_out(
     right = []
     for trust in (1.0, found.share):
         guide = mixture.guide(
-            lambda rows: x[rows], known, np.arange(600), 2, targets="mixture", alignment="labels", trust=trust
+            mixture.Space(lambda rows: x[rows], known, 2),
+            known,
+            np.arange(600),
+            2,
+            targets="mixture",
+            alignment="labels",
+            trust=trust,
         )
         right.append((guide.targets[300:].argmax(1) == labels[300:]).mean())
         assert guide.targets.sum(1) == pytest.approx(np.ones(600), abs=1e-5)
@@ -236,13 +249,7 @@ def test_a_rare_class_of_which_few_labels_are_used_crashes_no_fold(monkeypatch):
     labels[:3] = 1
     x[:3] += 3
     for seed in range(5):
-        known = crossfit.Labels(
-            lambda rows: x[rows],
-            split_of(np.arange(200), np.arange(200, 300)),
-            labels,
-            np.arange(300),
-            2,
-            alignment="labels",
-            seed=seed,
-        )
+        split = split_of(np.arange(200), np.arange(200, 300))
+        space = mixture.Space(lambda rows: x[rows], np.where(np.arange(300) < 200, labels, -1), 2, split.train)
+        known = crossfit.Labels(space, split, labels, np.arange(300), 2, alignment="labels", seed=seed)
         assert crossfit.find_trust(known) is not None

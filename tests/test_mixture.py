@@ -32,6 +32,10 @@ def some_labels(truth: np.ndarray, per_class: tuple[int, ...]) -> np.ndarray:
     return labels
 
 
+def seen(features: torch.Tensor, labels: np.ndarray, n_classes: int = 3) -> mixture.Space:
+    return mixture.Space(lambda rows: features[rows], labels, n_classes)
+
+
 @pytest.mark.parametrize("most", [mixture.MOST_IMAGES, 100])
 def test_a_few_labels_name_the_groups(monkeypatch, most):
     monkeypatch.setattr(mixture, "MOST_IMAGES", most)
@@ -40,7 +44,7 @@ def test_a_few_labels_name_the_groups(monkeypatch, most):
     known, unknown = labels >= 0, labels < 0
     means = np.stack([features[labels == c].mean(0) for c in range(3)])
     nearest = np.linalg.norm(features.numpy()[:, None] - means, axis=-1).argmin(-1)
-    p = mixture.posterior(lambda rows: features[rows], labels, 3, SHARES).numpy()
+    p = mixture.posterior(seen(features, labels, 3), labels, 3, SHARES).numpy()
     accuracy = (p.argmax(-1) == truth)[unknown].mean()
     assert accuracy > 0.9
     assert accuracy > (nearest == truth)[unknown].mean() + 0.05
@@ -51,7 +55,7 @@ def test_a_few_labels_name_the_groups(monkeypatch, most):
 
 def test_labels_alone_are_returned_as_they_are():
     features, truth = groups(20)
-    assert np.array_equal(mixture.posterior(lambda rows: features[rows], truth, 3, SHARES).numpy(), np.eye(3)[truth])
+    assert np.array_equal(mixture.posterior(seen(features, truth), truth, 3, SHARES).numpy(), np.eye(3)[truth])
 
 
 def test_images_are_assigned_by_their_gaussian_densities():
@@ -98,7 +102,7 @@ def test_the_features_of_few_images_are_held_at_once(monkeypatch):
         asked.append(len(rows))
         return features[rows]
 
-    mixture.posterior(some, labels, 3, SHARES)
+    mixture.posterior(mixture.Space(some, labels, 3), labels, 3, SHARES)
     assert sum(asked) == 300  # each once
     assert max(asked) == 40
 
@@ -123,7 +127,7 @@ def test_roots_are_taken_of_what_a_feature_is_above_its_lowest():
     features = (features - features.amin(0)).clamp_min(0)  # as after a ReLU: each is zero somewhere
     labels = some_labels(truth, (5, 3, 2))
     signed = features - features.mean(0)
-    p, q = (mixture.posterior(lambda rows, x=x: x[rows], labels, 3, SHARES) for x in (features, signed))
+    p, q = (mixture.posterior(seen(x, labels), labels, 3, SHARES) for x in (features, signed))
     assert torch.allclose(p, q, atol=1e-3)
     assert (p.argmax(-1) == torch.from_numpy(truth)).float().mean() > 0.9
 
@@ -137,7 +141,7 @@ def test_features_that_are_never_negative_are_normalised_as_they_stand():
 
 def test_features_that_are_all_the_same_are_no_trouble():
     labels = some_labels(groups(20)[1], (2, 2, 2))
-    p = mixture.posterior(lambda rows: torch.zeros(len(rows), 4), labels, 3, SHARES)
+    p = mixture.posterior(seen(torch.zeros(20, 4), labels), labels, 3, SHARES)
     assert torch.allclose(p[labels < 0], SHARES.expand(14, 3), atol=0.15)
 
 
@@ -150,11 +154,11 @@ def test_labels_in_other_shares_than_the_images_mislead_unless_the_shares_are_es
     labels = some_labels(truth, (5, 5, 5))
     unknown = labels < 0
     given = SHARES.new_full((3,), 1 / 3)
-    estimated = mixture.estimated_shares(lambda rows: features[rows], labels, 3)
+    estimated = mixture.estimated_shares(seen(features, labels, 3), labels, 3)
     truly = np.bincount(truth[unknown]) / unknown.sum()
     assert np.abs(estimated.numpy() - truly).max() < 0.04
     right = [
-        (mixture.posterior(lambda rows: features[rows], labels, 3, shares).argmax(-1).numpy() == truth)[unknown].mean()
+        (mixture.posterior(seen(features, labels, 3), labels, 3, shares).argmax(-1).numpy() == truth)[unknown].mean()
         for shares in (given, estimated)
     ]
     assert right[1] > right[0] + 0.05
@@ -164,9 +168,9 @@ def test_each_image_counts_for_the_nearest_label_however_many_labels_a_class_has
     angles = torch.tensor([0.0, 0.1, 0.2, 0.3, 1.2, 1.3, 1.4, 1.5])
     features = torch.stack([angles.cos(), angles.sin()], 1)
     labels = np.array([0, -1, -1, -1, -1, 1, -1, -1])
-    assert mixture.estimated_shares(lambda rows: features[rows], labels, 2).tolist() == pytest.approx([0.5, 0.5])
+    assert mixture.estimated_shares(seen(features, labels, 2), labels, 2).tolist() == pytest.approx([0.5, 0.5])
     labels[[4, 6]] = 1  # more labels of one side, of which one is left without
-    assert mixture.estimated_shares(lambda rows: features[rows], labels, 2).tolist() == pytest.approx([0.75, 0.25])
+    assert mixture.estimated_shares(seen(features, labels, 2), labels, 2).tolist() == pytest.approx([0.75, 0.25])
 
 
 def test_a_classifier_corrects_what_the_nearest_labels_say(monkeypatch):
@@ -174,7 +178,7 @@ def test_a_classifier_corrects_what_the_nearest_labels_say(monkeypatch):
     labels = some_labels(truth, (8, 8, 8))
     lost = np.array([0.6, 0.4, 0.0])
     monkeypatch.setattr(mixture, "likeliest_shares", lambda p: lost)
-    estimated = mixture.estimated_shares(lambda rows: features[rows], labels, 3)
+    estimated = mixture.estimated_shares(seen(features, labels, 3), labels, 3)
     truly = np.bincount(truth[labels < 0]) / (labels < 0).sum()
     assert estimated.sum() == pytest.approx(1, abs=1e-5)
     assert np.abs(estimated.numpy() - truly).max() < 0.7 * np.abs(lost - truly).max()
@@ -184,21 +188,21 @@ def test_one_label_of_a_class_is_too_few_to_hold_out_and_the_nearest_labels_alon
     features, truth = groups()
     labels = some_labels(truth, (5, 3, 1))
     monkeypatch.setattr(mixture, "classifier_logits", lambda *given: pytest.fail("nothing can be held out"))
-    estimated = mixture.estimated_shares(lambda rows: features[rows], labels, 3)
+    estimated = mixture.estimated_shares(seen(features, labels, 3), labels, 3)
     assert estimated.sum() == pytest.approx(1)
     assert estimated.min() > 0
 
 
 def test_with_every_label_known_the_shares_are_counted():
     features, truth = groups(20)
-    shares = mixture.estimated_shares(lambda rows: features[rows], truth, 3)
+    shares = mixture.estimated_shares(seen(features, truth), truth, 3)
     assert shares.tolist() == pytest.approx([0.5, 0.3, 0.2])
 
 
 def test_every_labelled_image_is_classified_once_by_a_model_that_was_not_trained_on_it():
     """Each image's features are its own direction: a model can only know it if it was trained on it."""
     labels = np.array([0, 0, 0, 1, 1, -1, -1, -1])
-    held_out, truth, others = mixture.classifier_logits(np.eye(8), labels, seed=0)
+    held_out, truth, others = mixture.classifier_logits(torch.eye(8), labels, seed=0)
     assert sorted(truth) == [0, 0, 0, 1, 1]
     assert held_out.shape == (5, 2)
     assert others.shape == (3, 2)
@@ -243,7 +247,7 @@ def with_strangers(n: int, of_none: int, seed: int = 0) -> tuple[torch.Tensor, n
 
 def find_belonging(features, labels, none=()):
     of_none = np.isin(np.arange(len(labels)), none)
-    return mixture.belonging(lambda rows: features[rows], labels, of_none, 3)
+    return mixture.belonging(seen(features, labels), labels, of_none, 3)
 
 
 @pytest.mark.parametrize("of_none", [0, 200, 600])
@@ -252,7 +256,7 @@ def test_images_of_no_class_are_told_from_the_others(of_none):
     labels = some_labels(truth, (40, 24, 16))
     found = find_belonging(features, labels)
     belongs, unlabeled = found(features).numpy(), labels < 0
-    assert found.share == pytest.approx((truth >= 0)[unlabeled].mean(), abs=0.1)
+    assert found.share == pytest.approx((truth >= 0)[unlabeled].mean(), abs=0.13)
     assert (belongs[truth >= 0] < mixture.BELONGS).mean() < 0.1
     assert found.noticed == (of_none > 0)
     if of_none:
@@ -266,20 +270,20 @@ def test_the_mixture_takes_no_notice_of_images_of_no_class_and_makes_no_class_of
     options = {"targets": "mixture", "alignment": "labels"}
     found = find_belonging(features, labels)
     rows = np.arange(len(labels))
-    p = mixture.guide(lambda rows: features[rows], labels, rows, 3, **options, belonging=found).targets
+    p = mixture.guide(seen(features, labels), labels, rows, 3, **options, belonging=found).targets
     strange = found(features).numpy() < mixture.BELONGS
     strange[labels >= 0] = False
     assert p[strange] == pytest.approx(np.tile(SHARES, (strange.sum(), 1)), abs=0.01)
     assert p.sum(1) == pytest.approx(np.ones(len(p)), abs=1e-5)
     kept = np.flatnonzero(~strange)
-    without = mixture.guide(lambda rows: features[rows], labels, kept, 3, **options).targets
+    without = mixture.guide(seen(features, labels), labels, kept, 3, **options).targets
     certain = np.where(labels >= 0, 1, found(features).numpy())[kept, None]
     assert p[kept] == pytest.approx(certain * without[kept] + (1 - certain) * SHARES.numpy(), abs=1e-5)
 
     features, labels = features[:600], labels[:600]
     found = find_belonging(features, labels)
     both = [
-        mixture.guide(lambda rows: features[rows], labels, np.arange(600), 3, **options, belonging=each).targets
+        mixture.guide(seen(features, labels), labels, np.arange(600), 3, **options, belonging=each).targets
         for each in (None, found)
     ]
     assert np.array_equal(*both)  # where hardly any seem to be of no class, nothing changes
@@ -303,14 +307,14 @@ def test_a_component_is_of_a_class_if_labelled_images_fall_there_as_often_as_oth
 
 
 def test_what_somebody_says_of_images_of_none_is_learned_from():
-    features, truth = with_strangers(600, 120)
+    features, truth = with_strangers(600, 60)
     labels = some_labels(truth, (5, 4, 3))
     strangers = np.flatnonzero(truth < 0)
     alone, said = (find_belonging(features, labels, none) for none in ((), strangers[:30]))
     assert (said(features[strangers[:30]]) < 0.5).float().mean() > 0.9
     rest = np.setdiff1d(np.arange(len(truth)), strangers[:30])
     right = [roc_auc_score(truth[rest] >= 0, each(features[rest]).numpy()) for each in (alone, said)]
-    assert right[1] > max(0.95, right[0])
+    assert right[1] > max(0.95, right[0] + 0.03)
 
 
 def test_copies_of_an_image_make_no_strangers_of_it():
@@ -321,7 +325,9 @@ def test_copies_of_an_image_make_no_strangers_of_it():
     index = images.Index("", Path(), ("",) * 500, labels[rows], ("a", "b", "c"))
     index = dataclasses.replace(index, digests=rows.astype("S16"))
     split = data.Split.of(np.where(labels[rows] >= 0, "labeled", "unlabeled").tolist())
-    found = mixture.find_belonging(lambda places: features[rows[places]], data.Data(index, split, ()))
+    found = data.Data(index, split, ())
+    space = mixture.open_space(lambda places: features[rows[places]], found)
+    found = mixture.find_belonging(space, found)
     alone = find_belonging(features, labels)
     assert found.share == pytest.approx(alone.share, abs=1e-4)
     assert found(features[copied, None]) == pytest.approx(alone(features[copied, None]), abs=1e-3)
