@@ -336,7 +336,8 @@ def label_folder(
 
 def sort_into_folders(results: Path, folder: Path, *, link: bool = False) -> Counter[str]:
     """Copy the images of a run's predictions.csv, or link to them, into ``folder/class/path``: by their label if they
-    have one, else by the prediction. Returns how many of each class.
+    have one, else by the prediction; those that seem to belong to no class, unless the run found that it has hardly any
+    such images, into a folder of their own. Returns how many of each class.
 
     Raises:
         CheckpointError: the folder is there already and has something in it.
@@ -351,6 +352,8 @@ def sort_into_folders(results: Path, folder: Path, *, link: bool = False) -> Cou
     roots = [root, images.innermost(str(root))]
     if folder.resolve().is_relative_to(root.resolve()):
         raise utils.UsageError(f"{folder} lies in the folder of the images, where its copies would be taken for more")
+    figures = results / "metrics.json"
+    has_strangers = not figures.exists() or json.loads(figures.read_bytes()).get("belonging", {}).get("noticed", True)
     counts: Counter[str] = Counter()
     gone = []
     folders: dict[str, str] = {}  # of classes
@@ -358,7 +361,8 @@ def sort_into_folders(results: Path, folder: Path, *, link: bool = False) -> Cou
         if not row.keys() >= {"path", "label", "predicted_label"}:
             raise utils.DataError(f"{table}: its columns are not those that a run writes, separated by commas")
         name = row["label"] or row["predicted_label"]
-        name = "none of the classes" if name == NO_CLASS else name
+        strange = has_strangers and not row["label"] and float(row.get("belongs") or 1) < BELONGS
+        name = "none of the classes" if name == NO_CLASS or strange else name
         file = next((path for path in (each / row["path"] for each in roots) if path.is_file()), None)
         if file is None or ".." in Path(row["path"]).parts:  # which would lead out of the new folder
             gone.append(row["path"])

@@ -22,7 +22,7 @@ from data import Batch, Schedule, Source, Split
 from models import Architecture, Learner
 from utils import Bar, DivergedError, Signals, seed_torch
 
-VERSION = 5  # raised whenever the same options, images and seed come to train otherwise; then no run goes on
+VERSION = 6  # raised whenever the same options, images and seed come to train otherwise; then no run goes on
 ALIGNMENT_RATE = 0.1  # of the ascent: some ten batches are averaged over
 
 Measurements = dict[str, torch.Tensor]

@@ -1,6 +1,7 @@
 """Labels for a folder of images that nobody labelled."""
 
 import csv
+import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -240,6 +241,26 @@ def test_images_are_sorted_into_a_folder_for_each_class_and_stay_where_they_are(
     assert not (colours / "sorted").exists()
 
 
+@pytest.mark.parametrize("noticed", [True, False])
+def test_images_that_seem_to_belong_to_no_class_are_sorted_into_a_folder_of_their_own(
+    trained, colours, tmp_path, monkeypatch, noticed
+):
+    monkeypatch.chdir(trained.cwd)
+    results = Path(shutil.copytree(trained.cwd / "results/exp", tmp_path / "run"))
+    rows = utils.read_csv(results / "predictions.csv")
+    strange = next(row for row in rows if not row["label"])
+    for row in rows:
+        row["belongs"] = "0.1" if row is strange or row["label"] else "0.9"
+    utils.write_atomically(results / "predictions.csv", utils.csv_bytes([[*rows[0]], *(row.values() for row in rows)]))
+    figures = json.loads((results / "metrics.json").read_bytes()) | {"belonging": {"noticed": noticed}}
+    utils.write_json(results / "metrics.json", figures)
+    counts = sort_into_folders(results, tmp_path / "sorted")
+    assert counts["none of the classes"] == noticed
+    assert (tmp_path / "sorted/none of the classes" / strange["path"]).exists() == noticed
+    (results / "metrics.json").unlink()  # as with --predict_dir
+    assert sort_into_folders(results, tmp_path / "again")["none of the classes"] == 1
+
+
 def test_a_table_that_leads_out_of_the_new_folder_is_not_followed(trained, colours, tmp_path, monkeypatch):
     monkeypatch.chdir(trained.cwd)
     results = Path(shutil.copytree(trained.cwd / "results/exp", tmp_path / "run"))
@@ -282,7 +303,7 @@ def test_images_of_no_class_are_named_in_the_run_in_a_test_and_in_another_folder
     of_strangers = [float(row["probability"]) for row in rows if "strangers" in row["path"]]
     assert np.median(of_strangers) < 0.7  # no class is made probable
     exported = cli.inside("--name", "b", "--test_mode", "--load_path", "a", "--export", "onnx").stdout
-    assert float(re.search(r"probabilities within (\S+)", exported)[1]) < 1e-4
+    assert float(re.search(r"probabilities within (\S+)", exported)[1]) < 1e-3
     assert "of the unlabelled images seem" not in exported  # which was found out of the training's
     outputs = onnxruntime.InferenceSession(cli.cwd / "results/b/model.onnx").get_outputs()
     assert [each.name for each in outputs] == ["probabilities", "belongs"]
