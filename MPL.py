@@ -682,7 +682,7 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
         for line in (f"{index.name}: {len(labeled)} labelled and {len(unlabeled)} unlabelled images", *index.notes):
             print(line)
         p = belongs = None
-        if saved:
+        if saved and not config.at_random:
             learners = loaded_learners(config, saved.best.learners, architecture, inputs)
             predicted = predict.predict(learners, inputs, there, unlabeled, saved.belonging)
             unlabeled, p = predicted.rows, train.final(predicted.probabilities).numpy()
@@ -695,35 +695,44 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
             pixels = inputs.source("plain", places, np.zeros(len(places), dtype=np.int64))  # nothing has learned yet
             return torch.nn.functional.adaptive_avg_pool2d(pixels.float().mean(1, keepdim=True), 8).flatten(1)
 
-        margins = None if p is None else selection.margins(p)
-        strange = None if belongs is None else belongs < mixture.BELONGS
-        chosen = selection.choose(
-            features_of, labeled, unlabeled, index.contents, n, margins=margins, strange=strange, seed=config.seed
-        )
-        if not len(chosen.rows):
+        stands_for: list[int | str]
+        if config.at_random:
+            rows = selection.draw(labeled, unlabeled, index.contents, n, seed=config.seed)
+            stands_for = [data.AT_RANDOM] * len(rows)
+        else:
+            margins = None if p is None else selection.margins(p)
+            strange = None if belongs is None else belongs < mixture.BELONGS
+            rows, counts = selection.choose(
+                features_of, labeled, unlabeled, index.contents, n, margins=margins, strange=strange, seed=config.seed
+            )
+            stands_for = counts.tolist()
+        if not len(rows):
             raise DataError(f"--select {n}: all that has no label are copies of images that have one, or unreadable")
-        places = np.searchsorted(unlabeled, chosen.rows)
+        places = np.searchsorted(unlabeled, rows)
         asked = report.to_label(
-            [index.paths[i] for i in chosen.rows],
-            chosen.stands_for,
+            [index.paths[i] for i in rows],
+            stands_for,
             there.classes,
             None if p is None else p[places],
             None if belongs is None else belongs[places],
         )
         side = report.side_for(len(asked))
-        pictures = [images.picture(index, i, side, preparation.value_range) for i in chosen.rows]
+        pictures = [images.picture(index, i, side, preparation.value_range) for i in rows]
         begin()
         write_config(config, folder)
         with folder.writing("labels.csv", report.TO_LABEL, report.LABEL_PAGE):
             utils.write_atomically(folder.results / "labels.csv", data.labels_to_csv(index))
             report.write_to_label(folder.results, asked)
             classes = sorted({*index.classes, *(saved.classes if saved else ())}, key=images.natural_order)
-            key = images.digest(index.digests[chosen.rows].tobytes()).hex()
+            key = images.digest(index.digests[rows].tobytes()).hex()
             report.write_label_page(folder.results, asked, pictures, classes, data.labels_of(index), key)
+    how, then = "drawn at random", f"measure:\n    {measuring_on_labels(config)}"
+    if not config.at_random:
+        how = f"which stand for {counts.sum()} of {len(index)}"
+        then = f"train:\n    {training_on_labels(config)}"
     print(
-        f"\n{utils.counted(len(asked), 'image')} to label, which stand for {chosen.stands_for.sum()} of {len(index)}. "
-        f"Open\n    {folder.results / report.LABEL_PAGE}\n"
-        f"in a browser and save the table, then train:\n    {training_on_labels(config)}\n"
+        f"\n{utils.counted(len(asked), 'image')} to label, {how}. Open\n    {folder.results / report.LABEL_PAGE}\n"
+        f"in a browser and save the table, then {then}\n"
         f"or fill in the column label of {report.TO_LABEL} beside it, and give --labels "
         f"{folder.results / 'labels.csv'} and that."
     )
@@ -740,6 +749,13 @@ def training_on_labels(config: Config) -> str:
         del options["model_name"]
     table = shlex.quote(f"{config.name}-labels.csv")
     return f"{args.written({'name': f'{config.name}-trained'} | options)} --labels ~/Downloads/{table}"
+
+
+def measuring_on_labels(config: Config) -> str:
+    """The command that tests on the table that the page to label on saves."""
+    given = {key: getattr(config, key) for key in ("output_dir", "cache_dir") if key in config.given}
+    options = {"name": f"{config.name}-measured", "test_mode": True, "load_path": config.load_path or "RUN"} | given
+    return f"{args.written(options)} --labels ~/Downloads/{shlex.quote(f'{config.name}-labels.csv')}"
 
 
 def find_to_label(start: Start) -> images.Index:

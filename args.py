@@ -134,6 +134,12 @@ class Config:
         low=1,
         metavar="N",
     )
+    at_random: bool = option(
+        False,
+        "mode",
+        "with --select: draw the images at random and show no guess; the table of their labels, given with "
+        "--test_mode, tells without bias how many of the unlabelled images are right",
+    )
     load_best: bool = option(
         False,
         "mode",
@@ -615,7 +621,11 @@ FIXED = (
     "recipe",
 )
 INHERITED = (*FIXED, "data_dir", "unlabeled_dir", "labels", "augmentation", "views", "amp", "targets")
-ADDED: dict[str, Any] = {"labels": None, "select": None}  # options that came later, with what runs before them had
+ADDED: dict[str, Any] = {
+    "labels": None,
+    "select": None,
+    "at_random": False,
+}  # options that came later, with what runs before them had
 
 # What changes no number of a run: a resumed one may have it otherwise.
 HARMLESS = (
@@ -774,6 +784,8 @@ def _check_run(config: Config) -> None:
         raise ValueError("--resume and --overwrite exclude each other: continue the earlier run, or replace it")
     if config.resume and config.name is None:
         raise ValueError("--resume needs --name: which run to continue")
+    if config.at_random and config.select is None:
+        raise ValueError("--at_random goes with --select (how many images to draw)")
     if config.resume and (config.test_mode or config.select):
         raise ValueError("--resume goes with training and tuning only")
     if (config.name is not None and not re.fullmatch(PLAIN_NAME, config.name)) or config.name in (".", ".."):

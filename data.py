@@ -66,6 +66,7 @@ SECONDS_TO_STOP = 60.0  # that a loader's worker goes on after it is told to end
 # Tables that say which image has which label
 
 PATH_COLUMNS = ("path", "file_name", "filename", "file", "image", "id")  # the first that a table has names its images
+AT_RANDOM = "at random"  # in the column stands_for: that an image was not chosen, and can be measured on
 NO_CLASS, TAKEN_BACK = "-", "?"  # what may stand in place of a class: none of them; what an earlier table said
 
 
@@ -76,6 +77,7 @@ class _Said(NamedTuple):
     label: str
     table: str
     row: int
+    drawn: bool = False  # at random
 
 
 def read_labels(table: str) -> list[_Said]:
@@ -114,7 +116,8 @@ def read_labels(table: str) -> list[_Said]:
             cells = {name: csv_text(cell) for name, cell in zip(header, row, strict=False)}
             label = nfc(cells.get("label", "").strip())
             if label:
-                said.append(_Said(cells.get(named, ""), label, table, rows.line_num))
+                drawn = cells.get("stands_for", "").strip() == AT_RANDOM
+                said.append(_Said(cells.get(named, ""), label, table, rows.line_num, drawn))
     except csv.Error as error:
         raise DataError(f"--labels {table}, line {rows.line_num}: {error}") from error
     undecoded = next((each for each in said if {*map(unicodedata.category, each.label)} & {"Cc", "Cs"}), None)
@@ -192,17 +195,17 @@ def label_by_tables(index: Index, tables: Sequence[str]) -> Index:
         for why, several in (("no image is called so", False), ("several images are called so", True))
         if (rows := [said for said, meant in lost if said.table == table and bool(meant) == several])
     ]
-    given = {i: said.label for i, said in word.items() if said.label != TAKEN_BACK}
-    classes = sorted({*given.values()} - {NO_CLASS}, key=natural_order)
+    given = {i: said for i, said in word.items() if said.label != TAKEN_BACK}
+    classes = sorted({said.label for said in given.values()} - {NO_CLASS}, key=natural_order)
     if not classes:
         raise DataError(
             f"--labels {first_few([*tables])}: {notes[0] if notes else 'no label in it; fill in the column label'}"
         )
     place = {name: c for c, name in enumerate(classes)} | {NO_CLASS: UNKNOWN}
-    labels, none = np.full(len(index), UNKNOWN), np.zeros(len(index), dtype=bool)
-    for i, label in given.items():
-        labels[i], none[i] = place[label], label == NO_CLASS
-    labeled = index.labeled_as(labels, classes, none)
+    labels, parts = np.full(len(index), UNKNOWN), [""] * len(index)
+    for i, said in given.items():
+        labels[i], parts[i] = place[said.label], "unused" if said.label == NO_CLASS else "drawn" if said.drawn else ""
+    labeled = index.labeled_as(labels, classes, parts)
     notes += [note for table in tables for note in _newer(table)]
     return dataclasses.replace(labeled, notes=(*notes, *index.notes))
 
@@ -223,27 +226,29 @@ def label_as_before(index: Index, saved: "Manifest", classes: Sequence[str]) -> 
     """The images with the labels that a checkpoint remembers of them, known by their bytes."""
     then = {entry.digest: entry for entry in reversed(_entries(saved))}
     at_path = dict(zip(saved.paths, _entries(saved), strict=True))
-    labels, none = np.full(len(index), UNKNOWN), np.zeros(len(index), dtype=bool)
+    labels, parts = np.full(len(index), UNKNOWN), [""] * len(index)
     for i, (path, content) in enumerate(zip(index.paths, index.digests.tolist(), strict=True)):
         entry = at_path.get(path)
         entry = entry if entry and entry.digest == content else then.get(content)
         if entry:
-            labels[i], none[i] = entry.label, entry.part == "none"
-    return index.labeled_as(labels, classes, none)
+            labels[i], parts[i] = entry.label, "unused" if entry.part == "none" else ""
+    return index.labeled_as(labels, classes, parts)
 
 
-def labels_of(index: Index) -> list[tuple[str, str]]:
-    """The labels that an index has, by path."""
+def labels_of(index: Index) -> list[tuple[str, str, str]]:
+    """The labels that an index has, as rows of a table: path, label and what it stands for, if it was drawn."""
     return [
-        (path, NO_CLASS if label == UNKNOWN else index.classes[label])
-        for path, label, of_none in zip(index.paths, index.labels, index.of_none, strict=True)
-        if label != UNKNOWN or of_none
+        (path, NO_CLASS if label == UNKNOWN else index.classes[label], AT_RANDOM * (part == "drawn"))
+        for path, label, part in zip(index.paths, index.labels, index.given_parts or [""] * len(index), strict=True)
+        if label != UNKNOWN or part == "unused"
     ]
 
 
 def labels_to_csv(index: Index) -> bytes:
     """The labels that an index has, as a table to be corrected and given back."""
-    return BOM + csv_bytes([("path", "label"), *labels_of(index)])
+    rows = [("path", "label", "stands_for"), *labels_of(index)]
+    drawn = any(stands_for for *_, stands_for in rows[1:])
+    return BOM + csv_bytes(rows if drawn else [row[:2] for row in rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,7 +311,7 @@ def require_enough(
     counts = {part: np.zeros(len(index.classes), dtype=np.int64) for part in ("train", "val", "test")}
     for label, part in zip(index.labels, index.given_parts or [""] * len(index), strict=True):
         if label != UNKNOWN:
-            counts[part or "train"][label] += 1
+            counts[part if part in counts else "train"][label] += 1
     small = [f"{name} ({n})" for name, n in zip(index.classes, counts["train"], strict=True) if n < fewest]
     if small:
         raise DataError(
@@ -512,8 +517,9 @@ def split_from_manifest(
 ) -> tuple[Split, list[str]]:
     """A checkpoint's split over the images found now, and lines that say what has changed since (none if nothing).
 
-    An image is known by its bytes: one that is renamed or copied stays in its part, and is never tested on if it was
-    trained on. One that has got a label since is a labelled one now. Images never seen before join those without a
+    An image is known by its bytes: one that is renamed or copied stays in its part, and is never tested on if its label
+    was trained on. One that has got a label since is a labelled one now; if it was drawn at random it is tested on when
+    that is all that is done (``testing``). Images never seen before join those without a
     label, if they have none. If they have one, they are tested on when that is all that is done (``testing``), join the
     labelled ones where every label was used (``all_labels``), and are not used otherwise. Of copies among them, one of
     which is held out, no other is used.
@@ -531,7 +537,7 @@ def split_from_manifest(
         if len({int(index.labels[i]) for i in group} - {UNKNOWN}) > 1
     }
     changes: dict[str, list[str]] = {what: [] for what in ("gone", "new", "renamed or copied", *LABEL_CHANGES)}
-    aside, parts = [], []
+    aside, parts, drawn = [], [], set()
     given_parts = index.given_parts or [""] * len(index)
     each_now = zip(index.paths, index.labels.tolist(), index.digests.tolist(), given_parts, strict=True)
     for path, label, content, given in each_now:
@@ -551,6 +557,9 @@ def split_from_manifest(
             part = "unused" if entry.part == "none" else entry.part
         if given == "unused":
             part = given
+        if testing and given == "drawn" and part == "unlabeled":
+            part = "test"
+            drawn.add(path)
         if content in conflicting:  # no label of it is believed
             part = "unlabeled" if part in ("labeled", "unlabeled") and content in by_digest else "unused"
         parts.append(part)
@@ -567,11 +576,16 @@ def split_from_manifest(
         raise DataError(f"{index.root}: no labelled image in it that was not trained on; put the test images back")
     if not testing and not whole and not (len(split.val) and len(split.test)):
         raise DataError(f"{index.root}: none of the checkpoint's validation or test images are left; put them back")
+    changes[LABEL_CHANGES[1]] = [path for path in changes[LABEL_CHANGES[1]] if path not in drawn]
     listed = [f"{counted(len(paths), 'image')} {what} (first: {paths[0]})" for what, paths in changes.items() if paths]
     if testing and len(changes["new"]) == len(index):
         tested = counted(len(split.test), "labelled image is", "labelled images are")
         return split, [f"no image of the training is among them: {tested} tested on"]
     notes = [f"the folder has changed since the training: {', '.join(listed)}"] if listed else []
+    if drawn:
+        notes.append(
+            f"tested on {counted(len(drawn), 'image')} drawn at random among those that the training had no label of"
+        )
     if aside:
         notes.append(f"{counted(len(aside), 'new label')} not used: the training used a share of the labels only")
     return split, notes
@@ -592,7 +606,7 @@ def _part_of_new(label: int, given: str, *, testing: bool, all_labels: bool) -> 
     if given in ("val", "test"):
         return given
     if testing:
-        return "unused" if given else "test"
+        return "test" if given in ("", "drawn") else "unused"
     return "labeled" if all_labels else "unused"
 
 

@@ -78,10 +78,10 @@ class Index:
 
     ``paths`` are relative to ``root`` (those outside of it absolute), with slashes, the labelled images first, either
     sorted. ``labels`` is [N] int64, ``UNKNOWN`` where nobody labelled. ``given_parts`` says of each image in which part
-    (train, val, test) the user's own folders put it, and of one that is said to be of none of the classes ``unused``;
-    empty if they do not. ``notes`` say what was found and is not
-    used. ``pixels`` ([N, H, W] uint8) stands for files in a named dataset. ``resize`` is the short side before the
-    centre crop, in sides of the crop; ``mirror`` says whether a mirror image keeps its class.
+    (train, val, test) the user's own folders put it, of one that is said to be of none of the classes ``unused``, and
+    of one that was drawn at random to be labelled ``drawn``; empty if there is nothing to say. ``notes`` say what was
+    found and is not used. ``pixels`` ([N, H, W] uint8) stands for files in a named dataset. ``resize`` is the short
+    side before the centre crop, in sides of the crop; ``mirror`` says whether a mirror image keeps its class.
 
     :func:`check_images` fills ``digests`` ([N] 16 bytes, the BLAKE2 hashes of the files' bytes), ``stamps`` (what the
     file system said of each file), ``ranges`` ([N, 2] float32, the values of images of more than 8 bits; not a number
@@ -143,15 +143,17 @@ class Index:
         labels = np.where(self.labels == UNKNOWN, UNKNOWN, place[self.labels])
         return dataclasses.replace(self, labels=labels, classes=tuple(classes))
 
-    def labeled_as(self, labels: np.ndarray, classes: Sequence[str], none: np.ndarray | None = None) -> "Index":
+    def labeled_as(
+        self, labels: np.ndarray, classes: Sequence[str], given_parts: Sequence[str] | None = None
+    ) -> "Index":
         """The same images with other labels, those that have one first again.
 
         Args:
             labels: [N] int64 numbers of ``classes``, ``UNKNOWN`` for no label.
-            none: [N] bool, the images that are said to be of none of the classes.
+            given_parts: [N] in place of those that there are.
         """
         order = sorted(range(len(self)), key=lambda i: (labels[i] == UNKNOWN, self.paths[i]))
-        parts = self.given_parts if none is None else tuple(np.where(none, "unused", "").tolist())
+        parts = self.given_parts if given_parts is None else given_parts
         checked = len(self.digests) == len(self)
         return dataclasses.replace(
             self,

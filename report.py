@@ -89,7 +89,7 @@ class ToLabel:
     """An image to be labelled: how many others it stands for, and what a network says of it, if there is one."""
 
     path: str
-    stands_for: int
+    stands_for: int | str  # of one that was drawn instead, how
     guess: str = ""
     probability: float | None = None
     margin: float | None = None
@@ -97,7 +97,7 @@ class ToLabel:
 
 def to_label(
     paths: Sequence[str],
-    stands_for: np.ndarray,
+    stands_for: Sequence[int | str],
     classes: Sequence[str],
     probabilities: np.ndarray | None,
     belongs: np.ndarray | None = None,
@@ -105,12 +105,12 @@ def to_label(
     """The images to be labelled.
 
     Args:
-        stands_for: [n] int64.
+        stands_for: [n].
         probabilities: [n, C] what a network says of them, if there is one.
         belongs: [n] how probable it is that they belong to a class; None: nothing tells. Of those that seem not to, the
             guess is that.
     """
-    asked = [ToLabel(path, int(count)) for path, count in zip(paths, stands_for, strict=True)]
+    asked = list(map(ToLabel, paths, stands_for))
     if probabilities is None:
         return asked
     best = np.argsort(-probabilities, 1, kind="stable")[:, :2]
@@ -148,21 +148,22 @@ def write_label_page(
     asked: Sequence[ToLabel],
     pictures: Iterable[Image.Image],
     classes: Sequence[str],
-    labels: Sequence[tuple[str, str]],
+    labels: Sequence[tuple[str, str, str]],
     key: str,
 ) -> None:
     """Make the page on which images are labelled: one file that needs no network and no server.
 
     Args:
         pictures: of the images, in their order, without metadata.
-        labels: those that there are already, by path; the table that the page saves has them too.
+        labels: those that there are already, as rows of the table that the page saves.
         key: of the very images that are asked about; what a browser keeps of another page is not theirs.
     """
     shown = [
         dataclasses.asdict(each) | {"picture": _embedded(picture)}
         for each, picture in zip(asked, pictures, strict=True)
     ]
-    about = {"run": results.name, "key": key, "classes": [*classes], "labels": labels, "images": shown}
+    drawn = any(isinstance(each.stands_for, str) for each in asked)
+    about = {"run": results.name, "key": key, "classes": [*classes], "labels": labels, "images": shown, "drawn": drawn}
     page = template(LABEL_PAGE).render(name=results.name, about=about, n=len(shown))
     utils.write_atomically(results / LABEL_PAGE, page.encode("utf-8", "backslashreplace"))
 

@@ -74,6 +74,14 @@ def choose(
     return Chosen(rows[by_count], counts[by_count])
 
 
+def draw(labeled: np.ndarray, unlabeled: np.ndarray, contents: np.ndarray, n: int, *, seed: int) -> np.ndarray:
+    """``n`` of the unlabelled images, or all if there are no more, each as likely as any other: to measure on. As for
+    :func:`choose`, copies count once."""
+    fresh = unlabeled[~np.isin(contents[unlabeled], contents[labeled])]
+    _, first = np.unique(contents[fresh], return_index=True)
+    return np.random.default_rng(seed).permutation(fresh[np.sort(first)])[:n]
+
+
 def margins(probabilities: np.ndarray) -> np.ndarray:
     """The difference of the two best classes' probabilities [n], of [n, C]; of a single class, that one's."""
     best = np.sort(probabilities, 1)[:, -2:]

@@ -5,6 +5,7 @@ import json
 import re
 
 import numpy as np
+import pytest
 import torch
 from conftest import TINY, make_folder
 from PIL import Image
@@ -113,6 +114,17 @@ def test_a_large_folder_is_chosen_from_in_parts(monkeypatch):
     assert max(asked) <= 150
 
 
+def test_images_to_measure_on_are_drawn_alike_and_of_copies_one():
+    contents = np.array([0, 0, 1, 2, 3, 4, 4, 5, 6, 7])
+    labeled, unlabeled = np.array([0]), np.arange(1, 10)
+    drawn = [selection.draw(labeled, unlabeled, contents, 3, seed=seed) for seed in range(600)]
+    assert all(len(set(contents[rows])) == 3 for rows in drawn)
+    counts = np.bincount(contents[np.concatenate(drawn)], minlength=8)
+    assert counts[0] == 0  # a copy of what has a label
+    assert counts[1:] == pytest.approx(np.full(7, 600 * 3 / 7), rel=0.15)
+    assert sorted(contents[selection.draw(labeled, unlabeled, contents, 99, seed=0)]) == [*range(1, 8)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The page
 
@@ -196,7 +208,7 @@ def test_from_no_label_to_labels_for_all_and_on_to_the_next_to_label(cli, tmp_pa
     assert all(row["guess"] in "012" and 0 <= float(row["margin"]) <= 1 for row in second)
     about = about_page(results / "round2/to_label.html")
     assert about["classes"] == ["0", "1", "2"]
-    assert sorted(map(tuple, about["labels"])) == sorted((row["path"], row["path"][6]) for row in rows)
+    assert sorted(map(tuple, about["labels"])) == sorted((row["path"], row["path"][6], "") for row in rows)
     cli.inside("--name", "again", "--select", "5", "--load_path", "exp")  # the checkpoint remembers the labels
     assert read_csv(results / "again/to_label.csv") == second
 
@@ -210,6 +222,43 @@ def test_from_no_label_to_labels_for_all_and_on_to_the_next_to_label(cli, tmp_pa
     cli.inside("--name", "exp2", "--data_dir", root, "--labels", table, more, *FROZEN, *TRAIN)
     parts = {row["path"]: row["split"] for row in read_csv(results / "exp2/split.csv")}
     assert parts[second[1]["path"]] == "unused"
+
+
+def test_images_drawn_at_random_tell_how_many_of_the_unlabelled_ones_are_right(cli, tmp_path):
+    root = make_folder(tmp_path / "photos", classes=2, images=20)
+    results, table, check = cli.cwd / "results", tmp_path / "first.csv", tmp_path / "check.csv"
+    labels = [(path.relative_to(root).as_posix(), path.parent.name[6]) for path in sorted(root.rglob("*.png"))]
+    table.write_bytes(csv_bytes([("path", "label"), *labels[::4]]))
+    cli.inside("--name", "exp", "--data_dir", root, "--labels", table, *FROZEN, *TRAIN)
+    out = cli.inside("--name", "check", "--select", "12", "--at_random", "--load_path", "exp").stdout
+    assert "12 images to label, drawn at random" in out
+    assert re.search(r"--name check-measured --test_mode --load_path \S+ .*--labels ~/Downloads/check-labels.csv", out)
+    rows = read_csv(results / "check/to_label.csv")
+    assert {(row["stands_for"], row["guess"]) for row in rows} == {("at random", "")}  # no word that could sway
+    about = about_page(results / "check/to_label.html")
+    assert about["drawn"]
+
+    drawn = {row["path"] for row in rows}
+    chosen = next(label for label in labels if label not in labels[::4] and label[0] not in drawn)
+    given = [(path, label, "at random") for path, label in labels if path in drawn]
+    check.write_bytes(csv_bytes([("path", "label", "stands_for"), *about["labels"], *given, (*chosen, "3")]))
+    out = cli.inside("--name", "m", "--test_mode", "--load_path", "exp", "--labels", check).stdout
+    assert "tested on 12 images drawn at random among those that the training had no label of" in out
+    assert "1 image with a label now" in out  # and not tested on: somebody chose it
+    before = {row["path"]: row for row in read_csv(results / "exp/predictions.csv")}
+    tested = read_csv(results / "m/predictions.csv", split="test")
+    assert {row["path"] for row in tested} == drawn
+    assert all(row["predicted_label"] == before[row["path"]]["predicted_label"] for row in tested)
+    right = np.mean([dict(labels)[path] == before[path]["predicted_label"] for path in drawn])
+    figures = json.loads((results / "m/metrics.json").read_text())
+    assert next(reversed(figures["test"].values()))["accuracy"] == pytest.approx(right)
+
+    cli.inside("--name", "exp2", "--data_dir", root, "--labels", check, *FROZEN, *TRAIN)  # labels like any other
+    assert {row["path"] for row in read_csv(results / "exp2/split.csv", split="labeled")} > drawn
+    kept = {row["path"] for row in read_csv(results / "exp2/labels.csv") if row["stands_for"] == "at random"}
+    assert kept == drawn
+    failed = cli.inside("--name", "x", "--at_random", "--data_dir", root, check=2)
+    assert "--at_random goes with --select" in failed.stderr
 
 
 def test_class_folders_beside_a_folder_without_labels_label_their_images(cli, tmp_path):
@@ -230,7 +279,7 @@ def test_labels_that_were_hidden_from_a_training_may_be_asked_for(cli, tmp_path)
     given_away = {row["path"] for row in read_csv(cli.cwd / "results/s/labels.csv")}
     assert "unlabeled" not in {parts[path] for path in given_away}
     told = about_page(cli.cwd / "results/s/to_label.html")["labels"]
-    assert {path for path, _ in told} == given_away
+    assert {path for path, *_ in told} == given_away
 
 
 def test_the_digits_are_chosen_by_their_pixels(cli):
