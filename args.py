@@ -42,13 +42,22 @@ RECIPES: dict[str, dict[str, Any]] = {
         "augmentation": "transfer",
         "views": 0,
         "lambda_u": 0.27,
+        "num_epochs": 100,
         "warmup_epoch_num": 20,
+        "batch_size": 64,
+        "lr": 0.00263,
     },
 }
 # The embedded digits train a small network from scratch at their own size; a folder of photographs gets a pretrained,
 # frozen backbone at the size it was trained at.
-DIGITS_DEFAULTS = {"model_name": "wrn_10_1", "img_size": 16, "augmentation": "randaugment", "amp": "off"}
-FOLDER_DEFAULTS = {"model_name": "efficientnet_lite0", "img_size": 224, "augmentation": "transfer", "amp": "auto"}
+DIGITS_DEFAULTS = {
+    **{"model_name": "wrn_10_1", "img_size": 12, "augmentation": "randaugment", "amp": "off"},
+    **{"num_epochs": 80, "batch_size": 32, "lr": 0.01},  # twice as fast as with a folder's
+}
+FOLDER_DEFAULTS = {
+    **{"model_name": "efficientnet_lite0", "img_size": 224, "augmentation": "transfer", "amp": "auto"},
+    **{"num_epochs": 100, "batch_size": 64, "lr": 0.00263},
+}
 MADE_FOR = {"efficientnet_lite1": 240, "efficientnet_lite2": 260}  # image sizes other than 224
 
 
@@ -211,7 +220,7 @@ class Config:
         low=8,
         high=2048,
         unit="pixels",
-        shown="224 pixels; digits: 16",
+        shown="224 pixels; digits: 12",
     )
     augmentation: str = option(
         None,
@@ -268,8 +277,15 @@ class Config:
         shown="head with pretrained weights, all with random ones",
     )
 
-    num_epochs: int = option(100, "training", "length of the training; see --steps_per_epoch", low=1, unit="epochs")
-    batch_size: int = option(64, "training", "labelled images per step", low=1)
+    num_epochs: int = option(
+        None,
+        "training",
+        "length of the training; see --steps_per_epoch",
+        low=1,
+        unit="epochs",
+        shown="100 epochs; digits: 80",
+    )
+    batch_size: int = option(None, "training", "labelled images per step", low=1, shown="64; digits: 32")
     unlabeled_batch_size: int = option(
         None,
         "training",
@@ -285,7 +301,13 @@ class Config:
         unit="steps",
         shown="one pass, at least 8",
     )
-    lr: float = option(0.00263, "training", "peak learning rate of the one-cycle schedule", low=0)
+    lr: float = option(
+        None,
+        "training",
+        "peak learning rate of the one-cycle schedule",
+        low=0,
+        shown="0.00263; digits: 0.01",
+    )
     weight_decay: float = option(0.097, "training", "weight decay of the optimiser, AdamW", low=0)
     ema: float = option(
         0.0,
@@ -701,10 +723,11 @@ def _resolve(config: Config) -> Config:
     if config.model_name is not None and (config.model_name in MADE_FOR or "+" in config.model_name):
         config = _filled(config, img_size=max(map(made_for, config.model_name.split("+"))))
     digits, recipe = config.data_dir == "digits", RECIPES[config.recipe]
+    config = _filled(config, **{key: value for key, value in recipe.items() if key != "warmup_epoch_num"})
+    config = _filled(config, **(DIGITS_DEFAULTS if digits else FOLDER_DEFAULTS))
     turns = 2 if config.switch_mode else 1  # role playing's two teachers share the warm-up
     warmup_epochs = min(recipe.get("warmup_epoch_num", 20 * turns), config.num_epochs // 5 * turns)
-    config = _filled(config, **recipe | {"warmup_epoch_num": warmup_epochs})
-    config = _filled(config, **(DIGITS_DEFAULTS if digits else FOLDER_DEFAULTS))
+    config = _filled(config, warmup_epoch_num=warmup_epochs)
     config = _filled(config, weights="none" if config.model_name.startswith("wrn_") else "default")
     config = _filled(config, trainable="all" if config.weights == "none" and "+" not in config.model_name else "head")
     frozen = config.trainable == "head"

@@ -53,7 +53,8 @@ def test_defaults_are_the_originals():
         ({"data_dir": "d", "unlabeled_dir": "u", "weights": "none"}, {"alignment": "none"}),
         ({"num_epochs": 10}, {"warmup_epoch_num": 2}),
         ({"num_epochs": 10, "switch_mode": True}, {"warmup_epoch_num": 4}),
-        ({"switch_mode": True}, {"warmup_epoch_num": 40}),
+        ({"switch_mode": True}, {"num_epochs": 80, "warmup_epoch_num": 32}),
+        ({"switch_mode": True, "data_dir": "d"}, {"num_epochs": 100, "warmup_epoch_num": 40}),
         ({"feedback": "exact"}, {"pseudo_label": "soft"}),
         ({"pseudo_label": "soft"}, {"feedback": "exact"}),
         ({"batch_size": 7}, {"unlabeled_batch_size": 14}),
@@ -104,7 +105,7 @@ def test_the_original_experiment_is_the_published_algorithm_with_its_own_network
 @pytest.mark.parametrize("recipe", ["best", "mpl"])
 def test_digits_keep_their_network_size_and_augmentation_in_these_recipes(recipe):
     config = args.configure(recipe=recipe)
-    assert (config.model_name, config.img_size, config.augmentation) == ("wrn_10_1", 16, "randaugment")
+    assert (config.model_name, config.img_size, config.augmentation) == ("wrn_10_1", 12, "randaugment")
     assert (config.views, config.lambda_u) == (8, 1.0)
 
 
