@@ -15,6 +15,7 @@ from conftest import make_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from sklearn.datasets import load_digits
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vision
 
@@ -361,6 +362,13 @@ def test_a_warp_by_hand():
     assert not moved[:, :, :2].any()
     assert torch.equal(turned, image[0].flip(1, 2))
     assert torch.equal(same, image[0])  # homogeneous: any multiple is the same
+
+
+def test_the_digits_are_scikit_learns():
+    index, theirs = images.find_images("digits"), load_digits()
+    assert np.array_equal(index.pixels, (theirs.images * (255 / 16)).round().astype(np.uint8))
+    assert np.array_equal(index.labels, theirs.target)
+    assert index.classes == tuple(map(str, theirs.target_names))
 
 
 @pytest.mark.parametrize("size", [16, 97])

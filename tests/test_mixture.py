@@ -85,6 +85,43 @@ def test_with_every_label_known_the_fit_is_discriminant_analysis(monkeypatch):
     assert np.allclose((root @ root.T).numpy(), within, atol=1e-5)
 
 
+def test_a_space_has_the_directions_in_which_images_vary_most():
+    features, truth = groups()
+    space = seen(features, truth)
+    z = mixture.normaliser(features)(features)
+    values, axes = np.linalg.eigh(z.numpy().T @ z.numpy())
+    assert torch.allclose(space.axes.T @ space.axes, torch.eye(12), atol=1e-5)
+    assert (space(np.arange(300)) ** 2).sum(0).numpy() == pytest.approx(values[::-1], rel=1e-3)
+    assert np.abs((space.axes[:, 0].numpy() * axes[:, -1]).sum()) == pytest.approx(1, abs=1e-4)
+    assert len(mixture.principal_axes(z[:9])[0]) == 3  # a third of the images
+    assert len(mixture.principal_axes(z[:2])[0]) == 1
+
+
+def test_a_space_gives_the_same_directions_whatever_is_asked_for_together(monkeypatch):
+    monkeypatch.setattr(mixture, "MOST_IMAGES", 60)
+    features, truth = groups()
+    labels = some_labels(truth, (5, 3, 2))
+    asked = []
+
+    def some(rows):
+        asked.append(rows)
+        return features[rows]
+
+    space = mixture.Space(some, labels, 3, np.arange(0, 300, 2))
+    everyone = np.random.default_rng(0).permutation(300)
+    z = space(everyone)
+    assert len(asked[0]) == 60  # what it is fitted to and keeps, labelled images first
+    assert set(np.flatnonzero(labels >= 0)[::1]) & set(range(0, 300, 2)) <= set(asked[0])
+    assert len(asked[1]) == 240
+    by_hand = space.normalise(features) @ space.axes
+    assert torch.allclose(z, by_hand[everyone], atol=1e-5)
+    places = np.array([7, 3, 3, 299, 0])
+    part = space.of(everyone).of(places)
+    assert len(part) == 5
+    assert torch.allclose(part(np.array([4, 1])), by_hand[everyone[[0, 3]]], atol=1e-5)
+    assert torch.equal(part.features(np.array([0, 3])), features[everyone[[7, 299]]])
+
+
 def test_the_fewer_images_there_are_the_rounder_is_their_covariance():
     """By hand: three images for each of two features count for the sphere, 6 beside 6 of the images and beside 18."""
     found = torch.diag(torch.tensor([2.0, 0.0]))
