@@ -885,15 +885,17 @@ def conclude(
                 utils.write_json(results / "metrics.json", figures)
         attempts.failures.insert(0, gone(missing, results, figures["commands"]))
     written: list[Path] = []
+    index, shown = work.data.index, dict[str, list[Path]]()  # the images in a picture of several
     with attempts.attempt("the pictures", needed=False):
         for name, draw in visualization.pictures(results):
             with attempts.attempt(name, needed=False), folder.writing(name):
                 written.append(draw())
-        for name, draw in doubtful(work, results, predicted).items():
+        for name, (rows, draw) in doubtful(work, results, predicted).items():
             with attempts.attempt(name, needed=False), folder.writing(name):
                 written.append(draw())
+                shown[written[-1].stem] = [] if index.pixels is not None else [index.file(i) for i in rows]
     with attempts.attempt("report.html", needed=False), folder.writing("report.html"):
-        written.append(report.write_report(results))
+        written.append(report.write_report(results, shown))
     if config.export is not None:
         import export
 
@@ -1008,7 +1010,10 @@ def commands(config: Config, found: data.Data) -> dict[str, str]:
     return lines | {"label a folder of images": follow("labels", "test_mode", predict_dir="FOLDER")}
 
 
-def doubtful(work: Work, results: Path, predicted: Mapping[str, predict.Predicted]) -> dict[str, Callable[[], Path]]:
+Grid = tuple[np.ndarray, Callable[[], Path]]  # a picture's images, by their places, and what draws it
+
+
+def doubtful(work: Work, results: Path, predicted: Mapping[str, predict.Predicted]) -> dict[str, Grid]:
     """What draws mistakes.png, test images or, without any, labelled ones whose label was held out,
     disagreements.png, test and unlabelled ones, and strangers.png, unlabelled ones; without such images, nothing."""
     import visualization
@@ -1046,7 +1051,7 @@ def doubtful(work: Work, results: Path, predicted: Mapping[str, predict.Predicte
         captions = visualization.stranger_captions(belongs[strange].tolist(), [index.paths[i] for i in rows])
         grids["strangers.png"] = ("Images that seem to belong to no class", rows, captions)
     return {
-        name: functools.partial(draw_grid, work, chosen, captions, title + key, results / name)
+        name: (chosen, functools.partial(draw_grid, work, chosen, captions, title + key, results / name))
         for name, (title, chosen, captions) in grids.items()
         if len(chosen)
     }

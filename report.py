@@ -39,8 +39,11 @@ FEW = 50  # test images
 PICTURE_NAMES = {"graphs": "curves", "optuna_history": "history of the search"}
 
 
-def write_report(results: Path) -> Path:
+def write_report(results: Path, shown: Mapping[str, Sequence[Path]] | None = None) -> Path:
     """Make the page of a run folder. Returns its path.
+
+    Args:
+        shown: the image files in a picture of several, by its name without suffix; the page links to them.
 
     Raises:
         Failure: a template is missing.
@@ -65,6 +68,7 @@ def write_report(results: Path) -> Path:
         pictures={
             gallery: [
                 _picture(path, large=gallery == "confusion" and n_classes > LEGIBLE)
+                | {"files": [(file.name, file.absolute().as_uri()) for file in (shown or {}).get(path.stem, ())]}
                 for path in sorted(results.glob(f"{pattern}.png"), key=lambda path: path.stat().st_mtime_ns)
             ]
             for gallery, pattern in PICTURES.items()

@@ -279,3 +279,18 @@ def test_without_test_images_the_table_has_dashes_and_no_interval():
 def test_every_picture_of_the_page_is_known_to_be_a_runs_own():
     for pattern in report.PICTURES.values():
         assert [name for name in checkpoints.IN_RESULTS if fnmatch.fnmatch(name, f"{pattern}.png")], pattern
+
+
+def test_the_files_of_a_picture_of_several_images_are_linked(tmp_path):
+    results = tmp_path / "exp"
+    results.mkdir()
+    (results / "metrics.json").write_text(json.dumps(changed()))
+    for name in ("mistakes", "graphs"):
+        Image.new("RGB", (4, 3)).save(results / f"{name}.png")
+    files = [tmp_path / "a b.jpg", tmp_path / "ü&<.jpg"]
+    text = report.write_report(results, {"mistakes": files}).read_text(encoding="utf-8")
+    page = Page(text)
+    assert [address for address in page.addresses if not address.startswith("data:")] == [
+        file.as_uri() for file in files
+    ]
+    assert "a b.jpg , ü&<.jpg" in page.text or "a b.jpg, ü&<.jpg" in page.text
