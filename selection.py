@@ -22,7 +22,7 @@ STRANGE = 0.2  # at most, of the chosen ones, where images seem to belong to no 
 
 
 class Chosen(NamedTuple):
-    """Images to label, those that stand for most others first."""
+    """Images to label: those that stand for most others first or, once there are networks, the most doubtful."""
 
     rows: np.ndarray  # [n] int64, their places
     stands_for: np.ndarray  # [n] int64, how many images each is nearest to, of all that are or will be labelled
@@ -43,7 +43,7 @@ def choose(
 
     Args:
         features: of images by their places in the index.
-        labeled, unlabeled: [L], [U] int64 places. A copy of a labelled image needs no label, and of several copies one
+        labeled, unlabeled: [L], [U] int64 places, sorted. A copy of a labelled image needs no label, and of several copies one
             is enough.
         contents: [N] int64, the same for copies.
         margins: [U] the difference of the two best classes' probabilities; None: there is no network yet.
@@ -70,8 +70,9 @@ def choose(
     rows = candidates if len(candidates) <= n else _medoids(space, covered, candidates, n, seed)
     rows = np.concatenate([rows, few])
     counts = space.nearest_counts(np.concatenate([labeled, rows]), np.union1d(labeled, unlabeled))[len(labeled) :]
-    by_count = np.argsort(-counts, kind="stable")
-    return Chosen(rows[by_count], counts[by_count])
+    urgent = -counts if margins is None else margins[np.searchsorted(unlabeled, rows)]
+    order = np.argsort(urgent, kind="stable")
+    return Chosen(rows[order], counts[order])
 
 
 def draw(labeled: np.ndarray, unlabeled: np.ndarray, contents: np.ndarray, n: int, *, seed: int) -> np.ndarray:
