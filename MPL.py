@@ -967,6 +967,7 @@ def figures_of(
         "belonging": {}
         if belonging is None
         else {"share": belonging.share, "noticed": belonging.noticed, "left_out": left_out},
+        "strangers": work.guide.belonging is not None and work.guide.belonging.noticed,
         **({} if defaults is None else {"defaults": defaults}),
         "classes": list(work.data.classes),
         "per_class": metrics.per_class(*about["test"]),

@@ -50,14 +50,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 # The embedded digits train a small network from scratch at their own size; a folder of photographs gets a pretrained,
 # frozen backbone at the size it was trained at.
-DIGITS_DEFAULTS = {
-    **{"model_name": "wrn_10_1", "img_size": 12, "augmentation": "randaugment", "amp": "off"},
-    **{"num_epochs": 80, "batch_size": 32, "lr": 0.01},  # twice as fast as with a folder's
-}
-FOLDER_DEFAULTS = {
-    **{"model_name": "efficientnet_lite0", "img_size": 224, "augmentation": "transfer", "amp": "auto"},
-    **{"num_epochs": 100, "batch_size": 64, "lr": 0.00263},
-}
+DIGITS_DEFAULTS = {"model_name": "wrn_10_1", "img_size": 16, "augmentation": "randaugment", "amp": "off"}
+DIGITS_NETWORK = "wrn_"  # which is trained for half as long as others would be
+DIGITS_TRAINING = {"img_size": 12, "num_epochs": 80, "batch_size": 32, "lr": 0.01}
+FOLDER_DEFAULTS = {"model_name": "efficientnet_lite0", "img_size": 224, "augmentation": "transfer", "amp": "auto"}
+TRAINING_DEFAULTS = {"num_epochs": 100, "batch_size": 64, "lr": 0.00263}
 MADE_FOR = {"efficientnet_lite1": 240, "efficientnet_lite2": 260}  # image sizes other than 224
 
 
@@ -724,7 +721,11 @@ def _resolve(config: Config) -> Config:
         config = _filled(config, img_size=max(map(made_for, config.model_name.split("+"))))
     digits, recipe = config.data_dir == "digits", RECIPES[config.recipe]
     config = _filled(config, **{key: value for key, value in recipe.items() if key != "warmup_epoch_num"})
-    config = _filled(config, **(DIGITS_DEFAULTS if digits else FOLDER_DEFAULTS))
+    defaults = DIGITS_DEFAULTS if digits else FOLDER_DEFAULTS
+    config = _filled(config, model_name=defaults["model_name"])
+    if digits and config.model_name.startswith(DIGITS_NETWORK):
+        config = _filled(config, **DIGITS_TRAINING)
+    config = _filled(config, **defaults, **TRAINING_DEFAULTS)
     turns = 2 if config.switch_mode else 1  # role playing's two teachers share the warm-up
     warmup_epochs = min(recipe.get("warmup_epoch_num", 20 * turns), config.num_epochs // 5 * turns)
     config = _filled(config, warmup_epoch_num=warmup_epochs)

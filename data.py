@@ -188,7 +188,9 @@ def label_by_tables(index: Index, tables: Sequence[str]) -> Index:
                     f"--labels {table}: {said.name} is {earlier.label} in line {earlier.row} and {said.label} in line "
                     f"{said.row}"
                 )
-        word |= here
+        for image, said in here.items():  # what was drawn at random stays so whoever repeats its label
+            earlier = word.get(image, said)
+            word[image] = said._replace(drawn=said.drawn or (earlier.drawn and earlier.label == said.label))
     notes = [
         f"{counted(len(rows), 'row')} of {table} not used: {why} (first: {rows[0].name})"
         for table in dict.fromkeys(tables)
@@ -202,10 +204,10 @@ def label_by_tables(index: Index, tables: Sequence[str]) -> Index:
             f"--labels {first_few([*tables])}: {notes[0] if notes else 'no label in it; fill in the column label'}"
         )
     place = {name: c for c, name in enumerate(classes)} | {NO_CLASS: UNKNOWN}
-    labels, parts = np.full(len(index), UNKNOWN), [""] * len(index)
+    labels, none, drawn = np.full(len(index), UNKNOWN), *np.zeros((2, len(index)), dtype=bool)
     for i, said in given.items():
-        labels[i], parts[i] = place[said.label], "unused" if said.label == NO_CLASS else "drawn" if said.drawn else ""
-    labeled = index.labeled_as(labels, classes, parts)
+        labels[i], none[i], drawn[i] = place[said.label], said.label == NO_CLASS, said.drawn
+    labeled = index.labeled_as(labels, classes, none, drawn)
     notes += [note for table in tables for note in _newer(table)]
     return dataclasses.replace(labeled, notes=(*notes, *index.notes))
 
@@ -226,21 +228,23 @@ def label_as_before(index: Index, saved: "Manifest", classes: Sequence[str]) -> 
     """The images with the labels that a checkpoint remembers of them, known by their bytes."""
     then = {entry.digest: entry for entry in reversed(_entries(saved))}
     at_path = dict(zip(saved.paths, _entries(saved), strict=True))
-    labels, parts = np.full(len(index), UNKNOWN), [""] * len(index)
+    labels, none = np.full(len(index), UNKNOWN), np.zeros(len(index), dtype=bool)
     for i, (path, content) in enumerate(zip(index.paths, index.digests.tolist(), strict=True)):
         entry = at_path.get(path)
         entry = entry if entry and entry.digest == content else then.get(content)
         if entry:
-            labels[i], parts[i] = entry.label, "unused" if entry.part == "none" else ""
-    return index.labeled_as(labels, classes, parts)
+            labels[i], none[i] = entry.label, entry.part == "none"
+    return index.labeled_as(labels, classes, none)
 
 
 def labels_of(index: Index) -> list[tuple[str, str, str]]:
     """The labels that an index has, as rows of a table: path, label and what it stands for, if it was drawn."""
     return [
-        (path, NO_CLASS if label == UNKNOWN else index.classes[label], AT_RANDOM * (part == "drawn"))
-        for path, label, part in zip(index.paths, index.labels, index.given_parts or [""] * len(index), strict=True)
-        if label != UNKNOWN or part == "unused"
+        (path, NO_CLASS if label == UNKNOWN else index.classes[label], AT_RANDOM * drawn)
+        for path, label, of_none, drawn in zip(
+            index.paths, index.labels, index.of_none, index.drawn or [False] * len(index), strict=True
+        )
+        if label != UNKNOWN or of_none
     ]
 
 
@@ -311,7 +315,7 @@ def require_enough(
     counts = {part: np.zeros(len(index.classes), dtype=np.int64) for part in ("train", "val", "test")}
     for label, part in zip(index.labels, index.given_parts or [""] * len(index), strict=True):
         if label != UNKNOWN:
-            counts[part if part in counts else "train"][label] += 1
+            counts[part or "train"][label] += 1
     small = [f"{name} ({n})" for name, n in zip(index.classes, counts["train"], strict=True) if n < fewest]
     if small:
         raise DataError(
@@ -519,7 +523,7 @@ def split_from_manifest(
 
     An image is known by its bytes: one that is renamed or copied stays in its part, and is never tested on if its label
     was trained on. One that has got a label since is a labelled one now; if it was drawn at random it is tested on when
-    that is all that is done (``testing``). Images never seen before join those without a
+    that is all that is done (``testing``), and no other is. Images never seen before join those without a
     label, if they have none. If they have one, they are tested on when that is all that is done (``testing``), join the
     labelled ones where every label was used (``all_labels``), and are not used otherwise. Of copies among them, one of
     which is held out, no other is used.
@@ -538,9 +542,9 @@ def split_from_manifest(
     }
     changes: dict[str, list[str]] = {what: [] for what in ("gone", "new", "renamed or copied", *LABEL_CHANGES)}
     aside, parts, drawn = [], [], set()
-    given_parts = index.given_parts or [""] * len(index)
-    each_now = zip(index.paths, index.labels.tolist(), index.digests.tolist(), given_parts, strict=True)
-    for path, label, content, given in each_now:
+    given_parts, drawn_now = index.given_parts or [""] * len(index), index.drawn or [False] * len(index)
+    each_now = zip(index.paths, index.labels.tolist(), index.digests.tolist(), given_parts, drawn_now, strict=True)
+    for path, label, content, given, was_drawn in each_now:
         entry = then.get(path)
         if content not in by_digest:
             changes["new"].append(path)
@@ -557,12 +561,15 @@ def split_from_manifest(
             part = "unused" if entry.part == "none" else entry.part
         if given == "unused":
             part = given
-        if testing and given == "drawn" and part == "unlabeled":
-            part = "test"
-            drawn.add(path)
         if content in conflicting:  # no label of it is believed
             part = "unlabeled" if part in ("labeled", "unlabeled") and content in by_digest else "unused"
+        elif testing and was_drawn and label != UNKNOWN and part in ("unlabeled", "test"):
+            learned = any(each.part == "labeled" for each in by_digest.get(content, ()))  # of a copy
+            part = part if learned else "drawn"
+            drawn |= set() if learned else {path}
         parts.append(part)
+    if drawn:
+        parts = ["test" if part == "drawn" else "unused" if part == "test" else part for part in parts]
     for group in index.duplicates:
         kept = next((part for part in ("test", "val") if any(parts[i] == part for i in group)), None)
         if kept and index.digests[group[0]] not in by_digest:
@@ -583,8 +590,10 @@ def split_from_manifest(
         return split, [f"no image of the training is among them: {tested} tested on"]
     notes = [f"the folder has changed since the training: {', '.join(listed)}"] if listed else []
     if drawn:
+        of_none = sum(was_drawn and given == "unused" for was_drawn, given in zip(drawn_now, given_parts, strict=True))
         notes.append(
             f"tested on {counted(len(drawn), 'image')} drawn at random among those that the training had no label of"
+            + (f", and not on {of_none} of them that are of none of the classes" if of_none else "")
         )
     if aside:
         notes.append(f"{counted(len(aside), 'new label')} not used: the training used a share of the labels only")
@@ -606,7 +615,7 @@ def _part_of_new(label: int, given: str, *, testing: bool, all_labels: bool) -> 
     if given in ("val", "test"):
         return given
     if testing:
-        return "test" if given in ("", "drawn") else "unused"
+        return "unused" if given else "test"
     return "labeled" if all_labels else "unused"
 
 
@@ -995,7 +1004,7 @@ Operation = Callable[[torch.Tensor, int], torch.Tensor]  # of [n, 3, S, S] uint8
 
 
 def operations(size: int) -> list[Operation]:
-    """RandAugment's, at magnitude 10 of 30. They are torchvision's, which takes seconds to import."""
+    """RandAugment's, at magnitude 10 of 30: torchvision's to within a level, which takes seconds to import."""
     corner, far, turn = size / 2, int(size * 50 / 331), math.radians(10)
 
     def moved(matrix: Callable[[int], list[list[float]]]) -> Operation:
@@ -1039,7 +1048,7 @@ def sharpen(image: torch.Tensor, share: float) -> None:
     kernel = torch.ones(3, 3, device=image.device)
     kernel[1, 1] = 5
     inside = image[:, 1:-1, 1:-1]
-    blend(inside, share, F.conv2d(image[:, None], kernel[None, None] / 13)[:, 0].round_())
+    blend(inside, share, F.conv2d(image[:, None], kernel[None, None])[:, 0].div_(13).round_())
 
 
 def stretched(images: torch.Tensor) -> torch.Tensor:

@@ -78,10 +78,11 @@ class Index:
 
     ``paths`` are relative to ``root`` (those outside of it absolute), with slashes, the labelled images first, either
     sorted. ``labels`` is [N] int64, ``UNKNOWN`` where nobody labelled. ``given_parts`` says of each image in which part
-    (train, val, test) the user's own folders put it, of one that is said to be of none of the classes ``unused``, and
-    of one that was drawn at random to be labelled ``drawn``; empty if there is nothing to say. ``notes`` say what was
-    found and is not used. ``pixels`` ([N, H, W] uint8) stands for files in a named dataset. ``resize`` is the short
-    side before the centre crop, in sides of the crop; ``mirror`` says whether a mirror image keeps its class.
+    (train, val, test) the user's own folders put it, and of one that is said to be of none of the classes ``unused``;
+    empty if they do not. ``drawn`` says of each image whether it was drawn at random to be labelled; empty if none was.
+    ``notes`` say what was found and is not used. ``pixels`` ([N, H, W] uint8) stands for files in a named dataset.
+    ``resize`` is the short side before the centre crop, in sides of the crop; ``mirror`` says whether a mirror image
+    keeps its class.
 
     :func:`check_images` fills ``digests`` ([N] 16 bytes, the BLAKE2 hashes of the files' bytes), ``stamps`` (what the
     file system said of each file), ``ranges`` ([N, 2] float32, the values of images of more than 8 bits; not a number
@@ -94,6 +95,7 @@ class Index:
     labels: np.ndarray
     classes: tuple[str, ...]
     given_parts: tuple[str, ...] = ()
+    drawn: tuple[bool, ...] = ()
     notes: tuple[str, ...] = ()
     resize: float = EVALUATION_RESIZE
     mirror: bool = True
@@ -144,16 +146,21 @@ class Index:
         return dataclasses.replace(self, labels=labels, classes=tuple(classes))
 
     def labeled_as(
-        self, labels: np.ndarray, classes: Sequence[str], given_parts: Sequence[str] | None = None
+        self,
+        labels: np.ndarray,
+        classes: Sequence[str],
+        none: np.ndarray | None = None,
+        drawn: np.ndarray | None = None,
     ) -> "Index":
         """The same images with other labels, those that have one first again.
 
         Args:
             labels: [N] int64 numbers of ``classes``, ``UNKNOWN`` for no label.
-            given_parts: [N] in place of those that there are.
+            none, drawn: [N] bool, the images that are said to be of none of the classes; those drawn at random.
         """
         order = sorted(range(len(self)), key=lambda i: (labels[i] == UNKNOWN, self.paths[i]))
-        parts = self.given_parts if given_parts is None else given_parts
+        parts = self.given_parts if none is None else tuple(np.where(none, "unused", "").tolist())
+        drawn_now = self.drawn if drawn is None else tuple(drawn.tolist())
         checked = len(self.digests) == len(self)
         return dataclasses.replace(
             self,
@@ -161,6 +168,7 @@ class Index:
             labels=np.asarray(labels)[order],
             classes=tuple(classes),
             given_parts=tuple(parts[i] for i in order) if any(parts) else (),
+            drawn=tuple(drawn_now[i] for i in order) if any(drawn_now) else (),
             pixels=None if self.pixels is None else self.pixels[order],
             digests=self.digests[order] if checked else self.digests,
             stamps=tuple(self.stamps[i] for i in order) if self.stamps else (),
@@ -561,6 +569,7 @@ def check_images(index: Index, cache_dir: str | Path | None, *, max_bad_percent:
         paths=tuple(path for path, can in zip(index.paths, readable, strict=True) if can),
         labels=index.labels[readable],
         given_parts=tuple(part for part, can in zip(index.given_parts, readable, strict=False) if can),
+        drawn=tuple(each for each, can in zip(index.drawn, readable, strict=False) if can),
         digests=np.array([each.digest for each in good], dtype="S16"),
         stamps=tuple(each.stamp for each in good),
         ranges=np.array([(each.low, each.high) for each in good], dtype=np.float32).reshape(-1, 2),

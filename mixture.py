@@ -33,7 +33,7 @@ MOST_IMAGES = 5_000  # to estimate from, to be neighbours and to hold at once, w
 AVERAGED_VIEWS = 4  # weak and strong ones each of an image, if each step has new ones
 CHUNK = 1024  # images whose neighbours are sought at once
 EPSILON = 1e-3  # added to activations before their root is taken
-DIMENSIONS = 512  # principal ones that are kept; no more than a third of the images
+DIMENSIONS = 512  # principal ones that are kept at most, and as many as a third of the images, or twice the classes
 
 PRIOR_WEIGHT = 3.0  # how many images, for each feature, the sphere counts as that the covariance is drawn towards
 LABEL_WEIGHT = 10.0  # how many unlabelled images a labelled one counts as
@@ -97,10 +97,11 @@ def _roots(x: torch.Tensor, lowest: torch.Tensor) -> torch.Tensor:
     return (x - lowest).clamp_min_(0).add_(EPSILON).sqrt_()
 
 
-def principal_axes(z: torch.Tensor) -> torch.Tensor:
+def principal_axes(z: torch.Tensor, n_classes: int) -> torch.Tensor:
     """The directions [D, d] in which centred images [n, D] vary most, the first one first: ``DIMENSIONS`` of them, but
-    no more than a third of the images, since in further ones these few differ by chance. The same on every process."""
-    d = max(1, min(DIMENSIONS, len(z) // 3, z.shape[1]))
+    no more than a third of the images, since in further ones these few differ by chance; if many are of different
+    classes, twice as many as there are classes. The same on every process."""
+    d = min(max(min(DIMENSIONS, len(z) // 3), 2 * n_classes), z.shape[1])
     _, axes = torch.linalg.eigh(z.T @ z)  # in ascending order
     return distributed.as_the_first(axes[:, -d:].flip(1).contiguous())
 
@@ -131,29 +132,30 @@ class Space:
         self._features, self._places = features, np.arange(len(labels))
         rows = self._places if rows is None else rows
         order = in_order_of_use(labels[rows], n_classes, seed)
-        self._some = np.sort(rows[order[:MOST_IMAGES]])
+        some = np.sort(rows[order[:MOST_IMAGES]])
 
-    @functools.cached_property
-    def _fitted(self) -> _Fitted:
-        x = self._features(self._some)
-        normalise = normaliser(x)
-        z = normalise(x)
-        axes = principal_axes(z)
-        return _Fitted(normalise, axes, self._some, z @ axes)
+        def fit() -> _Fitted:
+            x = features(some)
+            normalise = normaliser(x)
+            z = normalise(x)
+            axes = principal_axes(z, n_classes)
+            return _Fitted(normalise, axes, some, z @ axes)
+
+        self._fitted = functools.cache(fit)  # once, also for those that are of a part of the images
 
     def __len__(self) -> int:
         return len(self._places)
 
     @property
     def normalise(self) -> Normaliser:
-        return self._fitted.normalise
+        return self._fitted().normalise
 
     @property
     def axes(self) -> torch.Tensor:
-        return self._fitted.axes
+        return self._fitted().axes
 
     def __call__(self, places: np.ndarray) -> torch.Tensor:
-        fitted, rows = self._fitted, self._places[places]
+        fitted, rows = self._fitted(), self._places[places]
         at = np.searchsorted(fitted.rows, rows).clip(max=len(fitted.rows) - 1)
         kept = fitted.rows[at] == rows
         z = fitted.z[at]
@@ -167,7 +169,6 @@ class Space:
 
     def of(self, places: np.ndarray) -> "Space":
         """The same space of these images alone, whose places begin at 0."""
-        assert self._fitted
         part = copy.copy(self)
         part._places = self._places[places]
         return part

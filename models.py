@@ -845,7 +845,8 @@ class Learner:
         scaled = torch.autograd.grad(self.scaler.scale(loss), theta, create_graph=True, materialize_grads=True)
         scale = self.scaler.get_scale()
         for p, gradient in zip(self.parameters, scaled, strict=True):
-            p.grad = gradient.detach().clone()  # which averaging and unscaling change in place
+            # A copy, which averaging and unscaling change in place, laid out as fused optimisers take it to be.
+            p.grad = torch.empty_like(p).copy_(gradient.detach())
         self._step()
         return [gradient / scale for gradient in scaled]
 

@@ -352,8 +352,8 @@ def sort_into_folders(results: Path, folder: Path, *, link: bool = False) -> Cou
     roots = [root, images.innermost(str(root))]
     if folder.resolve().is_relative_to(root.resolve()):
         raise utils.UsageError(f"{folder} lies in the folder of the images, where its copies would be taken for more")
-    figures = results / "metrics.json"
-    has_strangers = not figures.exists() or json.loads(figures.read_bytes()).get("belonging", {}).get("noticed", True)
+    figures = results / "metrics.json"  # which labelling a folder writes none
+    has_strangers = not figures.exists() or json.loads(figures.read_bytes()).get("strangers", False)
     counts: Counter[str] = Counter()
     gone = []
     folders: dict[str, str] = {}  # of classes
@@ -361,7 +361,11 @@ def sort_into_folders(results: Path, folder: Path, *, link: bool = False) -> Cou
         if not row.keys() >= {"path", "label", "predicted_label"}:
             raise utils.DataError(f"{table}: its columns are not those that a run writes, separated by commas")
         name = row["label"] or row["predicted_label"]
-        strange = has_strangers and not row["label"] and float(row.get("belongs") or 1) < BELONGS
+        try:
+            belongs = float((row.get("belongs") or "1").replace(",", "."))
+        except ValueError as error:
+            raise utils.DataError(f"{table}: {row['path']}: {error} in the column belongs") from error
+        strange = has_strangers and not row["label"] and belongs < BELONGS
         name = "none of the classes" if name == NO_CLASS or strange else name
         file = next((path for path in (each / row["path"] for each in roots) if path.is_file()), None)
         if file is None or ".." in Path(row["path"]).parts:  # which would lead out of the new folder

@@ -43,8 +43,8 @@ def choose(
 
     Args:
         features: of images by their places in the index.
-        labeled, unlabeled: [L], [U] int64 places, sorted. A copy of a labelled image needs no label, and of several copies one
-            is enough.
+        labeled, unlabeled: [L], [U] int64 places, sorted. A copy of a labelled image needs no label, and of several
+            copies one is enough.
         contents: [N] int64, the same for copies.
         margins: [U] the difference of the two best classes' probabilities; None: there is no network yet.
         strange: [U] bool, images that seem to belong to no class; None: none does.

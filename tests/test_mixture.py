@@ -93,8 +93,9 @@ def test_a_space_has_the_directions_in_which_images_vary_most():
     assert torch.allclose(space.axes.T @ space.axes, torch.eye(12), atol=1e-5)
     assert (space(np.arange(300)) ** 2).sum(0).numpy() == pytest.approx(values[::-1], rel=1e-3)
     assert np.abs((space.axes[:, 0].numpy() * axes[:, -1]).sum()) == pytest.approx(1, abs=1e-4)
-    assert len(mixture.principal_axes(z[:9])[0]) == 3  # a third of the images
-    assert len(mixture.principal_axes(z[:2])[0]) == 1
+    assert len(mixture.principal_axes(z[:21], 3)[0]) == 7  # a third of the images
+    assert len(mixture.principal_axes(z[:9], 3)[0]) == 6  # twice the classes
+    assert len(mixture.principal_axes(z[:9], 30)[0]) == 12
 
 
 def test_a_space_gives_the_same_directions_whatever_is_asked_for_together(monkeypatch):

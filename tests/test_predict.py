@@ -252,7 +252,7 @@ def test_images_that_seem_to_belong_to_no_class_are_sorted_into_a_folder_of_thei
     for row in rows:
         row["belongs"] = "0.1" if row is strange or row["label"] else "0.9"
     utils.write_atomically(results / "predictions.csv", utils.csv_bytes([[*rows[0]], *(row.values() for row in rows)]))
-    figures = json.loads((results / "metrics.json").read_bytes()) | {"belonging": {"noticed": noticed}}
+    figures = json.loads((results / "metrics.json").read_bytes()) | {"strangers": noticed}
     utils.write_json(results / "metrics.json", figures)
     counts = sort_into_folders(results, tmp_path / "sorted")
     assert counts["none of the classes"] == noticed

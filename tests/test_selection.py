@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -241,10 +242,14 @@ def test_images_drawn_at_random_tell_how_many_of_the_unlabelled_ones_are_right(c
 
     drawn = {row["path"] for row in rows}
     chosen = next(label for label in labels if label not in labels[::4] and label[0] not in drawn)
-    given = [(path, label, "at random") for path, label in labels if path in drawn]
+    first, copied, *rest = sorted(drawn)
+    given = [(path, "-" if path == first else label, "at random") for path, label in labels if path in drawn]
     check.write_bytes(csv_bytes([("path", "label", "stands_for"), *about["labels"], *given, (*chosen, "3")]))
+    shutil.copy(root / labels[0][0], root / copied)  # whose label was learned from
+    drawn = set(rest)
     out = cli.inside("--name", "m", "--test_mode", "--load_path", "exp", "--labels", check).stdout
-    assert "tested on 12 images drawn at random among those that the training had no label of" in out
+    assert "tested on 10 images drawn at random among those that the training had no label of" in out
+    assert "and not on 1 of them that are of none of the classes" in out
     assert "1 image with a label now" in out  # and not tested on: somebody chose it
     before = {row["path"]: row for row in read_csv(results / "exp/predictions.csv")}
     tested = read_csv(results / "m/predictions.csv", split="test")
@@ -254,12 +259,28 @@ def test_images_drawn_at_random_tell_how_many_of_the_unlabelled_ones_are_right(c
     figures = json.loads((results / "m/metrics.json").read_text())
     assert next(reversed(figures["test"].values()))["accuracy"] == pytest.approx(right)
 
-    cli.inside("--name", "exp2", "--data_dir", root, "--labels", check, *FROZEN, *TRAIN)  # labels like any other
+    again = tmp_path / "again.csv"
+    again.write_bytes(csv_bytes([("path", "label"), *labels[::4], (rest[0], dict(labels)[rest[0]])]))
+    tables = ["--labels", check, again]  # the second says nothing new
+    cli.inside("--name", "exp2", "--data_dir", root, *tables, *FROZEN, *TRAIN)  # labels like any other
     assert {row["path"] for row in read_csv(results / "exp2/split.csv", split="labeled")} > drawn
     kept = {row["path"] for row in read_csv(results / "exp2/labels.csv") if row["stands_for"] == "at random"}
-    assert kept == drawn
+    assert kept == {first, copied, *drawn}
     failed = cli.inside("--name", "x", "--at_random", "--data_dir", root, check=2)
     assert "--at_random goes with --select" in failed.stderr
+
+
+def test_where_drawn_images_are_measured_on_no_other_test_images_are(cli, tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=20)
+    cli.inside("--name", "e", "--data_dir", root, *FROZEN, *TRAIN, "--num_labels_percent", "30", "--test_percent", "20")
+    parts = {row["path"]: row["split"] for row in read_csv(cli.cwd / "results/e/split.csv")}
+    labels = [(path, path.split("/")[0], "at random" if part == "unlabeled" else "") for path, part in parts.items()]
+    table = tmp_path / "t.csv"
+    table.write_bytes(csv_bytes([("path", "label", "stands_for"), *labels]))
+    cli.inside("--name", "t", "--test_mode", "--load_path", "e", "--labels", table)
+    now = {row["path"]: row["split"] for row in read_csv(cli.cwd / "results/t/split.csv")}
+    assert {now[path] for path, part in parts.items() if part == "unlabeled"} == {"test"}
+    assert {now[path] for path, part in parts.items() if part == "test"} == {"unused"}
 
 
 def test_class_folders_beside_a_folder_without_labels_label_their_images(cli, tmp_path):
