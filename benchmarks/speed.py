@@ -4,11 +4,10 @@ python benchmarks/speed.py
 
 The limit is one inference pass over the step's images by the fastest engine of all that we know: PyTorch in float32 or,
 where the processor is fast in it, bf16, and ONNX Runtime in float32. It is the least that fresh views can cost.
-Everything is measured in one run, interleaved, and the medians are
-compared, so that a noisy machine disturbs all alike. The reference has a process of its own, as its users would have:
-the memory that ours keeps for itself (``utils.keep_freed_memory``) would make it faster or slower by chance. What does
-not need the reference is measured when it has ended, for a neighbour with 15 GiB makes a step and the limit faster or
-slower by chance too.
+Everything is measured in one run, interleaved, and the medians are compared, so that a noisy machine disturbs all
+alike. The reference has a process of its own, as its users would have: the memory that ours keeps for itself
+(``utils.keep_freed_memory``) would make it faster or slower by chance. What does not need the reference is measured
+when it has ended, for a neighbour with 15 GiB makes a step and the limit faster or slower by chance too.
 """
 
 import contextlib

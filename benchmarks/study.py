@@ -40,6 +40,14 @@ BOTH = ("student", "teacher", "ensemble")
 MODELS = ("model_1", "model_2", "ensemble")
 ALIGNED = "--recipe mpl --alignment labels"
 UNALIGNED = "--alignment none"
+UNWEIGHED = """
+import runpy, sys
+root = sys.argv.pop(1)
+sys.path.insert(0, root)
+import crossfit
+crossfit.find_trust = lambda labels: None
+runpy.run_path(root + "/MPL.py", run_name="__main__")
+"""  # the program, with targets that are the mixture's alone
 WHOLE = "--trainable all --num_epochs 3 --steps_per_epoch 12 --lr 1e-4"
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "labels only": ("--finetune_mode", ("student",)),
@@ -77,6 +85,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "best, not aligned, other augmentation": (f"{UNALIGNED} --augmentation OTHER", BOTH),
     "best, not aligned, then finetuned": ("--finetune_mode --load_path best, not aligned", ("student",)),
     "best": ("--recipe best", BOTH),
+    "best, mixture alone": ("--recipe best", BOTH),
     "best, no feedback": ("--feedback none", BOTH),
     "best, cosine feedback": ("--feedback cosine", BOTH),
     "best, fresh views": ("--views 0", BOTH),
@@ -91,7 +100,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
 PHOTOGRAPHS_ONLY = [
     method
     for method in METHODS
-    if method.startswith(("mpl, aligned", "best, not aligned", "best, estimated", "all labels, out"))
+    if method.startswith(("mpl, aligned", "best, not aligned", "best, estimated", "best, mixture", "all labels, out"))
     or "whole" in method
 ]
 PAIRS = (  # what a part of a method is worth: the method with it and without
@@ -114,6 +123,7 @@ PAIRS = (  # what a part of a method is worth: the method with it and without
     ("best, not aligned, then finetuned", "best, not aligned"),
     ("best", "mpl"),
     ("best", "best, not aligned"),
+    ("best", "best, mixture alone"),
     ("best", "best, no feedback"),
     ("best, cosine feedback", "best, no feedback"),
     ("best, estimated shares", "best"),
@@ -227,7 +237,8 @@ def run(options: argparse.Namespace, method: str, extra: list[str], start: str, 
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(metrics))
         return metrics
-    command = [sys.executable, ROOT / "MPL.py", "--name", name, "--overwrite", "--output_dir", out, *given]
+    program = ["-c", UNWEIGHED, ROOT] if method == "best, mixture alone" else [ROOT / "MPL.py"]
+    command = [sys.executable, *program, "--name", name, "--overwrite", "--output_dir", out, *given]
     subprocess.run(list(map(str, [*command, *options.rest])), check=True, stdout=subprocess.DEVNULL)
     return json.loads(file.read_text())
 
