@@ -29,6 +29,8 @@ GROUPS = {
 }
 MODES = ("switch_mode", "finetune_mode", "test_mode", "optuna_mode")
 
+LR = 0.00263
+
 # What an option is when it is not given. The first that says something about it counts: the recipe, the data set, and
 # last what follows from the other options (`_resolve`).
 RECIPES: dict[str, dict[str, Any]] = {
@@ -42,19 +44,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "augmentation": "transfer",
         "views": 0,
         "lambda_u": 0.27,
-        "num_epochs": 100,
         "warmup_epoch_num": 20,
-        "batch_size": 64,
-        "lr": 0.00263,
+        "lr": LR,
     },
 }
 # The embedded digits train a small network from scratch at their own size; a folder of photographs gets a pretrained,
 # frozen backbone at the size it was trained at.
 DIGITS_DEFAULTS = {"model_name": "wrn_10_1", "img_size": 16, "augmentation": "randaugment", "amp": "off"}
-DIGITS_NETWORK = "wrn_"  # which is trained for half as long as others would be
-DIGITS_TRAINING = {"img_size": 12, "num_epochs": 80, "batch_size": 32, "lr": 0.01}
+SMALL_DEFAULTS = {"img_size": 12, "lr": 0.005}  # of digits with a wrn_DEPTH_WIDTH
 FOLDER_DEFAULTS = {"model_name": "efficientnet_lite0", "img_size": 224, "augmentation": "transfer", "amp": "auto"}
-TRAINING_DEFAULTS = {"num_epochs": 100, "batch_size": 64, "lr": 0.00263}
 MADE_FOR = {"efficientnet_lite1": 240, "efficientnet_lite2": 260}  # image sizes other than 224
 
 
@@ -274,15 +272,8 @@ class Config:
         shown="head with pretrained weights, all with random ones",
     )
 
-    num_epochs: int = option(
-        None,
-        "training",
-        "length of the training; see --steps_per_epoch",
-        low=1,
-        unit="epochs",
-        shown="100 epochs; digits: 80",
-    )
-    batch_size: int = option(None, "training", "labelled images per step", low=1, shown="64; digits: 32")
+    num_epochs: int = option(100, "training", "length of the training; see --steps_per_epoch", low=1, unit="epochs")
+    batch_size: int = option(64, "training", "labelled images per step", low=1)
     unlabeled_batch_size: int = option(
         None,
         "training",
@@ -303,7 +294,7 @@ class Config:
         "training",
         "peak learning rate of the one-cycle schedule",
         low=0,
-        shown="0.00263; digits: 0.01",
+        shown="0.00263; digits: 0.005",
     )
     weight_decay: float = option(0.097, "training", "weight decay of the optimiser, AdamW", low=0)
     ema: float = option(
@@ -723,9 +714,9 @@ def _resolve(config: Config) -> Config:
     config = _filled(config, **{key: value for key, value in recipe.items() if key != "warmup_epoch_num"})
     defaults = DIGITS_DEFAULTS if digits else FOLDER_DEFAULTS
     config = _filled(config, model_name=defaults["model_name"])
-    if digits and config.model_name.startswith(DIGITS_NETWORK):
-        config = _filled(config, **DIGITS_TRAINING)
-    config = _filled(config, **defaults, **TRAINING_DEFAULTS)
+    if digits and config.model_name.startswith("wrn_"):
+        config = _filled(config, **SMALL_DEFAULTS)
+    config = _filled(config, **defaults, lr=LR)
     turns = 2 if config.switch_mode else 1  # role playing's two teachers share the warm-up
     warmup_epochs = min(recipe.get("warmup_epoch_num", 20 * turns), config.num_epochs // 5 * turns)
     config = _filled(config, warmup_epoch_num=warmup_epochs)
