@@ -346,7 +346,7 @@ class Config:
         "estimated from the images, or none (predictions stay as they are, as published; the targets of a mixture "
         "have the labels' shares all the same)",
         choices=("labels", "estimated", "none"),
-        shown="labels; with --unlabeled_dir estimated, or none with --targets teacher",
+        shown="labels; with --unlabeled_dir or --labels estimated, or none with --targets teacher",
     )
     unsupervised: str = option(
         "CE", "mpl", "consistency loss: cross-entropy (CE) or negative cosine similarity (cos)", choices=("CE", "cos")
@@ -412,8 +412,8 @@ class Config:
     storage: str | None = option(
         None,
         "tuning",
-        "database in which the trials are kept, such as postgresql://user:password@host/name; run the same command on "
-        "another machine to share them",
+        "database in which the trials are kept, such as postgresql+psycopg://user:password@host/name; run the same "
+        "command on another machine to share them",
         metavar="URL",
         shown="the file study.db beside the results",
     )
