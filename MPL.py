@@ -466,8 +466,9 @@ def told_apart(work: Work) -> Work:
     config, found, saved = work.start.config, work.data, work.start.saved
     belonging = saved.belonging if saved else None
     if config.mode not in ("finetune", "test"):
-        wanted = work.space is not None and (config.views or config.targets == "mixture")
-        belonging = mixture.find_belonging(work.space, found) if work.space is not None and wanted else None
+        belonging = None
+        if work.space is not None and (config.views or config.targets == "mixture"):
+            belonging = mixture.find_belonging(work.space, found)
         if belonging is not None and belonging.noticed:
             which = "; predictions.csv says which (column belongs)" if work.architecture.frozen else ""
             print(

@@ -631,11 +631,8 @@ FIXED = (
     "recipe",
 )
 INHERITED = (*FIXED, "data_dir", "unlabeled_dir", "labels", "augmentation", "views", "amp", "targets")
-ADDED: dict[str, Any] = {
-    "labels": None,
-    "select": None,
-    "at_random": False,
-}  # options that came later, with what runs before them had
+# Options that came later, with what runs before them had.
+ADDED: dict[str, Any] = {"labels": None, "select": None, "at_random": False}
 
 # What changes no number of a run: a resumed one may have it otherwise.
 HARMLESS = (

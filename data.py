@@ -563,10 +563,12 @@ def split_from_manifest(
             part = given
         if content in conflicting:  # no label of it is believed
             part = "unlabeled" if part in ("labeled", "unlabeled") and content in by_digest else "unused"
-        elif testing and was_drawn and label != UNKNOWN and part in ("unlabeled", "test"):
-            learned = any(each.part == "labeled" for each in by_digest.get(content, ()))  # of a copy
-            part = part if learned else "drawn"
-            drawn |= set() if learned else {path}
+        elif (
+            (testing and was_drawn and label != UNKNOWN and part in ("unlabeled", "test"))
+            and not any(each.part == "labeled" for each in by_digest.get(content, ()))  # as of a copy
+        ):
+            part = "drawn"
+            drawn.add(path)
         parts.append(part)
     if drawn:
         parts = ["test" if part == "drawn" else "unused" if part == "test" else part for part in parts]

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -334,6 +334,18 @@ def label_folder(
 # A folder for each class
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    """What a run has written.
+
+    Raises:
+        DataError: somebody has changed it since, so that it is no such thing any more.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise utils.DataError(f"{path}: not what a run writes ({error})") from error
+
+
 def sort_into_folders(results: Path, folder: Path, *, link: bool = False) -> Counter[str]:
     """Copy the images of a run's predictions.csv, or link to them, into ``folder/class/path``: by their label if they
     have one, else by the prediction; those that seem to belong to no class, unless the run found that it has hardly any
@@ -348,12 +360,12 @@ def sort_into_folders(results: Path, folder: Path, *, link: bool = False) -> Cou
         raise utils.DataError(f"{results}: no predictions.csv in it")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise utils.CheckpointError(f"{folder} exists and is not empty: name a new folder")
-    root = utils.resolve_path(json.loads((results / "config.json").read_bytes())["data_dir"])
+    root = utils.resolve_path(_read_json(results / "config.json")["data_dir"])
     roots = [root, images.innermost(str(root))]
     if folder.resolve().is_relative_to(root.resolve()):
         raise utils.UsageError(f"{folder} lies in the folder of the images, where its copies would be taken for more")
     figures = results / "metrics.json"  # which labelling a folder writes none
-    has_strangers = not figures.exists() or json.loads(figures.read_bytes()).get("strangers", False)
+    has_strangers = not figures.exists() or _read_json(figures).get("strangers", False)
     counts: Counter[str] = Counter()
     gone = []
     folders: dict[str, str] = {}  # of classes

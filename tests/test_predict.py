@@ -257,6 +257,10 @@ def test_images_that_seem_to_belong_to_no_class_are_sorted_into_a_folder_of_thei
     counts = sort_into_folders(results, tmp_path / "sorted")
     assert counts["none of the classes"] == noticed
     assert (tmp_path / "sorted/none of the classes" / strange["path"]).exists() == noticed
+    (results / "metrics.json").write_text("{")
+    with pytest.raises(utils.DataError, match="not what a run writes"):
+        sort_into_folders(results, tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
     (results / "metrics.json").unlink()  # as with --predict_dir
     assert sort_into_folders(results, tmp_path / "again")["none of the classes"] == 1
 
