@@ -523,10 +523,10 @@ def split_from_manifest(
 
     An image is known by its bytes: one that is renamed or copied stays in its part, and is never tested on if its label
     was trained on. One that has got a label since is a labelled one now; if it was drawn at random it is tested on when
-    that is all that is done (``testing``), and no other is. Images never seen before join those without a
-    label, if they have none. If they have one, they are tested on when that is all that is done (``testing``), join the
-    labelled ones where every label was used (``all_labels``), and are not used otherwise. Of copies among them, one of
-    which is held out, no other is used.
+    that is all that is done (``testing``), and no other is. Images never seen before join those without a label, if
+    they have none. If they have one, they are tested on when that is all that is done, join the labelled ones where
+    every label was used (``all_labels``), and are not used otherwise. Of copies among them, one of which is held out,
+    no other is used.
 
     Raises:
         DataError: no image is left to validate or to test on.
