@@ -294,3 +294,10 @@ def test_the_files_of_a_picture_of_several_images_are_linked(tmp_path):
         file.as_uri() for file in files
     ]
     assert "a b.jpg , ü&<.jpg" in page.text or "a b.jpg, ü&<.jpg" in page.text
+
+
+def test_a_run_without_options_says_so(write):
+    text = write(options={"changed": {}, "default": {"lr": 0.01}})
+    assert "All are at their default." in text
+    assert "Those that are not" not in text
+    assert "these 1" in text
