@@ -96,7 +96,7 @@ def run(config: Config, signals: Signals) -> None:
     with distributed.joined(device):
         start = find_start(config, distributed.agents())._replace(process_began=began)
         if start.saved is not None and start.config.predict_dir is not None:
-            label_predict_dir(start, start.saved, start.config.predict_dir, device, precision)
+            label_predict_dir(start, start.saved, start.config.predict_dir, device, precision, signals)
             return
         if config.select is not None:
             select_images(start, config.select, device, precision)
@@ -173,6 +173,8 @@ def _find_start(config: Config, agents: list[tuple[str, int, float]]) -> Start:
     if config.mode == "optuna" and (config.storage or any(folder.written().values())):
         folder.require_study(config)
         return start._replace(keep=True)
+    if saved and config.predict_dir is not None:
+        return go_on_labelling(start, saved)
     if config.mode == "test":  # which torchrun has started anew
         return start._replace(keep=True)
     if start.last_version:
@@ -189,8 +191,36 @@ def _find_start(config: Config, agents: list[tuple[str, int, float]]) -> Start:
     begun = folder.begun_options()
     if begun is not None:
         args.require_same(config, begun)
-    print(f"--resume: {folder.results} has nothing to go on from yet, so the run begins anew", flush=True)
-    return start._replace(config=dataclasses.replace(config, resume=False), keep=begun is not None)
+    return begin_anew(start)._replace(keep=begun is not None)
+
+
+def begin_anew(start: Start) -> Start:
+    """In place of going on."""
+    print(f"--resume: {start.folder.results} has nothing to go on from yet, so the run begins anew", flush=True)
+    return start._replace(config=dataclasses.replace(start.config, resume=False))
+
+
+def go_on_labelling(start: Start, saved: BestCheckpoint) -> Start:
+    """Where a labelling of ``--predict_dir`` goes on that was stopped.
+
+    Raises:
+        ValueError, CheckpointError: it was another one, or something else is there.
+    """
+    config, folder = start.config, start.folder
+    begun = predict.begun(folder.results)
+    if begun is None:
+        if any(folder.written().values()):
+            raise CheckpointError(
+                f"--resume: no labelling was stopped in {folder.results}; use --overwrite in place of --resume"
+            )
+        return begin_anew(start)
+    args.require_same(config, begun["options"])
+    if begun["checkpoint"] != saved.digest:
+        raise CheckpointError(
+            f"--resume: {start.loaded} is no longer the checkpoint that the labelling was begun with; use --overwrite "
+            "in place of --resume"
+        )
+    return start._replace(config=dataclasses.replace(config, overwrite=begun["overwrite"]), keep=True)
 
 
 def take_over(config: Config, saved: BestCheckpoint) -> Config:
@@ -636,32 +666,76 @@ def write_config(config: Config, folder: RunFolder) -> None:
             utils.write_json(folder.results / name, config.options())
 
 
+SURELY = 10_000  # images of a folder, from which on it does not matter how many more there are
+
+
 def label_predict_dir(
-    start: Start, saved: BestCheckpoint, predict_dir: str, device: torch.device, precision: torch.dtype | None
+    start: Start,
+    saved: BestCheckpoint,
+    predict_dir: str,
+    device: torch.device,
+    precision: torch.dtype | None,
+    signals: Signals,
 ) -> None:
-    """Label ``--predict_dir``. What another run of the name has left stays until that is done."""
+    """Label ``--predict_dir``, in every process some of its images. What another run of the name has left stays until
+    that is done."""
     config, folder, what = start.config, start.folder, f"--predict_dir {predict_dir}"
-    paths, notes = images.find_unlabeled("--predict_dir", predict_dir, checkpoints.own_folders(config.output_dir))
-    for line in notes:
-        print(line)
-    with folder.claim(keep=start.keep, overwrite=config.overwrite, trains=False) as begin:
+    began = time.perf_counter()
+    listing = images.Listing("--predict_dir", predict_dir, checkpoints.own_folders(config.output_dir))
+    about = {"options": config.options(), "checkpoint": saved.digest, "overwrite": config.overwrite}
+    parts = predict.Parts(folder.results, (predict.begun(folder.results) if config.resume else None) or about)
+    with contextlib.ExitStack() as stack:
+        if distributed.rank():
+            distributed.leave_with_the_first()
+        else:
+            with distributed.failure_told():
+                listing.known(1)
+                begin = stack.enter_context(folder.claim(keep=start.keep, overwrite=config.overwrite, trains=False))
         index = images.Index(
             name=images.dataset_name(config.data_dir),
             root=Path("/"),
-            paths=tuple(paths),
-            labels=np.full(len(paths), images.UNKNOWN),
+            paths=(),
+            labels=np.empty(0, dtype=np.int64),
             classes=saved.classes,
         )
         architecture, preparation = open_networks(start, index, device, precision)
-        stream = predict.Stream(index, preparation, ahead=device.type != "cpu")
+        n = listing.known(SURELY)
+        threads, ahead = max(1, torch.get_num_threads()), device.type != "cpu"
+        stream = predict.Stream(index, preparation, n, threads=threads, ahead=ahead)
         once = dataclasses.replace(config, cache_gb=0.0)  # what is looked at once is not kept
         inputs = inputs_for(once, stream, architecture, device, precision)
         learners = loaded_learners(config, saved.best.learners, architecture, inputs)
-        print(f"{utils.counted(len(index), 'image')} in {predict_dir}, {' and '.join(learners)} of {config.load_path}")
-        with folder.writing("predictions.csv", "bad_files.csv"):
-            predict.label_folder(stream, learners, inputs, folder.results, what=what, belonging=saved.belonging)
-        begin()
-        write_config(config, folder)
+        how_many = utils.counted(n, "image") if listing.total else f"{n:,} images and more"
+        print(f"{how_many} in {predict_dir}, {' and '.join(learners)} of {config.load_path}", flush=True)
+        if distributed.rank():
+            distributed.leave_with_the_first()
+        else:
+            with distributed.failure_told():
+                stack.enter_context(parts.kept_if_any())
+                if config.resume:
+                    print(f"--resume: {parts.there()} times {predict.PART} of them are labelled already", flush=True)
+                else:
+                    parts.begin()
+                folder.note_agents(start.agents)
+
+        def written() -> None:
+            signals.state_is_saved = True
+
+        predict.label_parts(listing, stream, learners, inputs, parts, belonging=saved.belonging, written=written)
+        distributed.wait_for_all()
+        if distributed.rank():
+            distributed.leave_with_the_first()
+            return
+        with distributed.failure_told():
+            for line in listing.said():
+                print(line)
+            with folder.writing("predictions.csv", "bad_files.csv"):
+                tally = predict.join_parts(parts, listing, saved.classes, learners, folder.results, what=what)
+            begin()
+            write_config(config, folder)
+            parts.remove()
+            seconds = None if config.resume else time.perf_counter() - began
+            print(f"{predict.describe(tally, seconds)}: {folder.results / 'predictions.csv'}")
 
 
 def select_images(start: Start, n: int, device: torch.device, precision: torch.dtype | None) -> None:

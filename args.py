@@ -759,13 +759,12 @@ def _check_shared(config: Config, processes: int) -> None:
         raise ValueError("--name is needed under torchrun: a restart goes on with the run of that name")
     for option, instead in (
         ("optuna_mode", "--workers K on one machine, or the same command with one --storage on several"),
-        ("predict_dir", "one process for each part of the folder"),
         ("select", "one process"),
     ):
         if getattr(config, option):
             raise ValueError(f"--{option} is not shared by torchrun: use {instead}")
     for option in ("batch_size", "unlabeled_batch_size"):
-        if getattr(config, option) % processes:
+        if config.predict_dir is None and getattr(config, option) % processes:
             raise ValueError(f"--{option} {getattr(config, option)}: must be a multiple of the {processes} processes")
 
 
@@ -798,8 +797,8 @@ def _check_run(config: Config) -> None:
         raise ValueError("--resume needs --name: which run to continue")
     if config.at_random and config.select is None:
         raise ValueError("--at_random goes with --select (how many images to draw)")
-    if config.resume and (config.test_mode or config.select):
-        raise ValueError("--resume goes with training and tuning only")
+    if config.resume and (config.select or (config.test_mode and config.predict_dir is None)):
+        raise ValueError("--resume goes with training, tuning and --predict_dir only")
     if (config.name is not None and not re.fullmatch(PLAIN_NAME, config.name)) or config.name in (".", ".."):
         raise ValueError(f"--name {config.name!r}: must be a plain name, without slashes")
     if config.optuna_mode and config.name is not None and "?" in config.name:

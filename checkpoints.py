@@ -54,6 +54,7 @@ LONGEST_PAUSE_SECONDS = 600.0  # ... but no longer than this, for a save may hav
 
 CONFIG = "config.json"
 JOB = ".job"  # the agents of the torchrun job that has begun the run
+PARTS, BEGUN = ".parts", "begun.json"  # the folder of a labelling that is not done yet, and what that is about
 WRITTEN = ".written"  # the digests of what the run has written, by which a file that was edited since is known
 # What a run writes, by name: whatever else is in its folders is somebody else's, and stays.
 OF_BEGINNING = (CONFIG, "commandline_args.txt", "split.csv", "labels.csv", "bad_files.csv", "samples.png", WRITTEN)
@@ -76,7 +77,7 @@ OF_NETWORKS = (  # what speaks of the weights in the checkpoints
     ),
     *("model_card.md", "model.onnx", "model.onnx.data", "model.pt2"),
 )
-IN_RESULTS = (*OF_BEGINNING, *OF_SELECTION, *OF_STUDY, *OF_NETWORKS)
+IN_RESULTS = (*OF_BEGINNING, *OF_SELECTION, *OF_STUDY, *OF_NETWORKS, f"{PARTS}/{BEGUN}")
 IN_CHECKPOINTS = (BEST, LAST)
 OF_TRAINING = (*IN_CHECKPOINTS, "history.csv", "study.db")  # what a test does not leave, and could not make again
 REPLACED = ".replaced"  # the folder beside a run's files for those that it replaces; the next is .replaced2
@@ -191,10 +192,11 @@ class RunFolder:
             self.results.mkdir(parents=True, exist_ok=True)
             with _held(self.results):
                 there, aside = self.written(), self._aside()
+                unfinished = (self.results / PARTS / BEGUN).exists()
                 for folder, files in ((self.results, there["results"]), (self.checkpoints, there["checkpoints"])):
                     if (files or any(each.parent == folder for each in aside)) and not (keep or overwrite):
                         raise CheckpointError(
-                            f"{folder} exists: {'--resume goes on with it, ' * trains}"
+                            f"{folder} exists: {'--resume goes on with it, ' * (trains or unfinished)}"
                             "--overwrite replaces it; or use another --name"
                         )
                 known = [path for files in (*there.values(), *aside.values()) for path in files]

@@ -7,6 +7,7 @@ given.
 
 import contextlib
 import datetime
+import itertools
 import os
 import platform
 import sys
@@ -60,6 +61,9 @@ def agents() -> list[tuple[str, int, float]]:
     return sorted(set(everyones))
 
 
+_store: dist.Store | None = None  # what the ranks can all look into, as long as they are joined
+
+
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[None]:
     """Within the block the ranks can hear each other.
@@ -68,6 +72,7 @@ def joined(device: torch.device) -> Iterator[None]:
         Left: another rank has failed, and said why.
         ResourceError: another rank has gone without a word.
     """
+    global _store
     if world() == 1:
         yield
         return
@@ -79,6 +84,7 @@ def joined(device: torch.device) -> Iterator[None]:
         store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = dist.get_default_backend_for_device(device)
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=PATIENCE)
+    _store = store
     try:
         yield
     except Failure as failure:
@@ -94,6 +100,7 @@ def joined(device: torch.device) -> Iterator[None]:
             f"process {rank()} of {world()} lost another one, which was killed or failed; its own message says why"
         ) from error
     finally:
+        _store = None
         dist.destroy_process_group()
 
 
@@ -131,6 +138,20 @@ def average(tensors: Sequence[torch.Tensor]) -> None:
     flat /= world()
     for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.detach().copy_(mean.view_as(tensor))
+
+
+def taken(what: str) -> Iterator[int]:
+    """The numbers from 0, each for the rank that asks first."""
+    if world() == 1:
+        yield from itertools.count()
+    assert _store is not None
+    while True:
+        yield _store.add(what, 1) - 1
+
+
+def wait_for_all() -> None:
+    """Come back when every rank is here."""
+    any_rank(False)
 
 
 def any_rank(flag: bool) -> bool:

@@ -1,5 +1,6 @@
 """From a folder to decoded images: finding the files, checking that each can be read, reading them."""
 
+import bisect
 import dataclasses
 import functools
 import hashlib
@@ -10,6 +11,7 @@ import os
 import re
 import stat
 import sys
+import threading
 import time
 import unicodedata
 from collections import defaultdict
@@ -308,21 +310,77 @@ def nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def find_unlabeled(option: str, folder: str, own: Sequence[Path] = ()) -> tuple[list[str], list[str]]:
-    """The images that a folder holds at any depth, as sorted absolute paths, and lines that say what is passed over. A
-    single file stands for itself.
+class Listing:
+    """The images that a folder holds at any depth, as absolute paths in their order, found in a thread of its own while
+    the first are used: at ten million a minute may pass. A single file stands for itself.
 
     Raises:
-        DataError: it is missing or holds none; names the ``option`` that gave it.
+        DataError: it is missing; or, from any function, it holds no image. Names the ``option`` that gave it.
     """
-    path = resolve_path(folder)
-    if path.is_file():
-        return [os.path.abspath(path)], []
-    walk = _Walk(_require_folder(option, folder), own)
-    found, _ = walk.images("")
-    if not found:
-        raise DataError(f"{option} {folder}: no images in it")
-    return [os.path.join(os.path.abspath(walk.root), image) for image in found], walk.said()
+
+    def __init__(self, option: str, folder: str, own: Sequence[Path] = ()) -> None:
+        self._runs: list[tuple[str, list[str]]] = []  # folders with names, which take less memory than paths
+        self._ends: list[int] = []  # how many images there are up to the end of each run
+        self._changed = threading.Condition()
+        self._done = False
+        self._error: Exception | None = None
+        self._walk: _Walk | None = None
+        path = resolve_path(folder)
+        if path.is_file():
+            self._add(os.path.dirname(os.path.abspath(path)), [path.name])
+            self._done = True
+        else:
+            self._walk = _Walk(_require_folder(option, folder), own)
+            self._none = f"{option} {folder}: no images in it"
+            threading.Thread(target=self._list, args=(self._walk,), daemon=True).start()
+
+    def _list(self, walk: "_Walk") -> None:
+        try:
+            root = os.path.abspath(walk.root)
+            for folder, names in walk.runs(""):
+                self._add(os.path.join(root, folder) if folder else root, names)
+            if not self._runs:
+                raise DataError(self._none)
+        except Exception as error:  # raised where it is heard
+            self._error = error
+        with self._changed:
+            self._done = True
+            self._changed.notify_all()
+
+    def _add(self, folder: str, names: list[str]) -> None:
+        with self._changed:
+            self._runs.append((folder, names))
+            self._ends.append((self._ends[-1] if self._ends else 0) + len(names))
+            self._changed.notify_all()
+
+    def known(self, most: int) -> int:
+        """How many images are known, once they are all or so many."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._done or (self._ends and self._ends[-1] >= most))
+            if self._error is not None:
+                raise self._error
+            return self._ends[-1]
+
+    @property
+    def total(self) -> int | None:
+        """How many images there are; None as long as that is not known."""
+        return self._ends[-1] if self._done and self._ends else None
+
+    def paths(self, start: int, stop: int) -> list[str]:
+        """The images of these numbers, fewer if there are no more, once they are known."""
+        stop = min(stop, self.known(stop))
+        found: list[str] = []
+        for k in range(bisect.bisect_right(self._ends, start), len(self._ends)):
+            folder, names = self._runs[k]
+            begin = self._ends[k] - len(names)
+            if begin >= stop:
+                break
+            found += [os.path.join(folder, name) for name in names[max(0, start - begin) : stop - begin]]
+        return found
+
+    def said(self) -> list[str]:
+        """Lines that say what was found and is no such image, once all is listed."""
+        return self._walk.said() if self._walk is not None and self._done else []
 
 
 def _require_folder(option: str, folder: str, advice: str = "") -> Path:
@@ -336,6 +394,13 @@ def natural_order(name: str) -> tuple[list[tuple[int, str]], str]:
     """A key that sorts ``2`` before ``10``."""
     pieces = re.split(r"(\d+)", name)
     return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in pieces], name
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 class _Walk:
@@ -357,56 +422,80 @@ class _Walk:
         absolute, ours = Path(os.path.abspath(root)) / path, os.path.abspath(self.root)
         return absolute.relative_to(ours).as_posix() if absolute.is_relative_to(ours) else str(absolute)
 
-    def _entries(self, folder: str) -> list[os.DirEntry]:
+    def _names(self, folder: str) -> tuple[list[str], list[str]]:
+        """The names of the files in a folder, and of its subfolders; sorted."""
+        files: list[str] = []
+        folders: list[str] = []
         try:
-            entries = [entry for entry in os.scandir(self.root / folder) if not entry.name.startswith(".")]
+            with os.scandir(self.root / folder) as entries:
+                for entry in entries:  # an entry takes more memory than its name
+                    if not entry.name.startswith("."):
+                        (folders if _is_folder(entry) else files).append(entry.name)
         except PermissionError:
             self.closed.add(folder or str(self.root))
-            return []
-        return sorted(entries, key=lambda entry: entry.name)
+        return sorted(files), sorted(folders)
 
     def folders(self, folder: str) -> list[str]:
         """The names of a folder's subfolders."""
-        return self._folders_among(self._entries(folder), folder)
+        return self._without_system_folders(folder, self._names(folder)[1])
 
-    def _folders_among(self, entries: list[os.DirEntry], folder: str) -> list[str]:
-        names = []
-        for entry in entries:
-            if not entry.is_dir() or os.path.realpath(entry.path) in self.left_out:
+    def _without_system_folders(self, folder: str, names: list[str]) -> list[str]:
+        kept = []
+        for name in names:
+            path = f"{folder}/{name}" if folder else name
+            if os.path.realpath(self.root / path) in self.left_out:
                 continue
-            if entry.name.lower() in SYSTEM_FOLDERS:
-                self.system.add(f"{folder}/{entry.name}" if folder else entry.name)
+            if name.lower() in SYSTEM_FOLDERS:
+                self.system.add(path)
             else:
-                names.append(entry.name)
-        return names
+                kept.append(name)
+        return kept
 
     def images(self, folder: str, *, deep: bool = True) -> tuple[list[str], list[str]]:
         """The images in a folder, at any depth if ``deep``: those that may be readable, and those that nothing reads.
         Both are sorted."""
-        found, unread, pending, seen = [], [], [folder], set()
-        while pending:
-            here = pending.pop()
-            real = os.path.realpath(self.root / here)
-            if real in seen or real in self.left_out:
-                continue
-            seen.add(real)
-            entries = self._entries(here)
-            for entry in entries:
-                path = f"{here}/{entry.name}" if here else entry.name
-                suffix = os.path.splitext(entry.name)[1].lower()
-                if entry.is_dir():
-                    continue
+        before = len(self.unread)
+        found = [f"{here}/{name}" if here else name for here, names in self.runs(folder, deep=deep) for name in names]
+        return found, self.unread[before:]
+
+    def runs(self, folder: str, *, deep: bool = True) -> Iterator[tuple[str, list[str]]]:
+        """The images in a folder that may be readable, in the order of their paths: folders, each with the names of
+        some that follow one another in it."""
+        seen: set[str] = set()
+        open_folders = self._opened(folder, seen, deep)
+        while open_folders:
+            here, names = open_folders[-1]
+            run: list[str] = []
+            inner = None
+            for name in names:
+                if name.endswith("/"):
+                    inner = name[:-1]
+                    break
+                path = f"{here}/{name}" if here else name
+                suffix = os.path.splitext(name)[1].lower()
                 if suffix in UNREAD_SUFFIXES or (suffix in (".heic", ".heif") and "HEIF" not in formats()):
-                    unread.append(path)
+                    self.unread.append(path)
                 elif suffix in IMAGE_SUFFIXES:
-                    found.append(path)
+                    run.append(name)
                 else:
                     self.other.append(path)
-            pending += (
-                [f"{here}/{name}" if here else name for name in self._folders_among(entries, here)] if deep else []
-            )
-        self.unread += unread
-        return sorted(found), sorted(unread)
+            if run:
+                yield here, run
+            if inner is None:
+                open_folders.pop()
+            else:
+                open_folders += self._opened(f"{here}/{inner}" if here else inner, seen, deep)
+
+    def _opened(self, folder: str, seen: set[str], deep: bool) -> list[tuple[str, Iterator[str]]]:
+        """A folder with what is in it, subfolders marked by a slash, in the order of the paths; nothing if it was seen
+        before."""
+        real = os.path.realpath(self.root / folder)
+        if real in seen or real in self.left_out:
+            return []
+        seen.add(real)
+        files, folders = self._names(folder)
+        inner = [f"{name}/" for name in self._without_system_folders(folder, folders)] if deep else []
+        return [(folder, iter(sorted(files + inner) if inner else files))]
 
     def unwrap(self) -> None:
         """Go down to the folder that has the class folders, past those that hold nothing but another one, as unpacking
@@ -430,7 +519,7 @@ class _Walk:
             DataError: it seems to be divided, in a way that cannot be followed.
         """
         named = {name: PART_FOLDERS.get(name.lower(), "") for name in self.folders("")}
-        there = {entry.name.lower() for entry in self._entries("") if entry.is_dir()}  # a test folder left out as well
+        there = {name.lower() for name in self._names("")[1]}  # a test folder left out as well
         divided = "train" in named.values() and len({PART_FOLDERS.get(name) for name in there} - {None}) > 1
         of_training = {inner for name, part in named.items() if part == "train" for inner in self.folders(name)}
         if divided and not of_training:

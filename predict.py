@@ -8,6 +8,8 @@ new folder ``sorted``; with ``--link`` it makes links. The images themselves are
 """
 
 import argparse
+import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -16,7 +18,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -28,6 +30,7 @@ import distributed
 import images
 import train
 import utils
+from checkpoints import BEGUN, PARTS
 from data import NO_CLASS
 from features import Inputs
 from mixture import BELONGS, Belonging
@@ -35,8 +38,9 @@ from models import Learner
 
 Probabilities = dict[str, torch.Tensor]  # of some images, by network: [N, C]
 Unreadable = list[tuple[str, str]]  # paths and reasons
-AT_ONCE = 128  # images of a folder that streams through
 INFERRED_AT_ONCE = 256  # images
+AT_ONCE = 128  # images of a folder that streams through
+PART = 4 * AT_ONCE  # images whose rows are written, and lost, together
 
 
 class Predicted(NamedTuple):
@@ -54,11 +58,14 @@ def predict(
     index: images.Index,
     rows: np.ndarray,
     belonging: Belonging | None = None,
+    *,
+    alone: bool = False,
 ) -> Predicted:
     """What the learners and, if they are several, their ensemble predict of the images, and whether these belong to a
     class at all.
 
-    Those whose file can no longer be read are left out. Every process leaves out the same.
+    Those whose file can no longer be read are left out. Every process leaves out the same, unless this one asks
+    ``alone``: else all ask for the same, and each computes its part.
     """
     networks: list[train.Infers] = [*learners.values()]
     widths = [len(index.classes)] * len(networks)
@@ -83,7 +90,7 @@ def predict(
     if not len(rows):
         logits, readable = [torch.zeros(0, width) for width in widths], torch.zeros(0)
     else:
-        *logits, readable = distributed.gathered(infer_all, rows, inputs.device)
+        *logits, readable = infer_all(rows) if alone else distributed.gathered(infer_all, rows, inputs.device)
     kept = readable.bool()
     logits = [own[kept] for own in logits]
     belongs = None if belonging is None else logits.pop()[:, 0]
@@ -213,26 +220,38 @@ def list_bad(results: Path, bad: Iterable[tuple[str, str]]) -> None:
 # A folder that nobody labelled
 
 
-Share = tuple[dict[int, torch.Tensor], Unreadable]  # images by index, and the files that are none
+class Chunk(NamedTuple):
+    """Images that are decoded, and looked at by the networks, together."""
+
+    part: int  # its number
+    place: int  # of the first image among all of the folder
+    paths: list[str]
+    last: bool  # whether its part ends with it
+
+
+Share = tuple[dict[int, torch.Tensor], Unreadable]  # images by place in their chunk, and the files that are none
 
 
 class Stream:
-    """Decoded images by index, as :class:`images.Images`, for going over them once: those asked for are decoded in
-    threads, and forgotten when others are.
+    """Decoded images of one chunk after another, as :class:`images.Images` by their places in it: decoded in threads,
+    and forgotten when the next are there.
 
     With ``ahead`` the next ones are decoded while the networks look at these. Where both would run on the same
     processor that gains nothing, and a network whose threads are interrupted waits for the slowest.
+
+    Args:
+        index: of no images: what they have in common.
+        n: how many are expected.
     """
 
-    def __init__(self, index: images.Index, prepare: images.Preparation, *, ahead: bool) -> None:
-        self.index, self.prepare = index, prepare
-        self.ahead = ahead
-        self.threads = max(1, torch.get_num_threads())
-        self.pool = ThreadPoolExecutor(self.threads)
+    def __init__(self, index: images.Index, prepare: images.Preparation, n: int, *, threads: int, ahead: bool) -> None:
+        self.index, self.prepare, self.n = index, prepare, n
+        self.ahead, self.threads = ahead, threads
+        self.pool = ThreadPoolExecutor(threads)
         self.decoded: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
-        return len(self.index)
+        return self.n
 
     def __getitem__(self, i: int) -> torch.Tensor:
         return self.decoded[i]
@@ -240,75 +259,201 @@ class Stream:
     def batch(self, rows: images.Rows) -> torch.Tensor:
         return torch.stack([self[int(i)] for i in rows])
 
-    def batches(self, at_once: int) -> Iterator[tuple[np.ndarray, Unreadable]]:
-        """The indices of some images that are decoded, and the files among them that cannot be, with the reasons."""
-        parts = iter(np.split(np.arange(len(self.index)), range(at_once, len(self.index), at_once)))
-        asked = [self._ask(rows) for rows in itertools.islice(parts, 1 + self.ahead)]
+    def over(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, np.ndarray, Unreadable]]:
+        """Each chunk, once its images are decoded: with the places in it of those that can be, and the files that
+        cannot, with the reasons."""
+        asked = [self._ask(chunk) for chunk in itertools.islice(chunks, 1 + self.ahead)]
         while asked:
-            shares = [future.result() for future in asked.pop(0)]
+            chunk, futures = asked.pop(0)
+            shares = [future.result() for future in futures]
             self.decoded = {i: image for share, _ in shares for i, image in share.items()}
-            yield np.array(list(self.decoded), dtype=np.int64), [each for _, bad in shares for each in bad]
-            asked += [self._ask(rows) for rows in itertools.islice(parts, 1)]
+            yield chunk, np.array(list(self.decoded), dtype=np.int64), [each for _, bad in shares for each in bad]
+            asked += [self._ask(chunk) for chunk in itertools.islice(chunks, 1)]
 
-    def _ask(self, rows: np.ndarray) -> list[Future[Share]]:
+    def _ask(self, chunk: Chunk) -> tuple[Chunk, list[Future[Share]]]:
         """Each thread gets its share at once: handing over at every image costs a fifth of the time."""
-        return [self.pool.submit(self._decode, share) for share in np.array_split(rows, self.threads)]
+        shares = np.array_split(np.arange(len(chunk.paths)), self.threads)
+        return chunk, [self.pool.submit(self._decode, chunk.paths, share) for share in shares]
 
-    def _decode(self, rows: np.ndarray) -> Share:
+    def _decode(self, paths: list[str], rows: np.ndarray) -> Share:
         decoded, unreadable = {}, []
         for i in rows.tolist():
             try:
-                decoded[i] = images.decode(self.index.file(i), self.prepare)
+                decoded[i] = images.decode(Path(paths[i]), self.prepare)
             except utils.DataError as error:
-                unreadable.append((self.index.paths[i], str(error)))
+                unreadable.append((paths[i], str(error)))
         return decoded, unreadable
 
 
-def label_folder(
+@dataclasses.dataclass
+class Tally:
+    """What there is to say of some images of a folder."""
+
+    counts: Counter[str] = dataclasses.field(default_factory=Counter)  # by predicted class
+    strangers: int = 0
+    bad: list[list[str]] = dataclasses.field(default_factory=list)  # files that cannot be read, with the reasons
+
+    def add(self, other: "Tally") -> None:
+        self.counts.update(other.counts)
+        self.strangers += other.strangers
+        self.bad += other.bad
+
+
+class Parts:
+    """A folder's predictions as they come into being, in ``results/.parts``: a file for each ``PART`` images that
+    appears when it is whole, whichever process has made it. A labelling that was stopped goes on with those that it
+    left.
+
+    Each begins with a line of JSON: by what and of which images it was made (``key``), and its :class:`Tally`. The rows
+    of the table follow.
+
+    Args:
+        about: all that the rows depend on beside the images.
+    """
+
+    def __init__(self, results: Path, about: Mapping[str, Any]) -> None:
+        self.folder, self.about = results / PARTS, about
+
+    def begin(self) -> None:
+        """Begin anew, whatever an earlier labelling has left."""
+        self.remove()
+        utils.write_json(self.folder / BEGUN, self.about)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.part"
+
+    def _key(self, paths: Sequence[str]) -> str:
+        return images.digest(json.dumps([self.about, paths]).encode()).hex()
+
+    def there(self) -> int:
+        """How many parts are there."""
+        return sum(1 for _ in self.folder.glob("*.part"))
+
+    def open(self, number: int, paths: Sequence[str]) -> tuple[Tally, BinaryIO] | None:
+        """A part of these images, its rows ready to be read; None if it is not there."""
+        try:
+            file = self._path(number).open("rb")
+        except FileNotFoundError:
+            return None
+        head = json.loads(file.readline())
+        if head.pop("key") != self._key(paths):
+            file.close()
+            return None
+        return Tally(**head | {"counts": Counter(head["counts"])}), file
+
+    def has(self, number: int, paths: Sequence[str]) -> bool:
+        found = self.open(number, paths)
+        if found:
+            found[1].close()
+        return found is not None
+
+    def write(self, number: int, paths: Sequence[str], tally: Tally, rows: bytes) -> None:
+        head = json.dumps({"key": self._key(paths)} | vars(tally))
+        utils.write_atomically(self._path(number), head.encode() + b"\n" + rows)
+
+    @contextlib.contextmanager
+    def kept_if_any(self) -> Iterator[None]:
+        """A block that may fail: without a part there is nothing to go on with."""
+        try:
+            yield
+        except BaseException:
+            if not self.there():
+                self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Remove what a labelling leaves until it is done."""
+        for pattern in ("*.part", ".*.part.*.tmp", BEGUN):
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, or it holds something else
+            self.folder.rmdir()
+
+
+def begun(results: Path) -> dict[str, Any] | None:
+    """What a labelling that was stopped was about; None if there is none."""
+    path = results / PARTS / BEGUN
+    return _read_json(path) if path.exists() else None
+
+
+def label_parts(
+    listing: images.Listing,
     stream: Stream,
     learners: Mapping[str, Learner],
     inputs: Inputs,
-    results: Path,
+    parts: Parts,
     *,
-    what: str,
     belonging: Belonging | None,
+    written: Callable[[], None],
 ) -> None:
-    """Write predictions.csv for every image of a folder.
+    """Label the images of a folder of which there are no parts yet: each part by the process that asks for it first.
+
+    Args:
+        listing: the folder's images; ``stream``: the same, decoded, of which the ``inputs`` are made.
+        written: called after each part.
+    """
+    index = stream.index
+
+    def missing() -> Iterator[Chunk]:
+        for number in distributed.taken("part"):
+            paths = listing.paths(number * PART, (number + 1) * PART)
+            if not paths:
+                return
+            for start in range(0, 0 if parts.has(number, paths) else len(paths), AT_ONCE):
+                here = paths[start : start + AT_ONCE]
+                yield Chunk(number, number * PART + start, here, start + AT_ONCE >= len(paths))
+
+    tally, rows, names = Tally(), bytearray(), list[str]()
+    shown = utils.progress(
+        stream.over(missing()),
+        "labelled",
+        lambda: listing.total,
+        unit="images",
+        place=lambda each: each[0].place + len(each[0].paths),  # those before it are done or being done, by whomever
+    )
+    for chunk, readable, unreadable in shown:
+        names += chunk.paths
+        tally.bad += map(list, unreadable)
+        if len(readable):
+            _, predicted, _, belongs = predict(learners, inputs, index, readable, belonging, alone=True)
+            chosen, unknown = [chunk.paths[i] for i in readable], [images.UNKNOWN] * len(readable)
+            lines = list(prediction_rows(index.classes, chosen, unknown, "", predicted, belongs))
+            tally.counts.update(str(line[3]) for line in lines)
+            tally.strangers += 0 if belongs is None else int((belongs < BELONGS).sum())
+            rows += utils.csv_bytes(lines)
+        if chunk.last:
+            parts.write(chunk.part, names, tally, bytes(rows))
+            written()
+            tally, rows, names = Tally(), bytearray(), list[str]()
+
+
+def join_parts(
+    parts: Parts, listing: images.Listing, classes: Sequence[str], networks: Iterable[str], results: Path, *, what: str
+) -> Tally:
+    """Write predictions.csv from the parts of all images.
 
     The table appears when it is whole, and then the list of files that cannot be read; where there was neither, that
     list appears though there be no table.
 
     Args:
-        stream: the folder's images, of which the ``inputs`` are made.
         what: names the folder in messages.
 
     Raises:
-        DataError: none of them can be read.
+        DataError: no image can be read.
+        ResourceError: parts are missing that other processes have written elsewhere.
     """
-    index = stream.index
-    began = time.perf_counter()
-    counts: Counter[str] = Counter()
-    n_strangers = 0
-    bad: Unreadable = []
+    total = listing.total
+    assert total is not None
+    whole = Tally()
 
     def write(file: BinaryIO) -> None:
-        nonlocal n_strangers
-        file.write(utils.BOM + utils.csv_bytes([prediction_header(index.classes, learners)]))
-        batches = stream.batches(AT_ONCE)
-        shown = utils.progress(
-            batches, "labelled", len(index), unit="images", count=lambda each: len(each[0]) + len(each[1])
-        )
-        for rows, unreadable in shown:
-            bad.extend(unreadable)
-            if not len(rows):
-                continue
-            _, predicted, _, belongs = predict(learners, inputs, index, rows, belonging)
-            chosen = [index.paths[i] for i in rows]
-            lines = list(prediction_rows(index.classes, chosen, index.labels[rows], "", predicted, belongs))
-            counts.update(str(line[3]) for line in lines)
-            n_strangers += 0 if belongs is None else int((belongs < BELONGS).sum())
-            file.write(utils.csv_bytes(lines))
-        if not counts:
+        file.write(utils.BOM + utils.csv_bytes([prediction_header(classes, networks)]))
+        for number, start in enumerate(range(0, total, PART)):
+            tally, rows = _awaited(parts, number, listing.paths(start, start + PART))
+            with rows:
+                shutil.copyfileobj(rows, file)
+            whole.add(tally)
+        if not whole.counts:
             raise utils.DataError(f"{what}: no file in it can be read as an image")
 
     table, listed = results / "predictions.csv", results / "bad_files.csv"
@@ -316,18 +461,44 @@ def label_folder(
     try:
         utils.write_atomically(table, write)
         earlier = False  # from here on it is replaced
+    except utils.DataError:
+        parts.remove()  # of no use when the files are mended
+        raise
     finally:
-        if bad and not earlier:
-            utils.write_atomically(listed, utils.BOM + utils.csv_bytes([("path", "reason"), *bad]))
-    if bad:
-        print(f"{utils.counted(len(bad), 'unreadable file')} left out and listed in bad_files.csv (first: {bad[0][1]})")
-    seconds = time.perf_counter() - began
-    for name, count in counts.most_common():
-        print(f"{count:9,} {name}")
-    if n_strangers:
-        print(f"{n_strangers:,} of them seem to belong to none of the classes (belongs below {BELONGS:g})")
-    print(f"{counts.total():,} images in {seconds:.0f} s ({counts.total() / seconds:.0f} a second): ", end="")
-    print(results / "predictions.csv")
+        if whole.bad and not earlier:
+            utils.write_atomically(listed, utils.BOM + utils.csv_bytes([("path", "reason"), *whole.bad]))
+    return whole
+
+
+def _awaited(parts: Parts, number: int, paths: Sequence[str], seconds: float = 60.0) -> tuple[Tally, BinaryIO]:
+    """A part that some process has written: on a network's file system a moment may pass until others see it."""
+    began = time.monotonic()
+    while (found := parts.open(number, paths)) is None:
+        if time.monotonic() - began > seconds:
+            raise utils.ResourceError(
+                f"part {number} of the predictions is not in {parts.folder}: processes on several machines need one "
+                "--output_dir that all of them share"
+            )
+        time.sleep(0.5)
+    return found
+
+
+def describe(tally: Tally, seconds: float | None) -> str:
+    """What was found in a folder, in lines.
+
+    Args:
+        seconds: that it took; None if some of it was done before.
+    """
+    lines = []
+    if tally.bad:
+        n = utils.counted(len(tally.bad), "unreadable file")
+        lines.append(f"{n} left out and listed in bad_files.csv (first: {tally.bad[0][1]})")
+    lines += [f"{count:9,} {name}" for name, count in tally.counts.most_common()]
+    if tally.strangers:
+        lines.append(f"{tally.strangers:,} of them seem to belong to none of the classes (belongs below {BELONGS:g})")
+    total = tally.counts.total()
+    in_time = "" if seconds is None else f" in {seconds:.0f} s ({total / seconds:.0f} a second)"
+    return "\n".join([*lines, f"{total:,} images{in_time}"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

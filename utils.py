@@ -536,27 +536,38 @@ def interactive() -> bool:
 
 
 def progress(
-    items: Iterable[T], what: str, total: int, *, unit: str, count: Callable[[T], int]
+    items: Iterable[T],
+    what: str,
+    total: int | Callable[[], int | None],
+    *,
+    unit: str,
+    count: Callable[[T], int] | None = None,
+    place: Callable[[T], int] | None = None,
 ) -> Generator[T, None, None]:
     """The items, with a bar on a terminal and a line now and then elsewhere.
 
     Args:
-        total: of all items' ``count``, which is in ``unit``.
+        total: of all items, in ``unit``; a function if it is to be known only later.
+        count: how many an item is; ``place``: in its stead, up to which of all one is when it is done.
     """
     from tqdm import tqdm  # late, for the same reason as torch
 
     began = said = time.monotonic()
-    done = 0
-    with tqdm(total=total, desc=what, unit=f" {unit}", file=sys.stdout, leave=False, disable=not interactive()) as bar:
+    done = first = 0
+    with tqdm(desc=what, unit=f" {unit}", file=sys.stdout, leave=False, disable=not interactive()) as bar:
         for item in items:
+            bar.total = known = total() if callable(total) else total
             if not interactive() and time.monotonic() - said > SILENT_SECONDS:
                 said = time.monotonic()
-                rate = done / (said - began)
-                left = f", {tqdm.format_interval((total - done) / rate)} left" if rate else ""
-                print(f"{what} {done / total:.0%} ({rate:.3g} {unit} a second{left})", flush=True)
+                rate = (done - first) / (said - began)
+                how_far = f"{done:,}" if known is None else f"{done / known:.0%}"
+                left = f", {tqdm.format_interval((known - done) / rate)} left" if rate and known else ""
+                print(f"{what} {how_far} ({rate:.3g} {unit} a second{left})", flush=True)
             yield item
-            done += count(item)
-            bar.update(count(item))
+            before, done = done, place(item) if place else done + (count(item) if count else 1)
+            if not before and place:  # what was done before this command is not its speed
+                first, began = done, time.monotonic()
+            bar.update(done - before)
 
 
 def say_above(text: str) -> None:

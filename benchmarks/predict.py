@@ -39,7 +39,8 @@ def main() -> None:
     config, saved = start.config, start.saved
     device = utils.pick_device("auto")
     precision = utils.pick_precision(config.amp, device)
-    paths, _ = images.find_unlabeled("--folder", options.folder)
+    listing = images.Listing("--folder", options.folder)
+    paths = listing.paths(0, 10**9)
     backbone = models.build_backbone(config.model_name, config.weights, config.img_size, saved.backbone.seed)
     encode = models.Encoder(backbone, device, precision, utils.cache_folder(config.cache_dir))
     encode.expect(len(paths))  # as labelling them does
@@ -50,7 +51,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
             began = time.perf_counter()
             folder = checkpoints.RunFolder.named(place, "data", "run")
-            MPL.label_predict_dir(start._replace(folder=folder), saved, options.folder, device, precision)
+            MPL.label_predict_dir(
+                start._replace(folder=folder), saved, options.folder, device, precision, utils.Signals()
+            )
             rates["predict_dir"].append(len(paths) / (time.perf_counter() - began))
         began = time.perf_counter()
         done = 0

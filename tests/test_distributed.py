@@ -8,6 +8,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pathlib
 import re
 import runpy
 import signal
@@ -31,6 +32,7 @@ import distributed
 import images
 import models
 import MPL
+import predict
 import train
 import utils
 from data import Batch
@@ -333,6 +335,46 @@ def test_processes_agree_on_which_images_are_gone_at_the_end(cli):
     assert (len(listed), len(predicted)) == (20, 40)
     assert not listed & predicted
     assert "ensemble" in cli.metrics("a")["test"]
+
+
+def label_and_die():
+    """Note the images that are labelled, and have the second process be killed in its second part, unless it has been
+    before."""
+    predict.AT_ONCE = predict.PART = 8
+    label, written = predict.predict, []
+
+    def label_or_die(learners, inputs, index, rows, *rest, **more):
+        if (distributed.rank(), distributed.restarted(), len(written)) == (1, False, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return label(learners, inputs, index, rows, *rest, **more)
+
+    def write(parts, number, *rest):
+        with pathlib.Path("numbers").open("a") as numbers:
+            numbers.write(f"{number}\n")
+        written.append(number)
+        write_part(parts, number, *rest)
+        time.sleep(0.2)  # so that neither process labels all of them
+
+    write_part, predict.Parts.write = predict.Parts.write, write
+    predict.predict = label_or_die
+
+
+def test_processes_label_a_folder_together_and_none_does_again_what_one_did_that_was_killed(alone, monkeypatch):
+    alone.inside("--name", "exp", "--data_dir", alone.colours, *STEPWISE, "--num_epochs", "4")
+    options = ["--test_mode", "--load_path", "exp", "--predict_dir", alone.colours]
+    tables = []
+    monkeypatch.setattr(predict, "AT_ONCE", 8)
+    alone.inside("--name", "labels", "--data_dir", alone.colours, *options)
+    for n, *restarts in ((2, "--max-restarts=1"), (3,)):
+        prepare = label_and_die if restarts else lambda: (setattr(predict, "AT_ONCE", 8), setattr(predict, "PART", 8))
+        run = torchrun(alone, n, "--name", f"labels-{n}", *options, launcher=restarts, prepare=prepare)
+        said = alone.finish(run).stdout
+        assert said.count("60 images in ") == 2
+    tables = [(alone.cwd / f"results/labels{n}/predictions.csv").read_bytes() for n in ("", "-2", "-3")]
+    assert tables[0] == tables[1] == tables[2]
+    numbers = (alone.cwd / "numbers").read_text().split()
+    assert sorted(map(int, numbers)) == list(range(8))
+    assert not (alone.cwd / "results/labels-2/.parts").exists()
 
 
 def test_what_processes_cannot_share_is_refused(monkeypatch, capsys):

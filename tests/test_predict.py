@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from PIL import Image
 import images
 import models
 import utils
-from predict import Stream, sort_into_folders
+from predict import Chunk, Stream, sort_into_folders
+
+NOTHING = images.Index("", Path("/"), (), np.empty(0, np.int64), ("a", "b"))
 
 
 @pytest.fixture(scope="module")
@@ -57,23 +60,22 @@ def test_a_folder_is_labelled_as_the_same_images_in_the_dataset_were(trained, co
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_images_are_decoded_when_asked_for_or_one_batch_ahead(colours, ahead):
-    paths, _ = images.find_unlabeled("--predict_dir", str(colours))
-    index = images.Index("", Path("/"), tuple(paths), np.full(60, images.UNKNOWN), ("a", "b"))
-    stream = Stream(index, images.Preparation(8, 9), ahead=ahead)
+    paths = images.Listing("--predict_dir", str(colours)).paths(0, 100)
+    stream = Stream(NOTHING, images.Preparation(8, 9), 60, threads=1, ahead=ahead)
     asked = []
 
     class Pool(ThreadPoolExecutor):
-        def submit(self, decode, rows):
-            asked.extend(rows.tolist())
-            return super().submit(decode, rows)
+        def submit(self, decode, paths, rows):
+            asked.extend(paths[i] for i in rows)
+            return super().submit(decode, paths, rows)
 
     stream.pool = Pool()
     seen = []
-    for rows, unreadable in stream.batches(16):
+    for _, rows, unreadable in stream.over(Chunk(0, i, paths[i : i + 16], False) for i in range(0, 60, 16)):
         seen += [stream[i] for i in rows]
         assert not unreadable
         assert len(asked) == min(60, len(seen) + 16 * ahead)
-    assert asked == list(range(60))
+    assert asked == paths
     prepare = images.Preparation(8, 9)
     assert all(torch.equal(image, images.decode(Path(path), prepare)) for image, path in zip(seen, paths, strict=True))
 
@@ -147,15 +149,116 @@ def full(*_):
 
 
 @pytest.mark.parametrize(("fault", "code"), [(interrupted, 130), (full, 6)])
-def test_a_table_that_is_not_whole_never_appears(trained, colours, tmp_path, monkeypatch, fault, code):
+@pytest.mark.parametrize("part", [64, 32])
+def test_a_table_that_is_not_whole_never_appears_and_what_is_labelled_stays(
+    trained, colours, monkeypatch, fault, code, part
+):
     import predict as module
 
+    looked_at, name = [], f"half-{code}-{part}"
+
+    def look(stream, i):
+        if len(looked_at) == 40:
+            fault()
+        looked_at.append(i)
+        return stream.decoded[i]
+
+    monkeypatch.setattr(module, "AT_ONCE", 16)
+    monkeypatch.setattr(module, "PART", part)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "AT_ONCE", 16)
-        patch.setattr(module.Stream, "__getitem__", lambda stream, i: fault() if i == 40 else stream.decoded[i])
-        predict(trained, colours, f"half-{code}", check=code)
-    assert not (trained.cwd / f"results/half-{code}").exists()
-    predict(trained, colours, f"half-{code}")
+        patch.setattr(module.Stream, "__getitem__", look)
+        said = predict(trained, colours, name, check=code)
+    results = trained.cwd / "results" / name
+    if part == 64:
+        assert not results.exists()
+        predict(trained, colours, name)
+        return
+    assert {path.name for path in results.iterdir()} == {".parts", ".job", ".lock"} - {".job", ".lock"}
+    assert ("--resume goes on from here" in said.stderr) == (code == 130)
+    assert "--resume goes on with it" in predict(trained, colours, name, check=4).stderr
+    counted = []
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Stream, "__getitem__", lambda stream, i: counted.append(i) or stream.decoded[i])
+        predict(trained, colours, name, "--resume")
+    assert len(counted) == 60 - 32
+    predict(trained, colours, f"whole-{code}")
+    whole = (trained.cwd / f"results/whole-{code}/predictions.csv").read_bytes()
+    assert (results / "predictions.csv").read_bytes() == whole
+    assert not (results / ".parts").exists()
+
+
+def test_a_labelling_goes_on_only_as_it_was_begun(trained, colours, tmp_path, monkeypatch):
+    import predict as module
+
+    monkeypatch.setattr(module, "AT_ONCE", 16)
+    monkeypatch.setattr(module, "PART", 16)
+    looked_at = []
+
+    def look(stream, i):
+        looked_at.append(i)
+        return interrupted() if len(looked_at) == 40 else stream.decoded[i]
+
+    folder = tmp_path / "d"
+    shutil.copytree(colours, folder)
+    assert "nothing to go on from yet" in predict(trained, colours, "first", "--resume").stdout
+    assert "no labelling was stopped" in predict(trained, colours, "first", "--resume", check=4).stderr
+    assert "no labelling was stopped" in predict(trained, colours, "exp", "--resume", check=4).stderr
+    before = (trained.cwd / "results/first/predictions.csv").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Stream, "__getitem__", look)
+        predict(trained, folder, "first", "--overwrite", check=130)
+    assert (trained.cwd / "results/first/predictions.csv").read_bytes() == before
+    assert "--amp bf16" in predict(trained, folder, "first", "--resume", "--amp", "bf16", check=4).stderr
+    (folder / "class 0" / "000.png").rename(folder / "class 0" / "00a.png")  # of the first part
+    with monkeypatch.context() as patch:
+        looked_at.clear()
+        patch.setattr(module.Stream, "__getitem__", lambda stream, i: looked_at.append(i) or stream.decoded[i])
+        predict(trained, folder, "first", "--resume")
+    assert len(looked_at) == 16 + 60 - 32
+    rows = utils.read_csv(trained.cwd / "results/first/predictions.csv")
+    assert [row["path"] for row in rows] == sorted(map(str, folder.glob("*/*.png")))
+
+
+def test_a_folders_images_are_listed_in_the_order_of_their_paths_while_the_first_are_used(tmp_path, monkeypatch):
+    names = (
+        "b.png",
+        "a/2.png",
+        "a/1.png",
+        "a-c.png",
+        "a/c/0.png",
+        "a.png",
+        "z/1.png",
+        "a/~.png",
+        "b/x y.png",
+        "e/n.txt",
+    )
+    for name in names:
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / name).touch()
+    (tmp_path / "d" / "loop").symlink_to("loop")
+    (tmp_path / "d" / "again").symlink_to(tmp_path / "d")
+    go_on = threading.Event()
+    names_of = images._Walk._names
+
+    def held_up(walk, folder):
+        if folder == "z":
+            go_on.wait(60)
+        return names_of(walk, folder)
+
+    monkeypatch.setattr(images._Walk, "_names", held_up)
+    listing = images.Listing("--predict_dir", str(tmp_path / "d"))
+    wanted = sorted(str(tmp_path / "d" / name) for name in names if name.endswith("png"))
+    assert listing.known(3) >= 3
+    assert listing.paths(0, 3) == wanted[:3]
+    assert listing.total is None
+    go_on.set()
+    assert listing.paths(7, 20) == wanted[7:]
+    assert listing.total == 9
+    assert listing.said() == ["2 files of other kinds passed over (first: e/n.txt)"]
+    assert [listing.paths(i, i + 2) for i in range(0, 10, 2)] == [wanted[i : i + 2] for i in range(0, 10, 2)]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(utils.DataError, match="no images in it"):
+        images.Listing("--predict_dir", str(tmp_path / "none")).known(1)
 
 
 def test_a_folder_that_is_missing_or_unreadable_costs_no_earlier_table(trained, colours, tmp_path):

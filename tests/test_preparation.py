@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as vision
 import checkpoints
 import data
 import images
-from predict import Stream
+from predict import Chunk, Stream
 from utils import CheckpointError
 
 PLAIN_PILLOW_REFUSES = ("without its end.jpg", "with much text.png")  # in an error, not in other numbers
@@ -93,14 +93,14 @@ def decoded(cli: Cli) -> dict[str, torch.Tensor]:
 def test_every_kind_of_file_is_read_alike_from_any_folder(exported):
     trained_on = decoded(exported)
     assert len(trained_on) == 20
-    paths, _ = images.find_unlabeled("--predict_dir", str(exported.cwd / "data"))
+    paths = images.Listing("--predict_dir", str(exported.cwd / "data")).paths(0, 100)
     index = images.Index("", Path("/"), tuple(paths), np.full(len(paths), images.UNKNOWN), ("a", "b"))
     prepare = images.Preparation(16, 18, value_range=images.value_range(images.check_images(index, None)))
-    stream = Stream(index, prepare, ahead=False)
-    for rows, unreadable in stream.batches(8):
+    stream = Stream(index, prepare, 0, threads=2, ahead=False)
+    for chunk, rows, unreadable in stream.over(Chunk(0, i, paths[i : i + 8], False) for i in range(0, len(paths), 8)):
         assert not unreadable
         for i in rows:
-            path = Path(index.paths[i]).relative_to(exported.cwd / "data").as_posix()
+            path = Path(chunk.paths[i]).relative_to(exported.cwd / "data").as_posix()
             assert torch.equal(stream[i], trained_on[path]), path
 
 
