@@ -264,6 +264,12 @@ class Config:
         metavar="WEIGHTS",
         shown="pretrained; random for wrn_DEPTH_WIDTH",
     )
+    grad_checkpointing: bool = option(
+        False,
+        "model",
+        "with --trainable all: keep fewer activations in memory and compute them again in the backward pass; each step "
+        "is slower, and its numbers are the same",
+    )
     trainable: str = option(
         None,
         "model",
@@ -637,7 +643,7 @@ ADDED: dict[str, Any] = {"labels": None, "select": None, "at_random": False}
 # What changes no number of a run: a resumed one may have it otherwise.
 HARMLESS = (
     *("resume", "overwrite", "show_images", "print_model", "debug", "output_dir", "num_workers", "cache_dir"),
-    *("max_bad_percent", "params", "export"),
+    *("max_bad_percent", "params", "export", "grad_checkpointing"),
 )
 
 # What a study may be gone on with otherwise. Its workers may have different devices.
@@ -851,6 +857,10 @@ def _check_training(config: Config) -> None:
         )
     if config.feedback == "exact" and config.pseudo_label != "soft":
         raise ValueError(f"--feedback exact needs --pseudo_label soft, not {config.pseudo_label}")
+    if config.grad_checkpointing and config.trainable == "head":
+        raise ValueError("--grad_checkpointing goes with --trainable all: a frozen backbone keeps no activations")
+    if config.grad_checkpointing and config.feedback == "exact":
+        raise ValueError("--grad_checkpointing does not go with --feedback exact: use another estimate")
     for option, value in (("targets", "mixture"), ("alignment", "estimated")):
         if getattr(config, option) == value and config.trainable == "all" and config.weights == "none":
             raise ValueError(f"--{option} {value} needs the features of a pretrained network, not --weights none")

@@ -17,7 +17,7 @@ import time
 import urllib.error
 import warnings
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -736,6 +736,125 @@ def frozen_like(architecture: Architecture, weights: str) -> Architecture:
     backbone = build_backbone(backbone.name, weights, backbone.img_size, origin.seed)
     origin = dataclasses.replace(origin, fingerprint=backbone.fingerprint(), weights=None)
     return dataclasses.replace(architecture, backbone=backbone, origin=origin, frozen=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Less memory: activation checkpointing (Chen et al., arXiv 1604.06174)
+
+
+class _Recomputed(nn.Module):
+    """Mixed into a block of a network: in training its activations are not kept for the backward pass, which computes
+    them again, from its input."""
+
+    def forward(self, *inputs: Any, **more: Any) -> Any:
+        return _recomputed(self, super().forward, *inputs, **more)
+
+
+class _InSections(nn.Sequential):
+    """The same for a row of layers without blocks, as VGG is, section by section."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for section in _sections(self):
+            x = _recomputed(self, section, x)
+        return x
+
+
+def _recomputed(module: nn.Module, forward: Callable[..., Any], *inputs: Any, **more: Any) -> Any:
+    if not (module.training and torch.is_grad_enabled()):
+        return forward(*inputs, **more)
+    from torch.utils.checkpoint import checkpoint  # late: calling it imports torch._dynamo
+
+    return checkpoint(
+        forward,
+        *inputs,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _as_in_the_forward_pass(module)),
+        **more,
+    )
+
+
+@contextlib.contextmanager
+def _as_in_the_forward_pass(module: nn.Module) -> Iterator[None]:
+    """Within the block a module that was trained is in training mode, whatever it has been put in since, and its
+    statistics learn nothing, which they have already."""
+    held = [(each, each.training, dict(each._buffers)) for each in module.modules()]
+    for each, _, buffers in held:
+        each.training = True
+        each._buffers.update({name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()})
+    try:
+        yield
+    finally:
+        for each, training, buffers in held:
+            each.training = training
+            each._buffers.update(buffers)
+
+
+def _sections(layers: nn.Sequential) -> list[nn.Sequential]:
+    """About the root of their number, each beginning with a convolution: what comes before may change in place."""
+    most = round(len(layers) ** 0.5)
+    sections: list[list[nn.Module]] = [[]]
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d) and len(sections[-1]) >= most:
+            sections.append([])
+        sections[-1].append(layer)
+    return [nn.Sequential(*section) for section in sections]
+
+
+def checkpoint_activations(network: nn.Module) -> None:
+    """Have each block of a network, or each section of one without blocks, compute its activations again in the
+    backward pass: the numbers stay the same, memory holds the blocks' inputs and the activations of one.
+
+    Raises:
+        UsageError: it has neither.
+    """
+    found = list(_blocks(network))
+    if not found:
+        raise UsageError(
+            "--grad_checkpointing: this network has no row of blocks or layers that could be computed again"
+        )
+    for block in found:
+        block.__class__ = _InSections if _is_row(block) else _recomputed_class(type(block))
+
+
+@functools.cache
+def _recomputed_class(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (_Recomputed, kind), {})
+
+
+def _blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """The rows of layers in a network, and what its containers hold of two layers or more with weights; not the stages
+    that hold several of these themselves."""
+    for child in network.children():
+        if _is_row(child) or (_is_container(network) and _is_block(child) and not _is_stage(child)):
+            yield child
+        else:
+            yield from _blocks(child)
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether it holds modules and computes nothing itself."""
+    sequential = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return sequential or type(module) in (nn.ModuleList, nn.ModuleDict)
+
+
+def _is_block(module: nn.Module) -> bool:
+    return not _is_container(module) and sum(p.ndim > 1 for p in module.parameters()) > 1
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """Whether somewhere in it there is a row of layers, or a container of several blocks of a kind."""
+    for inner in module.modules():
+        kinds = Counter(type(child) for child in inner.children() if _is_container(inner) and _is_block(child))
+        if _is_row(inner) or max(kinds.values(), default=0) > 1:
+            return True
+    return False
+
+
+def _is_row(module: nn.Module) -> bool:
+    """Whether it is a row of plain layers, several of them convolutions."""
+    layers = list(module.children())
+    plain = _is_container(module) and not any(True for layer in layers for _ in layer.children())
+    return plain and sum(isinstance(layer, nn.Conv2d) for layer in layers) > 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------

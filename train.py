@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import distributed
 from args import Config
 from data import Batch, Schedule, Source, Split
-from models import Architecture, Learner
+from models import Architecture, Learner, checkpoint_activations
 from utils import Bar, DivergedError, Signals, seed_torch
 
 VERSION = 6  # raised whenever the same options, images and seed come to train otherwise; then no run goes on
@@ -443,10 +443,14 @@ def new_learners(
     precision: torch.dtype | None,
 ) -> dict[str, Learner]:
     """New learners by name, each for its number of ``updates``."""
+    networks = {name: architecture.new_network(name, config.seed) for name in updates}
+    if config.grad_checkpointing:
+        for network in networks.values():
+            checkpoint_activations(network)
     return {
         name: Learner(
             name,
-            architecture.new_network(name, config.seed),
+            networks[name],
             updates=n_updates,
             lr=config.lr,
             weight_decay=config.weight_decay,

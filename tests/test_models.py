@@ -6,6 +6,8 @@ import json
 import pytest
 import timm
 import torch
+import torchvision
+from timm.models import resnet as timm_resnet
 from torch import nn
 
 import models
@@ -406,3 +408,84 @@ def test_features_out_of_float16s_range_are_refused():
     assert models.Encoder(backbone, torch.device("cpu"), torch.bfloat16)(white).isfinite().all()
     with pytest.raises(UsageError, match="--amp bf16 or off"):
         models.Encoder(backbone, torch.device("cpu"), torch.float16)(white)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activation checkpointing
+
+BODIES = {  # with their outputs and how many of each are computed again
+    "wrn": (lambda: models.WideResNet(16, 1), 64, 6),
+    "lite": (lambda: models.EfficientNetLite(0.5, 1.0), 1000, 16),
+    "resnet": (lambda: timm_resnet.ResNet(timm_resnet.BasicBlock, (2, 1, 1, 1), 9, channels=(8, 16, 16, 16)), 9, 5),
+    "vgg": (lambda: nn.Sequential(torchvision.models.vgg.make_layers([8, "M", 8, 8, "M", 8]), nn.Flatten()), 512, 1),
+    "densenet": (lambda: torchvision.models.DenseNet(8, (2, 3, 2), 8, num_classes=9), 9, 3),
+    "squeezenet": (lambda: torchvision.models.squeezenet1_1(num_classes=9), 9, 8),
+    "convnext": (lambda: timm.models.ConvNeXt(num_classes=9, depths=(1, 2, 1, 2), dims=(8, 8, 8, 8)), 9, 6),
+    "vit": (
+        lambda: timm.models.VisionTransformer(32, 8, 3, 9, embed_dim=8, depth=3, num_heads=2, drop_rate=0.3),
+        9,
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_activations_that_are_computed_again_change_no_number(name):
+    """Of two steps of Meta Pseudo Labels, in float64: losses, feedback, weights and the statistics of batch norms."""
+    make, n_features, n_blocks = BODIES[name]
+    settings = train.Settings(lambda_u=1.0, uda_steps=2, feedback="cosine", pseudo_label="sampled")
+    aim = train.own_aim(temperature=1.05, threshold=0.1)
+    results = []
+    for again in (False, True):
+        learners = []
+        for seed, role in enumerate(("teacher", "student")):
+            torch.manual_seed(seed)
+            network = nn.Sequential(make(), nn.Linear(n_features, 3)).double()
+            if again:
+                models.checkpoint_activations(network)
+                changed = [each for each in network.modules() if type(each).forward.__module__ == "models"]
+                changed = [each for each in changed if isinstance(each, models._Recomputed | models._InSections)]
+                assert len(changed) == n_blocks
+            learners.append(models.Learner(role, network, updates=4, lr=0.01, ema=0.9))
+        generator = torch.Generator().manual_seed(5)
+        x = torch.randn(2, 10, 3, 32, 32, generator=generator, dtype=torch.float64)
+        y = torch.randint(3, (2, 4), generator=generator)
+        measured = []
+        for step in range(2):
+            torch.manual_seed(7 + step)
+            batch = Batch(x[step, :4], y[step], x[step, 4:7], x[step, 7:])
+            measured.append(train.mpl_step(*learners, batch, step, aim=aim, settings=settings))
+        results.append((measured, [learner.state_dict() for learner in learners]))
+    (plain, weights), (again, weights_again) = results
+    for here, there in zip(plain, again, strict=True):
+        assert all(there[key].item() == pytest.approx(value.item(), abs=1e-10) for key, value in here.items())
+    for here, there in zip(weights, weights_again, strict=True):
+        for part in ("model", "ema"):
+            assert here[part].keys() == there[part].keys()
+            for key, value in here[part].items():
+                assert torch.allclose(there[part][key].double(), value.double(), rtol=0, atol=1e-10), key
+
+
+def test_memory_holds_the_inputs_of_the_blocks_and_no_more():
+    def kept(network):
+        """How many bytes the backward pass waits for."""
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = network(torch.randn(4, 3, 32, 32)).mean()
+        loss.backward()
+        return sum(storages.values()) - sum(p.nbytes for p in network.parameters())
+
+    network = models.WideResNet(28, 1)
+    before = kept(network)
+    models.checkpoint_activations(network)
+    assert kept(network) < before / 4
+
+
+def test_what_could_not_be_computed_again_is_said():
+    with pytest.raises(UsageError, match="no row of blocks"):
+        models.checkpoint_activations(nn.Sequential(nn.Flatten(), nn.Linear(3, 3)))
