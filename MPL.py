@@ -361,7 +361,7 @@ def make_ready(start: Start, found: data.Data, device: torch.device, precision: 
     """Open the networks and their inputs."""
     config = start.config
     architecture, preparation = open_networks(start, found.index, device, precision)
-    decoded = images.Images(found.index, preparation)
+    decoded = images.Images(found.index, preparation, utils.reading_threads(config.num_workers, device))
     inputs = inputs_for(config, decoded, architecture, device, precision)
     frozen = inputs if architecture.frozen else None
     if (
@@ -628,7 +628,8 @@ def train_networks(
     if last:  # every process goes on, if only the first one saves
         checkpoints.go_on(keeper, last.progress)
     begin()
-    batches = inputs.batches(plan.schedule, found.labels, keeper.done, plan.total_steps, num_workers=config.num_workers)
+    workers = utils.loader_processes(config.num_workers, inputs.device)
+    batches = inputs.batches(plan.schedule, found.labels, keeper.done, plan.total_steps, num_workers=workers)
     return train.run_plan(plan, keeper, batches, signals, on_score=on_score)
 
 
@@ -700,8 +701,8 @@ def label_predict_dir(
         )
         architecture, preparation = open_networks(start, index, device, precision)
         n = listing.known(SURELY)
-        threads, ahead = max(1, torch.get_num_threads()), device.type != "cpu"
-        stream = predict.Stream(index, preparation, n, threads=threads, ahead=ahead)
+        threads = utils.reading_threads(config.num_workers, device)
+        stream = predict.Stream(index, preparation, n, threads=threads, ahead=device.type != "cpu")
         once = dataclasses.replace(config, cache_gb=0.0)  # what is looked at once is not kept
         inputs = inputs_for(once, stream, architecture, device, precision)
         learners = loaded_learners(config, saved.best.learners, architecture, inputs)
@@ -753,7 +754,8 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
         print(config.describe())
         there = dataclasses.replace(index, classes=saved.classes) if saved else index
         architecture, preparation = open_networks(start, there, device, precision)
-        inputs = inputs_for(config, images.Images(index, preparation), architecture, device, precision)
+        decoded = images.Images(index, preparation, utils.reading_threads(config.num_workers, device))
+        inputs = inputs_for(config, decoded, architecture, device, precision)
         for line in (f"{index.name}: {len(labeled)} labelled and {len(unlabeled)} unlabelled images", *index.notes):
             print(line)
         p = belongs = None

@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import textwrap
+from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, NoReturn, get_args, get_origin
 
@@ -62,7 +63,7 @@ def option(default: Any, group: str, text: str, **spec: Any) -> Any:
     A default of None that is not part of the field's type is one that depends on other options.
 
     ``spec``: ``low``/``high`` (inclusive bounds), ``choices``, ``unit``, ``metavar`` (what the help calls the value),
-    ``shown`` (how the help words a default that depends on something).
+    ``shown`` (how the help words a default that depends on something), ``auto`` (whether that word means the default).
     """
     return field(default=default, metadata={"group": group, "text": text, **spec})
 
@@ -241,12 +242,17 @@ class Config:
         shown="transfermpl in the system's folder for caches, such as ~/.cache",
     )
     cache_gb: float = option(10.0, "data", "maximum size of --cache_dir; 0: features are not kept", low=0, unit="GiB")
-    num_workers: int = option(
-        0,
+    num_workers: int | None = option(
+        None,
         "data",
-        "processes that read and augment images in the background with --views 0; 0: the training process does it",
+        "how many threads read images ahead of the networks and, with --views 0, how many processes augment them; 0: "
+        "the training process does it",
         low=0,
         high=256,
+        auto=True,
+        metavar="INT",
+        shown="auto, for each process its share of the machine's cores; on the CPU, where these compute, no process "
+        "more",
     )
 
     model_name: str = option(
@@ -542,13 +548,23 @@ def build_parser() -> argparse.ArgumentParser:
         shown = meta.get("shown", f"{value} {unit}" if unit else value)
         group.add_argument(
             f"--{spec.name}",
-            type=str if kind is list else kind,
+            type=str if kind is list else _auto_or(kind) if meta.get("auto") else kind,
             nargs="+" if kind is list else None,
             choices=meta.get("choices"),
             metavar=None if "choices" in meta else meta.get("metavar", (unit or kind.__name__).upper()),
             help=text if shown is None else f"{text} (default: {shown})",
         )
     return parser
+
+
+def _auto_or(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """What reads a value, or ``auto``, which is as though none were given."""
+
+    def read(text: str) -> Any:
+        return None if text == "auto" else kind(text)
+
+    read.__name__ = f"{kind.__name__} or auto"  # as argparse calls it in messages
+    return read
 
 
 def parse(argv: list[str] | None = None) -> Config:

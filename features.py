@@ -460,11 +460,8 @@ class Inputs:
         def mean(rows: np.ndarray) -> list[torch.Tensor]:
             parts = np.array_split(rows, -(-len(rows) // AT_ONCE))
             asked = ((kind, part, np.full(len(part), v)) for part in parts for kind, v, _ in wanted)
-            if isinstance(self.source, FeatureSource):
-                self.source.expect(rows, len(wanted))
-                given = self.source.each(asked)
-            else:
-                given = itertools.starmap(self.source, asked)
+            each = self.source.each if isinstance(self.source, FeatureSource) else None
+            given = each(asked) if each else itertools.starmap(self.source, asked)
             means = []
             shown = progress(given, "features", len(rows) * len(wanted), unit="views", count=len)
             with contextlib.closing(shown) as features:
@@ -473,7 +470,11 @@ class Inputs:
                     means.append((sum(weighted, start=torch.zeros(())) / sum(weight for *_, weight in wanted)).cpu())
             return [torch.cat(means)]
 
-        return gathered(mean, rows, self.device)[0]
+        if isinstance(self.source, FeatureSource):
+            self.source.expect(rows, len(wanted))  # of all, that every process chooses the same engine
+        _, first, place = np.unique(self.views.images.index.contents[rows], return_index=True, return_inverse=True)
+        order = first.argsort()  # copies are computed once, whichever process would have each
+        return gathered(mean, rows[first[order]], self.device)[0][order.argsort()[place]]
 
     @property
     def engines(self) -> dict[str, str]:

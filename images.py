@@ -1021,8 +1021,8 @@ class Images(Dataset):
     spawned decode for themselves.
     """
 
-    def __init__(self, index: Index, prepare: Preparation) -> None:
-        self.index, self.prepare = index, prepare
+    def __init__(self, index: Index, prepare: Preparation, threads: int = 1) -> None:
+        self.index, self.prepare, self.threads = index, prepare, threads
         size = prepare.size
         self._store: tuple[np.ndarray, np.ndarray] | None = None  # the pixels, and whether they are there yet
         self._loaded: dict[int, torch.Tensor] = {}  # in place of a store
@@ -1064,7 +1064,7 @@ class Images(Dataset):
 
     def _decoded(self, rows: np.ndarray) -> list[tuple[int, torch.Tensor]]:
         """These images, each once, with their places in the index."""
-        shares = np.array_split(np.unique(rows), torch.get_num_threads())  # one by one, handing over would take longer
+        shares = np.array_split(np.unique(rows), self.threads)  # one by one, handing over would take longer
         if len(shares) < 2 or len(rows) < 2:
             return self._decode_all(rows)
         with ThreadPoolExecutor(len(shares)) as pool:

@@ -816,7 +816,6 @@ def checkpoint_activations(network: nn.Module) -> None:
         block.__class__ = _InSections if _is_row(block) else _recomputed_class(type(block))
 
 
-@functools.cache
 def _recomputed_class(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (_Recomputed, kind), {})
 

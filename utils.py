@@ -144,6 +144,25 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def reading_threads(asked: int | None, device: torch.device) -> int:
+    """How many threads read images ahead: those asked for, or where an accelerator computes this process's share of the
+    machine's cores, else as many as compute."""
+    import torch
+
+    if asked is not None:
+        return max(1, asked)
+    if device.type == "cpu":
+        return max(1, torch.get_num_threads())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def loader_processes(asked: int | None, device: torch.device) -> int:
+    """How many processes make views at every step: those asked for, or none where they would take the cores that
+    compute."""
+    return asked if asked is not None else 0 if device.type == "cpu" else reading_threads(None, device)
+
+
 def compute_alike() -> None:
     """Have an accelerator compute what a CPU does as nearly as it can: the same numbers each time, and float32 in
     float32, where convolutions would be in TF32, of ten bits.

@@ -124,7 +124,7 @@ class Frozen:
     def __init__(self, model_name: str, weights: str) -> None:
         self.index = photographs(512, 224)
         self.rows = np.arange(len(self.index))
-        self.views = data.Views(images.Images(self.index, images.Preparation(224, 256)))
+        self.views = data.Views(images.Images(self.index, images.Preparation(224, 256), torch.get_num_threads()))
         self.views("weak", self.rows, self.rows)  # an image is decoded, and its pixels hashed, once in a training
         self.backbone = models.build_backbone(model_name, weights, 224, seed=0)
         self.steps = itertools.count()

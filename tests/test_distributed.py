@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,6 +30,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import subproc
 import args
 import checkpoints
 import distributed
+import features
 import images
 import models
 import MPL
@@ -375,6 +377,45 @@ def test_processes_label_a_folder_together_and_none_does_again_what_one_did_that
     numbers = (alone.cwd / "numbers").read_text().split()
     assert sorted(map(int, numbers)) == list(range(8))
     assert not (alone.cwd / "results/labels-2/.parts").exists()
+
+
+def fill_cache(cache, folder, out):
+    """Average features over two views of every image, and note how many views the backbone has seen."""
+    index = images.check_images(images.find_images(str(folder)), None)
+    decoded = images.Images(index, images.Preparation(16, 18))
+    architecture = models.open_architecture("wrn_10_1", "none", 16, 0, 3, frozen=True)
+    seen = []
+    look = models.Encoder.__call__
+    models.Encoder.__call__ = lambda encoder, views: seen.append(len(views)) or look(encoder, views)
+    device = torch.device("cpu")
+    with distributed.joined(device):
+        kept = {"views": 2, "n_kept": 2, "cache_dir": str(cache), "cache_gb": 1.0, "bounded": True}
+        inputs = features.open_inputs(decoded, architecture, device, None, **kept)
+        copies = [i for group in index.duplicates for i in group[1:]]
+        originals = [group[0] for group in index.duplicates]
+        others = np.setdiff1d(np.arange(len(index)), copies + originals)
+        # Each half begins with some of the same bytes, which the processes would come to at the same time.
+        means = inputs.average(np.concatenate([copies, others[:73], originals, others[73:]]), 2)
+    with out.open("a") as file:
+        file.write(json.dumps([sum(seen), means.sum(1).tolist()]) + "\n")
+
+
+def test_processes_fill_the_cache_in_shares_and_compute_each_image_once(cli):
+    folder = make_folder(cli.cwd / "d", images=50)
+    for i in range(5):  # copies, which different processes have
+        shutil.copy(folder / "class 0" / f"00{i}.png", folder / "class 2" / f"copy {i}.png")
+    one = cli.fork(functools.partial(fill_cache, cli.cwd / "one", folder, cli.cwd / "one.json"))
+    cli.finish(one)
+    with ranks(cli, 2, functools.partial(fill_cache, cli.cwd / "two", folder, cli.cwd / "two.json")) as two:
+        for process in two:
+            cli.finish(process)
+    alone, *shares = (json.loads(line) for n in ("one", "two") for line in (cli.cwd / f"{n}.json").open())
+    assert alone[0] == 150 * 4 == sum(seen for seen, _ in shares)
+    assert all(seen > 200 for seen, _ in shares)
+    assert all(means == alone[1] for _, means in shares)
+    tables = [{path.name: path.read_bytes() for path in (cli.cwd / n).glob("*/*.f16")} for n in ("one", "two")]
+    assert len(tables[0]) == 4
+    assert tables[0] == tables[1]
 
 
 def test_what_processes_cannot_share_is_refused(monkeypatch, capsys):
