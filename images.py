@@ -59,6 +59,7 @@ PART_FOLDERS = {  # what a data set that is already divided calls its parts
     **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+CIFAR10 = "cifar-10-batches-py"  # its folder, as it is published
 UNLABELED_FOLDERS = ("unlabeled", "unlabelled")
 SYSTEM_FOLDERS = frozenset(  # made by network storage and operating systems, never by a person
     [
@@ -82,7 +83,8 @@ class Index:
     sorted. ``labels`` is [N] int64, ``UNKNOWN`` where nobody labelled. ``given_parts`` says of each image in which part
     (train, val, test) the user's own folders put it, and of one that is said to be of none of the classes ``unused``;
     empty if they do not. ``drawn`` says of each image whether it was drawn at random to be labelled; empty if none was.
-    ``notes`` say what was found and is not used. ``pixels`` ([N, H, W] uint8) stands for files in a named dataset.
+    ``notes`` say what was found and is not used. ``pixels`` ([N, H, W] or [N, H, W, 3] uint8) stands for files in a
+    data set that has none.
     ``resize`` is the short side before the centre crop, in sides of the crop; ``mirror`` says whether a mirror image
     keeps its class.
 
@@ -185,7 +187,8 @@ def dataset_name(data_dir: str) -> str:
 def find_images(
     data_dir: str, unlabeled_dir: str | None = None, own: Sequence[Path] = (), *, by_folder: bool = True
 ) -> Index:
-    """Index a folder that has a subfolder of images for each class, or the named dataset ``digits``, by names alone.
+    """Index a folder that has a subfolder of images for each class by names alone, or a data set that has no such
+    files: the named ``digits``, and CIFAR-10 and SVHN as they are published.
 
     A folder that holds such a folder alone stands for it. ``train``, ``val`` and ``test`` folders that have class
     folders are the parts that they are called. Images of ``unlabeled_dir`` belong to no class, wherever it lies.
@@ -204,6 +207,13 @@ def find_images(
             )
         digits = _digits()
         return digits if by_folder else digits.labeled_as(np.full(len(digits), UNKNOWN), ())
+    if published := _published(resolve_path(data_dir)):
+        if unlabeled_dir is not None:
+            raise UsageError(f"--unlabeled_dir goes with a folder of image files, which {data_dir} is not")
+        index = dataclasses.replace(_read_published(*published), name=dataset_name(data_dir))
+        if by_folder:
+            return index
+        return dataclasses.replace(index.labeled_as(np.full(len(index), UNKNOWN), ()), given_parts=())
     advice = "; give one with a subfolder of images for each class" if by_folder else ""
     walk = _Walk(_require_folder("--data_dir", data_dir, advice), own)
     unlabeled_root = None if unlabeled_dir is None else _require_folder("--unlabeled_dir", unlabeled_dir)
@@ -574,6 +584,50 @@ def _digits() -> Index:
         mirror=False,
         pixels=pixels,
         digests=np.array([digest(image.tobytes()) for image in pixels]),
+    )
+
+
+def _published(folder: Path) -> tuple[str, Path] | None:
+    """Which data set's files, as they are published, lie in a folder, and where torchvision's reader begins."""
+    for root in (folder, folder.parent):
+        if (root / CIFAR10 / "data_batch_1").is_file() and folder in (root, root / CIFAR10):
+            return "CIFAR10", root
+    return ("SVHN", folder) if (folder / "train_32x32.mat").is_file() else None
+
+
+def _read_published(name: str, root: Path) -> Index:
+    """CIFAR-10 (Krizhevsky, 2009) or SVHN (Netzer et al., 2011) by torchvision's readers, which check the files before
+    they open them. The test images stay those that were published.
+
+    Raises:
+        DataError: files are missing, or are not those that were published.
+    """
+    from torchvision import datasets  # late: it takes seconds to import
+
+    try:
+        if name == "CIFAR10":
+            parts = {part: datasets.CIFAR10(root, train=part == "train") for part in ("test", "train")}
+            pixels = [each.data for each in parts.values()]  # [n, 32, 32, 3] uint8
+            labels = [np.array(each.targets) for each in parts.values()]
+        else:
+            parts = {part: datasets.SVHN(root, split=part) for part in ("test", "train")}
+            pixels = [each.data.transpose(0, 2, 3, 1) for each in parts.values()]
+            labels = [each.labels for each in parts.values()]
+    except RuntimeError as error:
+        raise DataError(f"{root}: files of {name} are missing or are not those that were published") from error
+    classes = parts["train"].classes if name == "CIFAR10" else [*map(str, range(10))]
+    images = np.ascontiguousarray(np.concatenate(pixels))
+    return Index(
+        name=name,
+        root=root,
+        paths=tuple(f"{part}/{i:05d}" for part, own in zip(parts, labels, strict=True) for i in range(len(own))),
+        labels=np.concatenate(labels).astype(np.int64),
+        classes=tuple(classes),
+        given_parts=tuple(part for part, own in zip(parts, labels, strict=True) for _ in range(len(own))),
+        resize=1.0,
+        mirror=name == "CIFAR10",
+        pixels=images,
+        digests=np.array([digest(image.tobytes()) for image in images]),
     )
 
 

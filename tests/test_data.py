@@ -3,12 +3,14 @@
 import itertools
 import math
 import os
+import pickle
 import shutil
 import sys
 from collections import Counter
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 import torch.nn.functional as F
 from conftest import make_folder
@@ -21,6 +23,7 @@ from torchvision.transforms.v2 import functional as vision
 
 import data
 import images
+import utils
 from utils import DataError, UsageError
 
 SHARES = {"num_labels_percent": 3.0, "val_percent": 0.8, "test_percent": 6.0}
@@ -443,3 +446,80 @@ def test_an_epoch_has_at_least_eight_steps():
     rows = np.arange(1000)
     assert data.Schedule(rows[:98], rows, 64, 64, 0, 0).steps_per_epoch() == 8
     assert data.Schedule(rows, rows, 64, 64, 0, 0).steps_per_epoch() == 16
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets as they are published
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A few images in the files of CIFAR-10 and SVHN, which are taken for those that were published."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "cifar-10-batches-py"
+    root.mkdir()
+    pixels = {}
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        pixels[name] = rng.integers(0, 256, (20, 3072)).astype(np.uint8)
+        content = {"data": pixels[name], "labels": [*range(10)] * 2}
+        (root / name).write_bytes(pickle.dumps(content))
+    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    (root / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    for part, n in (("train", 60), ("test", 20)):
+        pixels[part] = rng.integers(0, 256, (32, 32, 3, n)).astype(np.uint8)
+        labels = (np.arange(n)[:, None] % 10 + 1).astype(np.uint8)  # 1 to 10, which stands for 0
+        scipy.io.savemat(tmp_path / f"{part}_32x32.mat", {"X": pixels[part], "y": labels})
+    for module in ("cifar", "svhn"):
+        monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity", lambda path, md5: os.path.exists(path))
+    return root, pixels
+
+
+def test_cifar_10_is_read_from_its_published_files(published):
+    root, pixels = published
+    for folder in (root, root.parent):
+        index = images.find_images(str(folder))
+        assert (len(index), index.name, index.mirror) == (120, folder.name, True)
+        assert index.classes[:3] == ("airplane", "automobile", "bird")
+        assert (index.paths[0], index.paths[20]) == ("test/00000", "train/00000")
+        assert index.labels.tolist() == [*range(10)] * 12
+        assert np.array_equal(index.pixels[20], pixels["data_batch_1"][0].reshape(3, 32, 32).transpose(1, 2, 0))
+        split = data.split_anew(
+            index, seed=0, num_labels_percent=20, val_percent=0, test_percent=6, given=("val_percent",)
+        ).split
+        assert np.array_equal(split.test, np.arange(20))
+        assert len(split.labeled) == 20
+    store = images.Images(index, images.Preparation(32, 32))
+    assert np.array_equal(store[20].permute(1, 2, 0).numpy(), index.pixels[20])
+
+
+def test_svhn_is_read_from_its_published_files(published):
+    root, pixels = published
+    shutil.rmtree(root)
+    index = images.find_images(str(root.parent))
+    assert (len(index), index.mirror, index.classes) == (80, False, tuple("0123456789"))
+    assert index.labels[:10].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
+    assert np.array_equal(index.pixels[20], pixels["train"][..., 0])
+    (root.parent / "test_32x32.mat").unlink()
+    with pytest.raises(DataError, match="files of SVHN are missing or are not those that were published"):
+        images.find_images(str(root.parent))
+
+
+def test_files_that_are_not_those_that_were_published_are_not_opened(published, monkeypatch):
+    root, _ = published
+    monkeypatch.undo()
+    monkeypatch.setattr(pickle, "load", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(DataError, match="files of CIFAR10 are missing or are not those that were published"):
+        images.find_images(str(root))
+
+
+def test_the_papers_protocol_trains_from_published_files(published, cli):
+    root, _ = published
+    run = ["--recipe", "mpl", "--model_name", "wrn_10_1", "--img_size", "32", "--augmentation", "randaugment"]
+    run += ["--num_labels_percent", "20", "--val_percent", "0", "--ema", "0.9", "--label_smoothing", "0.15"]
+    run += ["--batch_size", "4", "--unlabeled_batch_size", "8", "--num_epochs", "2", "--steps_per_epoch", "1"]
+    cli.inside("--name", "a", "--data_dir", root, *run)
+    assert cli.metrics("a")["counts"]["test"] == 20
+    cli.inside("--name", "b", "--test_mode", "--load_path", "a")
+    assert cli.metrics("b")["test"] == cli.metrics("a")["test"]
+    table = utils.read_csv(cli.cwd / "results/a/predictions.csv")
+    assert {row["path"][:5] for row in table} == {"test/", "train"}
