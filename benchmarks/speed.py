@@ -67,13 +67,13 @@ class Contiguous(nn.Module):
         return x.contiguous()
 
 
-def reference(body: nn.Sequential, n_features: int, *, whole: bool) -> Callable[..., None]:
+def reference(body: nn.Sequential, n_features: int, *, whole: bool, device: torch.device = CPU) -> Callable[..., None]:
     """A step of the original's way on two networks of that body, as a function of the batch."""
     normalize, network = body
     body = nn.Sequential(normalize, Contiguous(), network)
     networks = [nn.Sequential(copy.deepcopy(body), nn.Linear(n_features, CLASSES)).train() for _ in range(2)]
     for network in networks:
-        network.to(memory_format=torch.contiguous_format).requires_grad_(True)
+        network.to(device, memory_format=torch.contiguous_format).requires_grad_(True)
     learning = [network if whole else network[1] for network in networks]
     optimizers = [torch.optim.AdamW(part.parameters(), lr=1e-3) for part in learning]
     return lambda batch: reference_step(*networks, *optimizers, batch, weight=0.27, joint=whole)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 os.environ["OMP_NUM_THREADS"] = "1"  # networks this small gain nothing from more; inherited by every process started
@@ -42,6 +43,11 @@ def make_folder(root: Path, *, classes: int = 3, images: int = 20, size: int = 2
             pixels[..., c % 3] += 120
             Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03d}.png")
     return root
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if torch.accelerator.current_accelerator(check_available=True) is None:
+        terminalreporter.write_line("no accelerator here: tests/test_accelerator.py did not run")
 
 
 @pytest.fixture(scope="session")
