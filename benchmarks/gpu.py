@@ -148,9 +148,8 @@ def first_pass(device: torch.device, options: argparse.Namespace, n: int = 256) 
             "views and backbone": lambda: list(source.each(asked)),
             "all of it": everything,
         }
-        print(
-            f"\nfirst pass, frozen ResNet-50 at 224 px, {n} JPEG files of 640 x 480\n| stage | images a second |\n|---|---|"
-        )
+        print(f"\nfirst pass, frozen ResNet-50 at 224 px, {n} JPEG files of 640 x 480")
+        print("| stage | images a second |\n|---|---|")
         for stage, seconds in interleaved(device, options.rounds, actions).items():
             print(f"| {stage} | {n / seconds:.0f} |", flush=True)
 

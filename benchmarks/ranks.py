@@ -9,6 +9,10 @@ python benchmarks/ranks.py --data_dir FOLDER --out ranks
 3. Death: one of two processes is killed with SIGKILL; torchrun restarts the job, whose end is compared bit by bit with
    that of a run which was stopped at the same place and resumed, and of one that nobody disturbed.
 4. Machines: two agents of torchrun that find each other by a c10d rendezvous train, are stopped, and resume.
+5. Labels: what two and four processes write for a folder (--predict_dir) is compared byte by byte with what one does;
+   likewise when one of two is killed in the middle, and torchrun restarts the job or ends it and --resume goes on.
+6. Cache: the features that two processes fill a new cache with are compared byte by byte with one's, and all images are
+   counted that their backbones have seen.
 """
 
 import argparse
@@ -40,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="digits")
     parser.add_argument("--out", type=Path, default=Path("ranks"))
-    parser.add_argument("--parts", default="steps,single,ends,death,machines")
+    parser.add_argument("--parts", default="steps,single,ends,death,machines,labels,cache")
     parser.add_argument("rest", nargs="*", help="options for every run, after --")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -52,6 +56,8 @@ def main() -> None:
             "ends": compare_ends,
             "death": survive_death,
             "machines": two_machines,
+            "labels": label_together,
+            "cache": fill_together,
         }[part](options)
 
 
@@ -236,8 +242,106 @@ def two_machines(options: argparse.Namespace) -> None:
     print("equals two processes of one agent, undisturbed:", same(options, "machines", "undisturbed"), flush=True)
 
 
+def labelling(
+    options: argparse.Namespace, ranks: int, name: str, *more: str, agents: tuple[str, ...] = ()
+) -> list[str]:
+    given = ("--test_mode", "--load_path", "labeller", "--predict_dir", options.data_dir, *more)
+    return command(ranks, name, *given, *options.rest, launcher=agents)
+
+
+def label_together(options: argparse.Namespace) -> None:
+    few = ("--num_epochs", "5", "--overwrite")
+    subprocess.run(command(1, "labeller", *few, *options.rest), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(labelling(options, 1, "labels-1", "--overwrite"), check=True, stdout=subprocess.DEVNULL)
+    for ranks in (2, 4):
+        began = time.perf_counter()
+        line = labelling(options, ranks, f"labels-{ranks}", "--overwrite")
+        subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - began
+        print(
+            f"{ranks} processes: {seconds:.0f} s, as one wrote it: {same_labels(options, f'labels-{ranks}')}",
+            flush=True,
+        )
+    for name, restarts in (("labels-killed", ("--max-restarts=1",)), ("labels-resumed", ())):
+        job = launch(labelling(options, 2, name, "--overwrite", agents=restarts))
+        folder = options.out / "results" / name / ".parts"
+        written: set[tuple[str, int]] = set()
+        killed = 0
+        while job.poll() is None:
+            time.sleep(0.05)
+            written |= {(path.name, path.stat().st_mtime_ns) for path in parts_in(folder)}
+            if not killed and len(written) >= 3:
+                killed = len(written)
+                os.kill(children(job)[1], signal.SIGKILL)
+        job.communicate()
+        if not restarts:
+            job = launch(labelling(options, 4, name, "--resume"))
+            while job.poll() is None:
+                time.sleep(0.05)
+                written |= {(path.name, path.stat().st_mtime_ns) for path in parts_in(folder)}
+            job.communicate()
+        names = [name for name, _ in written]
+        print(
+            f"{name}: a process was killed when {killed} parts were there, exit {job.returncode}; parts written twice: "
+            f"{len(names) - len(set(names))}; as one wrote it: {same_labels(options, name)}",
+            flush=True,
+        )
+
+
+def parts_in(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*.part") if path.exists()]
+
+
+def same_labels(options: argparse.Namespace, name: str) -> bool:
+    tables = [options.out / "results" / each / "predictions.csv" for each in ("labels-1", name)]
+    return tables[0].read_bytes() == tables[1].read_bytes()
+
+
+def fill_together(options: argparse.Namespace) -> None:
+    few = ("--num_epochs", "5", "--overwrite", "--views", "1", *options.rest)
+    for ranks in (1, 2):
+        cache = options.out / f"cache-{ranks}"
+        shutil.rmtree(cache, ignore_errors=True)
+        count = options.out / f"seen-{ranks}"
+        count.unlink(missing_ok=True)
+        began = time.perf_counter()
+        line = command(
+            ranks, f"cache-{ranks}", *few, "--cache_dir", str(cache), program=(__file__, "--count", str(count))
+        )
+        subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - began
+        seen = [int(n) for n in count.read_text().split()]
+        print(f"{ranks} processes: {seconds:.0f} s, images that went through their backbones: {seen}", flush=True)
+    one, two = ({path.name: path for path in (options.out / f"cache-{n}").glob("*/*.f16")} for n in (1, 2))
+    equal = one.keys() == two.keys() and all(path.read_bytes() == two[name].read_bytes() for name, path in one.items())
+    print(f"features of {len(one)} views equal byte by byte: {equal}", flush=True)
+
+
+def run_counting(count: Path) -> None:
+    """Run MPL.py, and note at its end how many images its backbone has seen."""
+    sys.path.insert(0, str(ROOT))
+    import models
+
+    look, seen = models.Encoder.__call__, []
+
+    def look_counting(encoder, views):
+        seen.append(len(views))
+        return look(encoder, views)
+
+    models.Encoder.__call__ = look_counting
+    sys.argv[0] = MPL[0]
+    try:
+        runpy.run_path(MPL[0], run_name="__main__")
+    finally:
+        with count.open("a") as file:
+            file.write(f"{sum(seen)}\n")
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--along"]:
+    if sys.argv[1:2] == ["--count"]:
+        del sys.argv[1]
+        run_counting(Path(sys.argv.pop(1)))
+    elif sys.argv[1:2] == ["--along"]:
         del sys.argv[1]
         train_along(Path(sys.argv.pop(1)))  # the rest is for MPL.py
     else:
