@@ -2,12 +2,15 @@
 
 python benchmarks/scale.py --data_dir /datasets/flowers [-- options of MPL.py]
 python benchmarks/scale.py --distinct 1000 10000 100000    # of what is below, the second alone
+python benchmarks/scale.py --labelled 1000000              # the last alone
 
 - Seconds and peak memory of a million names.
 - Images a second and peak memory of filling the cache with the features of so many distinct files. They are small, and
   so is the network, so that all else counts.
 - Seconds and peak memory of a folder that is listed ten times over. It is trained on twice, with a cache of its own:
   with nothing kept, and with all features kept.
+- Labelling so many links to small images with a tiny network: seconds until it speaks and until the first are labelled,
+  and what is in memory when a tenth of them are labelled and when all are.
 """
 
 import argparse
@@ -15,10 +18,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +43,7 @@ utils.keep_freed_memory()
 models.WORTH_A_CHOICE = 0  # so that the same engine computes however many there are
 index = images.check_images(images.find_images(sys.argv[1]), None)
 architecture = models.open_architecture("wrn_10_1", "none", 16, 0, len(index.classes), frozen=True)
-decoded = images.Images(index, images.Preparation(16, 18))
+decoded = images.Images(index, images.Preparation(16, 18), torch.get_num_threads())
 cpu, kept = torch.device("cpu"), dict(views=1, n_kept=1, cache_dir=sys.argv[2], cache_gb=10, bounded=True)
 inputs = features.open_inputs(decoded, architecture, cpu, None, **kept)
 began, busy = time.perf_counter(), time.process_time()
@@ -89,16 +94,54 @@ def fill(scratch: Path, sizes: list[int]) -> None:
     print(f"peak_of_most_over_fewest={peaks[-1] / peaks[0]:.2f}")
 
 
+def label(scratch: Path, n: int, rest: list[str]) -> None:
+    make_distinct(scratch / "few", 200, classes=4)
+    places = ("--output_dir", str(scratch), "--cache_dir", str(scratch / "cache"))
+    tiny = ("--model_name", "wrn_10_1", "--img_size", "16", "--num_epochs", "5", "--steps_per_epoch", "2")
+    few = ("MPL.py", "--name", "tiny", "--data_dir", str(scratch / "few"), *tiny, *places)
+    subprocess.run([sys.executable, *few], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    sources = sorted((scratch / "few").glob("*/*"))
+    for i in range(n):
+        folder = scratch / "many" / f"{i * 10 // n}"
+        if not i * 10 % n:
+            folder.mkdir(parents=True)
+        (folder / f"photograph {i:07d}.png").symlink_to(sources[i % len(sources)])
+    line = ("MPL.py", "--name", "many", "--test_mode", "--load_path", "tiny", "--predict_dir", str(scratch / "many"))
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-u", *line, *places, *rest], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    print(f"{process.stdout.readline().strip()}: after {time.perf_counter() - began:.1f} s", flush=True)
+    threading.Thread(target=process.stdout.read, daemon=True).start()
+    memory = {}
+    parts, all_of_them = scratch / "results" / "many" / ".parts", -(-n // 512)
+    for share in (0.0, 0.1, 0.5, 1.0):
+        last = max(0, round(share * all_of_them) - 1)
+        while process.poll() is None and not (parts / f"{last:06d}.part").exists():
+            time.sleep(0.01)
+        memory[share] = psutil.Process(process.pid).memory_info().rss / 2**20
+        print(f"{share:4.0%} labelled after {time.perf_counter() - began:.1f} s: {memory[share]:.0f} MiB", flush=True)
+    process.wait()
+    seconds = time.perf_counter() - began
+    print(f"{n} labelled in {seconds:.0f} s, {n / seconds:.0f} a second; exit {process.returncode}")
+    print(f"memory_at_all_over_a_tenth={memory[1.0] / memory[0.1]:.3f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", type=Path)
     parser.add_argument("--distinct", type=int, nargs="+", default=[1000, 10_000, 100_000])
+    parser.add_argument("--labelled", type=int)
     parser.add_argument("--names", type=int, default=1_000_000)
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("rest", nargs="*", metavar="-- OPTION")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
+        if options.labelled:
+            label(scratch, options.labelled, options.rest)
+            return
         fill(scratch, options.distinct)
         if options.data_dir is None:
             return

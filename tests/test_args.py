@@ -265,6 +265,11 @@ def test_the_options_that_are_not_at_their_default_are_told_from_the_rest():
         ("--model_name a+b --weights w.pth", "--weights w.pth does not go with two networks"),
         ("--model_name a+b --trainable all", "--trainable all does not go with two networks"),
         ("--unlabeled_dir u", "goes with a folder"),
+        ("--data_dir d --grad_checkpointing", "goes with --trainable all"),
+        ("--data_dir d --trainable all --grad_checkpointing --feedback exact", "does not go with --feedback exact"),
+        ("--resume --name a --test_mode --load_path b", "--resume goes with training, tuning and --predict_dir only"),
+        ("--num_workers many", "invalid int or auto value: 'many'"),
+        ("--num_workers 1000", "must be from 0 to 256"),
         ("--data_dir d --unlabeled_dir d", "same folder"),
         ("--unsupervised mse", "invalid choice"),
         ("--no_such_option", "unrecognized"),
@@ -411,3 +416,8 @@ def test_networks_see_images_of_the_size_that_they_were_made_for():
     assert args.configure(data_dir="d", model_name="efficientnet_lite2", img_size=128).img_size == 128
     both = args.configure(data_dir="d", model_name="vgg16+efficientnet_lite1", img_size=240)  # as in its config.json
     assert (both.trainable, both.img_size) == ("head", 240)
+
+
+def test_the_number_of_workers_is_what_the_machine_has_unless_it_is_given():
+    assert args.parse(["--num_workers", "auto"]).num_workers is None
+    assert args.parse(["--num_workers", "3"]).num_workers == 3
