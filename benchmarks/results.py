@@ -160,7 +160,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "label_shares": lambda: whole_table("label_shares", without=("mpl", "labels only")),
     "choosing": lambda: whole_table("choosing"),
     "strangers": lambda: whole_table("strangers"),
-    "tuning": lambda: whole_table("tuning", without=("teacher",)),
     "speed": lambda: whole_table("speed", processor="EPYC, bf16"),
     "seconds": lambda: whole_table("seconds", without=(FIRST_EPOCHS,)),
 }
