@@ -32,7 +32,7 @@ import signal
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,26 +201,27 @@ def begin_anew(start: Start) -> Start:
 
 
 def go_on_labelling(start: Start, saved: BestCheckpoint) -> Start:
-    """Where a labelling of ``--predict_dir`` goes on that was stopped.
+    """Where a labelling of ``--predict_dir`` goes on that was stopped, or has ended.
 
     Raises:
         ValueError, CheckpointError: it was another one, or something else is there.
     """
     config, folder = start.config, start.folder
     begun = predict.begun(folder.results)
-    if begun is None:
-        if any(folder.written().values()):
-            raise CheckpointError(
-                f"--resume: no labelling was stopped in {folder.results}; use --overwrite in place of --resume"
-            )
+    if begun is None and not any(folder.written().values()):
         return begin_anew(start)
-    args.require_same(config, begun["options"])
-    if begun["checkpoint"] != saved.digest:
+    options = folder.options() if begun is None else begun["options"]
+    whole = begun is None and (folder.results / "predictions.csv").exists()
+    if options is None or not options.get("predict_dir") or not (begun or whole):
+        raise CheckpointError(f"--resume: {folder.results} is of no labelling; use another --name")
+    args.require_same(config, options)
+    if begun is not None and begun["checkpoint"] != saved.digest:
         raise CheckpointError(
             f"--resume: {start.loaded} is no longer the checkpoint that the labelling was begun with; use --overwrite "
             "in place of --resume"
         )
-    return start._replace(config=dataclasses.replace(config, overwrite=begun["overwrite"]), keep=True)
+    overwrite = begun is not None and begun["overwrite"]
+    return start._replace(config=dataclasses.replace(config, overwrite=overwrite), keep=True)
 
 
 def take_over(config: Config, saved: BestCheckpoint) -> Config:
@@ -667,6 +668,42 @@ def write_config(config: Config, folder: RunFolder) -> None:
             utils.write_json(folder.results / name, config.options())
 
 
+def labeller(
+    start: Start,
+    saved: BestCheckpoint,
+    listing: images.Listing,
+    parts: predict.Parts,
+    device: torch.device,
+    precision: torch.dtype | None,
+) -> Callable[[Iterable[int]], None]:
+    """What labels parts of a folder by their numbers."""
+    config = start.config
+    index = images.Index(  # of no images: what those of the folder have in common
+        name=images.dataset_name(config.data_dir),
+        root=Path("/"),
+        paths=(),
+        labels=np.empty(0, dtype=np.int64),
+        classes=saved.classes,
+    )
+    architecture, preparation = open_networks(start, index, device, precision)
+    n, threads = listing.known(SURELY), utils.reading_threads(config.num_workers, device)
+    stream = predict.Stream(index, preparation, n, threads=threads, ahead=device.type != "cpu")
+    once = dataclasses.replace(config, cache_gb=0.0)  # what is looked at once is not kept
+    inputs = inputs_for(once, stream, architecture, device, precision)
+    learners = loaded_learners(config, saved.best.learners, architecture, inputs)
+    how_many = utils.counted(n, "image") if listing.total else f"{n:,} images and more"
+    print(f"{how_many} in {config.predict_dir}, {' and '.join(learners)} of {config.load_path}", flush=True)
+    return functools.partial(
+        predict.label_parts,
+        listing=listing,
+        stream=stream,
+        learners=learners,
+        inputs=inputs,
+        parts=parts,
+        belonging=saved.belonging,
+    )
+
+
 SURELY = 10_000  # images of a folder, from which on it does not matter how many more there are
 
 
@@ -681,10 +718,13 @@ def label_predict_dir(
     """Label ``--predict_dir``, in every process some of its images. What another run of the name has left stays until
     that is done."""
     config, folder, what = start.config, start.folder, f"--predict_dir {predict_dir}"
-    began = time.perf_counter()
+    began, table = time.perf_counter(), folder.results / "predictions.csv"
+    if config.resume and predict.begun(folder.results) is None:
+        print(f"{table} is whole; --overwrite labels anew")
+        return
     listing = images.Listing("--predict_dir", predict_dir, checkpoints.own_folders(config.output_dir))
-    about = {"options": config.options(), "checkpoint": saved.digest, "overwrite": config.overwrite}
-    parts = predict.Parts(folder.results, (predict.begun(folder.results) if config.resume else None) or about)
+    options = {key: value for key, value in config.options().items() if key not in args.HARMLESS}
+    parts = predict.Parts(folder.results, options, saved.digest or "")
     with contextlib.ExitStack() as stack:
         if distributed.rank():
             distributed.leave_with_the_first()
@@ -692,51 +732,40 @@ def label_predict_dir(
             with distributed.failure_told():
                 listing.known(1)
                 begin = stack.enter_context(folder.claim(keep=start.keep, overwrite=config.overwrite, trains=False))
-        index = images.Index(
-            name=images.dataset_name(config.data_dir),
-            root=Path("/"),
-            paths=(),
-            labels=np.empty(0, dtype=np.int64),
-            classes=saved.classes,
-        )
-        architecture, preparation = open_networks(start, index, device, precision)
-        n = listing.known(SURELY)
-        threads = utils.reading_threads(config.num_workers, device)
-        stream = predict.Stream(index, preparation, n, threads=threads, ahead=device.type != "cpu")
-        once = dataclasses.replace(config, cache_gb=0.0)  # what is looked at once is not kept
-        inputs = inputs_for(once, stream, architecture, device, precision)
-        learners = loaded_learners(config, saved.best.learners, architecture, inputs)
-        how_many = utils.counted(n, "image") if listing.total else f"{n:,} images and more"
-        print(f"{how_many} in {predict_dir}, {' and '.join(learners)} of {config.load_path}", flush=True)
+        label = labeller(start, saved, listing, parts, device, precision)
         if distributed.rank():
             distributed.leave_with_the_first()
         else:
             with distributed.failure_told():
-                stack.enter_context(parts.kept_if_any())
-                if config.resume:
-                    print(f"--resume: {parts.there()} times {predict.PART} of them are labelled already", flush=True)
-                else:
-                    parts.begin()
+                stack.enter_context(parts.kept_if_any(signals))
+                parts.begin(overwrite=config.overwrite)
+                if there := parts.there():
+                    print(f"up to {there * predict.PART:,} of them were labelled before", flush=True)
                 folder.note_agents(start.agents)
 
-        def written() -> None:
-            signals.state_is_saved = True
-
-        predict.label_parts(listing, stream, learners, inputs, parts, belonging=saved.belonging, written=written)
+        label(distributed.taken("part"))
         distributed.wait_for_all()
         if distributed.rank():
             distributed.leave_with_the_first()
             return
         with distributed.failure_told():
+            if lacking := predict.parts_lacking(parts, listing):
+                how_many = utils.counted(len(lacking), "part")
+                print(
+                    f"{how_many} of other processes not in {parts.folder}, or of other images: made again", flush=True
+                )
+                label(lacking)
             for line in listing.said():
                 print(line)
             with folder.writing("predictions.csv", "bad_files.csv"):
-                tally = predict.join_parts(parts, listing, saved.classes, learners, folder.results, what=what)
+                tally = predict.join_parts(
+                    parts, listing, saved.classes, saved.best.learners, folder.results, what=what
+                )
             begin()
             write_config(config, folder)
-            parts.remove()
-            seconds = None if config.resume else time.perf_counter() - began
-            print(f"{predict.describe(tally, seconds)}: {folder.results / 'predictions.csv'}")
+            checkpoints.remove_parts(folder.results)
+            seconds = None if there else time.perf_counter() - began
+            print(f"{predict.describe(tally, seconds)}: {table}")
 
 
 def select_images(start: Start, n: int, device: torch.device, precision: torch.dtype | None) -> None:

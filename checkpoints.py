@@ -77,7 +77,7 @@ OF_NETWORKS = (  # what speaks of the weights in the checkpoints
     ),
     *("model_card.md", "model.onnx", "model.onnx.data", "model.pt2"),
 )
-IN_RESULTS = (*OF_BEGINNING, *OF_SELECTION, *OF_STUDY, *OF_NETWORKS, f"{PARTS}/{BEGUN}")
+IN_RESULTS = (*OF_BEGINNING, *OF_SELECTION, *OF_STUDY, *OF_NETWORKS)
 IN_CHECKPOINTS = (BEST, LAST)
 OF_TRAINING = (*IN_CHECKPOINTS, "history.csv", "study.db")  # what a test does not leave, and could not make again
 REPLACED = ".replaced"  # the folder beside a run's files for those that it replaces; the next is .replaced2
@@ -194,13 +194,14 @@ class RunFolder:
                 there, aside = self.written(), self._aside()
                 unfinished = (self.results / PARTS / BEGUN).exists()
                 for folder, files in ((self.results, there["results"]), (self.checkpoints, there["checkpoints"])):
-                    if (files or any(each.parent == folder for each in aside)) and not (keep or overwrite):
+                    taken = files or any(each.parent == folder for each in aside)
+                    if (taken or (unfinished and folder == self.results)) and not (keep or overwrite):
                         raise CheckpointError(
                             f"{folder} exists: {'--resume goes on with it, ' * (trains or unfinished)}"
                             "--overwrite replaces it; or use another --name"
                         )
                 known = [path for files in (*there.values(), *aside.values()) for path in files]
-                if not (trains or keep) and any(path.name in OF_TRAINING for path in known):
+                if not trains and any(path.name in OF_TRAINING for path in known):
                     raise CheckpointError(f"{self.results} is of a training: give the test another --name")
                 self._remove_torn()
                 old = {path: version(path) for files in there.values() for path in files}
@@ -209,6 +210,7 @@ class RunFolder:
                     if overwrite:
                         self._keep_edited([path for path in old if path.parent == self.results], LABEL_TABLES)
                         self._set_aside([path for path in old if path.exists() and version(path) == old[path]], spare)
+                        remove_parts(self.results)
 
                 try:
                     yield begin
@@ -306,6 +308,15 @@ class RunFolder:
                 match = re.fullmatch(r"\.(.+)\.(\d+)\.tmp", path.name)  # as write_atomically calls it
                 if match and match[1] in names and not _runs(int(match[2])):
                     path.unlink(missing_ok=True)
+
+
+def remove_parts(results: Path) -> None:
+    """Remove what a labelling of a folder leaves until it is done."""
+    for pattern in ("*.part", ".*.part.*.tmp", BEGUN, f".{BEGUN}.*.tmp"):
+        for path in (results / PARTS).glob(pattern):
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not there, or it holds something else
+        (results / PARTS).rmdir()
 
 
 def _runs(pid: int) -> bool:

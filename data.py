@@ -249,8 +249,9 @@ def labels_of(index: Index) -> list[tuple[str, str, str]]:
 
 
 def labels_to_csv(index: Index) -> bytes:
-    """The labels that an index has, as a table to be corrected and given back."""
-    rows = [("path", "label", "stands_for"), *labels_of(index)]
+    """The labels that an index has, as a table to be corrected and given back; beside the images, as ``metadata.csv``,
+    Hugging Face's ``imagefolder`` reads it."""
+    rows = [("file_name", "label", "stands_for"), *labels_of(index)]
     drawn = any(stands_for for *_, stands_for in rows[1:])
     return BOM + csv_bytes(rows if drawn else [row[:2] for row in rows])
 

@@ -11,6 +11,8 @@ import itertools
 import os
 import platform
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -44,8 +46,8 @@ def own() -> tuple[int, ...]:
 
 
 def restarted() -> bool:
-    """Whether torchrun started the job anew after a process of it died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    """Whether torchrun started the job anew after a process of it died: known to the agent whose process that was."""
+    return any_rank(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)
 
 
 def agents() -> list[tuple[str, int, float]]:
@@ -79,9 +81,7 @@ def joined(device: torch.device) -> Iterator[None]:
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
     store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
-    if os.environ["GROUP_WORLD_SIZE"] == "1":
-        # A lone agent keeps its store over restarts, with the addresses of the processes that died.
-        store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    store = dist.PrefixStore(_agreed_token(store), store)
     backend = dist.get_default_backend_for_device(device)
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=PATIENCE)
     _store = store
@@ -102,6 +102,26 @@ def joined(device: torch.device) -> Iterator[None]:
     finally:
         _store = None
         dist.destroy_process_group()
+
+
+def _agreed_token(store: dist.Store) -> str:
+    """A text that the ranks of this start of the job have in common, and those of none before it: the agents keep their
+    store over restarts, with the addresses of processes that died and all else that they have left there."""
+    mine = uuid.uuid4().hex
+    if rank():
+        store.set(f"rank {rank()} is", mine)
+        token = store.get(f"for {mine}").decode()
+        store.add(f"heard {token}", 1)
+        return token
+    told: set[bytes] = set()
+    while store.add(f"heard {mine}", 0) < world() - 1:
+        for other in range(1, world()):
+            name = f"rank {other} is"
+            if store.check([name]) and (said := store.get(name)) not in told:  # by this start or one before it
+                told.add(said)
+                store.set(f"for {said.decode()}", mine)
+        time.sleep(0.02)
+    return mine
 
 
 def local_device(device: torch.device) -> torch.device:

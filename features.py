@@ -70,8 +70,9 @@ class Request:
     kind: str
     indices: np.ndarray  # [n] int64
     draws: np.ndarray  # [n] int64
-    missing: np.ndarray  # [m] int64, places of those that are not there
+    missing: np.ndarray  # [m] int64, places of those that are not there, of copies one
     features: np.ndarray | None = None  # [n, D] float16, if any can be
+    same: np.ndarray | None = None  # [n] int64, which of the missing ones each is; -1: it is there
 
 
 class FeatureSource:
@@ -189,10 +190,14 @@ class FeatureCache(FeatureSource):
         for draw in np.unique(draws):
             here = draws == draw
             missing[here], features[here] = self._read(self._table(kind, draw), rows[here])
-        return Request(kind, indices, draws, np.flatnonzero(missing), features)
+        places, same = np.flatnonzero(missing), np.full(len(indices), -1)
+        views = np.stack([rows[places], draws[places]])
+        _, first, same[places] = np.unique(views, axis=1, return_index=True, return_inverse=True)
+        return Request(kind, indices, draws, places[first], features, same)
 
     def _answer(self, request: Request, fresh: list[torch.Tensor]) -> torch.Tensor:
         assert request.features is not None
+        assert request.same is not None
         while self.unsaid:
             print(self.unsaid.pop(0), flush=True)
         features = torch.from_numpy(request.features).float()
@@ -202,7 +207,8 @@ class FeatureCache(FeatureSource):
             with np.errstate(over="ignore"):
                 rounded = exact.astype(np.float16)
             keep = np.all(np.isfinite(rounded), axis=1)  # beyond 65,504 there is no float16: such features are not kept
-            features[request.missing] = torch.from_numpy(np.where(keep[:, None], rounded, exact))
+            computed = request.same >= 0
+            features[computed] = torch.from_numpy(np.where(keep[:, None], rounded, exact)[request.same[computed]])
             rows = self.rows[request.indices]
             for i, row, finite in zip(request.missing, rounded, keep, strict=True):
                 table = self.tables[self._table(request.kind, request.draws[i])]
@@ -289,7 +295,13 @@ def _make_file(path: Path, n_bytes: int) -> None:
                     raise
                 for start in range(0, n_bytes, 2**20):  # not on Linux, or on a file system that cannot
                     file.write(bytes(min(2**20, n_bytes - start)))
-        temporary.replace(path)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:  # which another process has just made, and may write to already
+            if path.stat().st_size != n_bytes:
+                temporary.replace(path)
+        except OSError:  # a file system without hard links
+            temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

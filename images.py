@@ -589,6 +589,7 @@ def _digits() -> Index:
 
 def _published(folder: Path) -> tuple[str, Path] | None:
     """Which data set's files, as they are published, lie in a folder, and where torchvision's reader begins."""
+    folder = folder.resolve()
     for root in (folder, folder.parent):
         if (root / CIFAR10 / "data_batch_1").is_file() and folder in (root, root / CIFAR10):
             return "CIFAR10", root
@@ -718,6 +719,11 @@ def check_images(index: Index, cache_dir: str | Path | None, *, max_bad_percent:
         ranges=np.array([(each.low, each.high) for each in good], dtype=np.float32).reshape(-1, 2),
         bad=bad,
     )
+
+
+def stamp(path: str) -> Stamp:
+    """What the file system says of a file; ``NO_FILE`` if it cannot be asked."""
+    return _stamp(Path(path)).stamp
 
 
 def _stamp(path: Path) -> Finding:

@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -30,7 +30,7 @@ import distributed
 import images
 import train
 import utils
-from checkpoints import BEGUN, PARTS
+from checkpoints import BEGUN, JOB, PARTS, remove_parts
 from data import NO_CLASS
 from features import Inputs
 from mixture import BELONGS, Belonging
@@ -40,6 +40,7 @@ Probabilities = dict[str, torch.Tensor]  # of some images, by network: [N, C]
 Unreadable = list[tuple[str, str]]  # paths and reasons
 INFERRED_AT_ONCE = 256  # images
 AT_ONCE = 128  # images of a folder that streams through
+PARTS_VERSION = 1  # raised whenever a row comes to say something else
 PART = 4 * AT_ONCE  # images whose rows are written, and lost, together
 
 
@@ -304,70 +305,83 @@ class Parts:
     appears when it is whole, whichever process has made it. A labelling that was stopped goes on with those that it
     left.
 
-    Each begins with a line of JSON: by what and of which images it was made (``key``), and its :class:`Tally`. The rows
-    of the table follow.
+    Each begins with a line of JSON: by what and of which images it was made (``key``), their sizes and dates
+    (``stamps``), the hash of its rows, and its :class:`Tally`. The rows of the table follow.
 
     Args:
-        about: all that the rows depend on beside the images.
+        options: of the run, without those that change no number.
+        checkpoint: its digest.
     """
 
-    def __init__(self, results: Path, about: Mapping[str, Any]) -> None:
-        self.folder, self.about = results / PARTS, about
+    def __init__(self, results: Path, options: Mapping[str, Any], checkpoint: str) -> None:
+        self.results, self.folder = results, results / PARTS
+        version = f"{train.VERSION}.{PARTS_VERSION}"
+        self.about = {"options": dict(options), "checkpoint": checkpoint, "version": version}
+        paths = ("load_path", "predict_dir")  # which other machines may know by other names
+        self._made_from = json.dumps(self.about | {"options": {k: v for k, v in options.items() if k not in paths}})
 
-    def begin(self) -> None:
-        """Begin anew, whatever an earlier labelling has left."""
-        self.remove()
-        utils.write_json(self.folder / BEGUN, self.about)
+    def begin(self, *, overwrite: bool) -> None:
+        """Begin anew, unless what is there was made from the same.
+
+        Args:
+            overwrite: whether the run may replace another, also when it goes on.
+        """
+        there = begun(self.results)
+        if there is None or there | {"overwrite": None} != self.about | {"overwrite": None}:
+            remove_parts(self.results)
+        utils.write_json(self.folder / BEGUN, self.about | {"overwrite": overwrite})
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.part"
 
     def _key(self, paths: Sequence[str]) -> str:
-        return images.digest(json.dumps([self.about, paths]).encode()).hex()
+        return images.digest(f"{self._made_from}{json.dumps(paths)}".encode()).hex()
 
     def there(self) -> int:
         """How many parts are there."""
         return sum(1 for _ in self.folder.glob("*.part"))
 
-    def open(self, number: int, paths: Sequence[str]) -> tuple[Tally, BinaryIO] | None:
-        """A part of these images, its rows ready to be read; None if it is not there."""
+    def read(self, number: int, paths: Sequence[str]) -> tuple[dict[str, Any], bytes] | None:
+        """The head and the rows of a part of these images; None if it is not there, or not whole."""
         try:
-            file = self._path(number).open("rb")
-        except FileNotFoundError:
+            head, rows = self._path(number).read_bytes().split(b"\n", 1)
+            said = json.loads(head)
+            right = (said["key"], said["hash"]) == (self._key(paths), images.digest(rows).hex())
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        head = json.loads(file.readline())
-        if head.pop("key") != self._key(paths):
-            file.close()
-            return None
-        return Tally(**head | {"counts": Counter(head["counts"])}), file
+        return (said, rows) if right else None
 
     def has(self, number: int, paths: Sequence[str]) -> bool:
-        found = self.open(number, paths)
-        if found:
-            found[1].close()
-        return found is not None
+        """Whether a part of these images is there, and need not be made again: all could be read, and none of them has
+        changed since."""
+        found = self.read(number, paths)
+        return found is not None and not found[0]["bad"] and found[0]["stamps"] == stamps(paths)
 
-    def write(self, number: int, paths: Sequence[str], tally: Tally, rows: bytes) -> None:
-        head = json.dumps({"key": self._key(paths)} | vars(tally))
-        utils.write_atomically(self._path(number), head.encode() + b"\n" + rows)
+    def write(self, number: int, paths: Sequence[str], seen: str, tally: Tally, rows: bytes) -> None:
+        """
+        Args:
+            seen: the images' stamps before they were read.
+        """
+        head = {"key": self._key(paths), "stamps": seen, "hash": images.digest(rows).hex()} | vars(tally)
+        utils.write_atomically(self._path(number), json.dumps(head).encode() + b"\n" + rows)
 
     @contextlib.contextmanager
-    def kept_if_any(self) -> Iterator[None]:
+    def kept_if_any(self, signals: utils.Signals) -> Iterator[None]:
         """A block that may fail: without a part there is nothing to go on with."""
         try:
             yield
         except BaseException:
-            if not self.there():
-                self.remove()
+            if self.there():
+                signals.state_is_saved = True
+            else:
+                remove_parts(self.results)
+                (self.results / JOB).unlink(missing_ok=True)  # so that torchrun starts it as at first
             raise
 
-    def remove(self) -> None:
-        """Remove what a labelling leaves until it is done."""
-        for pattern in ("*.part", ".*.part.*.tmp", BEGUN):
-            for path in self.folder.glob(pattern):
-                path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not there, or it holds something else
-            self.folder.rmdir()
+
+def stamps(paths: Sequence[str]) -> str:
+    """A hash of what the file system says of some files."""
+    return images.digest(repr([images.stamp(path) for path in paths]).encode()).hex()
 
 
 def begun(results: Path) -> dict[str, Any] | None:
@@ -377,6 +391,7 @@ def begun(results: Path) -> dict[str, Any] | None:
 
 
 def label_parts(
+    numbers: Iterable[int],
     listing: images.Listing,
     stream: Stream,
     learners: Mapping[str, Learner],
@@ -384,22 +399,25 @@ def label_parts(
     parts: Parts,
     *,
     belonging: Belonging | None,
-    written: Callable[[], None],
 ) -> None:
-    """Label the images of a folder of which there are no parts yet: each part by the process that asks for it first.
+    """Label the images of a folder of which there are no parts yet.
 
     Args:
+        numbers: of the parts that this process is to make, if it need be.
         listing: the folder's images; ``stream``: the same, decoded, of which the ``inputs`` are made.
-        written: called after each part.
     """
     index = stream.index
+    seen: dict[int, str] = {}  # by part, the stamps of its images before they were read
 
     def missing() -> Iterator[Chunk]:
-        for number in distributed.taken("part"):
+        for number in numbers:
             paths = listing.paths(number * PART, (number + 1) * PART)
             if not paths:
                 return
-            for start in range(0, 0 if parts.has(number, paths) else len(paths), AT_ONCE):
+            if parts.has(number, paths):
+                continue
+            seen[number] = stamps(paths)
+            for start in range(0, len(paths), AT_ONCE):
                 here = paths[start : start + AT_ONCE]
                 yield Chunk(number, number * PART + start, here, start + AT_ONCE >= len(paths))
 
@@ -422,9 +440,21 @@ def label_parts(
             tally.strangers += 0 if belongs is None else int((belongs < BELONGS).sum())
             rows += utils.csv_bytes(lines)
         if chunk.last:
-            parts.write(chunk.part, names, tally, bytes(rows))
-            written()
+            parts.write(chunk.part, names, seen.pop(chunk.part), tally, bytes(rows))
             tally, rows, names = Tally(), bytearray(), list[str]()
+
+
+def parts_lacking(parts: Parts, listing: images.Listing, seconds: float = 10.0) -> list[int]:
+    """The numbers of the parts that are not there though processes have made them: on a network's file system a moment
+    may pass until others see what one has written."""
+    assert listing.total is not None
+    until = time.monotonic() + seconds
+    lacking = list(range(-(-listing.total // PART)))
+    while True:
+        lacking = [n for n in lacking if parts.read(n, listing.paths(n * PART, (n + 1) * PART)) is None]
+        if not lacking or time.monotonic() > until:
+            return lacking
+        time.sleep(0.5)
 
 
 def join_parts(
@@ -440,7 +470,7 @@ def join_parts(
 
     Raises:
         DataError: no image can be read.
-        ResourceError: parts are missing that other processes have written elsewhere.
+        ResourceError: a part is gone.
     """
     total = listing.total
     assert total is not None
@@ -449,10 +479,12 @@ def join_parts(
     def write(file: BinaryIO) -> None:
         file.write(utils.BOM + utils.csv_bytes([prediction_header(classes, networks)]))
         for number, start in enumerate(range(0, total, PART)):
-            tally, rows = _awaited(parts, number, listing.paths(start, start + PART))
-            with rows:
-                shutil.copyfileobj(rows, file)
-            whole.add(tally)
+            found = parts.read(number, listing.paths(start, start + PART))
+            if found is None:
+                raise utils.ResourceError(f"{parts.folder}: part {number} of the predictions is gone; --resume")
+            head, rows = found
+            file.write(rows)
+            whole.add(Tally(Counter(head["counts"]), head["strangers"], head["bad"]))
         if not whole.counts:
             raise utils.DataError(f"{what}: no file in it can be read as an image")
 
@@ -462,25 +494,12 @@ def join_parts(
         utils.write_atomically(table, write)
         earlier = False  # from here on it is replaced
     except utils.DataError:
-        parts.remove()  # of no use when the files are mended
+        remove_parts(results)  # of no use when the files are mended
         raise
     finally:
         if whole.bad and not earlier:
             utils.write_atomically(listed, utils.BOM + utils.csv_bytes([("path", "reason"), *whole.bad]))
     return whole
-
-
-def _awaited(parts: Parts, number: int, paths: Sequence[str], seconds: float = 60.0) -> tuple[Tally, BinaryIO]:
-    """A part that some process has written: on a network's file system a moment may pass until others see it."""
-    began = time.monotonic()
-    while (found := parts.open(number, paths)) is None:
-        if time.monotonic() - began > seconds:
-            raise utils.ResourceError(
-                f"part {number} of the predictions is not in {parts.folder}: processes on several machines need one "
-                "--output_dir that all of them share"
-            )
-        time.sleep(0.5)
-    return found
 
 
 def describe(tally: Tally, seconds: float | None) -> str:

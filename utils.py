@@ -144,6 +144,9 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+MOST_READERS = 16  # threads or processes of one process, unless more are asked for: a container may have fewer cores
+
+
 def reading_threads(asked: int | None, device: torch.device) -> int:
     """How many threads read images ahead: those asked for, or where an accelerator computes this process's share of the
     machine's cores, else as many as compute."""
@@ -154,7 +157,7 @@ def reading_threads(asked: int | None, device: torch.device) -> int:
     if device.type == "cpu":
         return max(1, torch.get_num_threads())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return min(MOST_READERS, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def loader_processes(asked: int | None, device: torch.device) -> int:
@@ -335,11 +338,15 @@ def csv_bytes(rows: Iterable[Sequence[object]]) -> bytes:
     """A table as a file that a spreadsheet opens without running anything: a text that it would take for a formula gets
     an apostrophe, which :func:`read_csv` takes away. File names that are no valid text keep their bytes."""
     text = io.StringIO(newline="")
-    safe = (
-        [f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) and cell != "-" else cell for cell in row]
-        for row in rows
+    plain, quoting = (
+        csv.writer(text, lineterminator="\n", quoting=each) for each in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
     )
-    csv.writer(text, lineterminator="\n").writerows(safe)
+    for row in rows:
+        safe = [
+            f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) and cell != "-" else cell for cell in row
+        ]
+        returns = any(isinstance(cell, str) and "\r" in cell for cell in safe)  # which Python 3.11 leaves unquoted
+        (quoting if returns else plain).writerow(safe)
     return text.getvalue().encode("utf-8", "surrogateescape")
 
 

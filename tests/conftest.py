@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 os.environ["OMP_NUM_THREADS"] = "1"  # networks this small gain nothing from more; inherited by every process started
@@ -46,6 +45,8 @@ def make_folder(root: Path, *, classes: int = 3, images: int = 20, size: int = 2
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    import torch  # not before OMP_NUM_THREADS is set
+
     if torch.accelerator.current_accelerator(check_available=True) is None:
         terminalreporter.write_line("no accelerator here: tests/test_accelerator.py did not run")
 

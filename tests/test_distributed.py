@@ -346,7 +346,8 @@ def label_and_die():
     label, written = predict.predict, []
 
     def label_or_die(learners, inputs, index, rows, *rest, **more):
-        if (distributed.rank(), distributed.restarted(), len(written)) == (1, False, 1):
+        restarted = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+        if (distributed.rank(), restarted, len(written)) == (1, False, 1):
             os.kill(os.getpid(), signal.SIGKILL)
         return label(learners, inputs, index, rows, *rest, **more)
 

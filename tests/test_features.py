@@ -54,6 +54,17 @@ def test_cached_features_equal_computed_ones_and_are_not_computed_twice(parts, t
     source.views.__class__ = kept
 
 
+def test_what_is_asked_for_twice_at_once_is_computed_once(parts, tmp_path, monkeypatch):
+    source, _ = opened(parts, tmp_path)
+    seen, look = [], models.Encoder.__call__
+    monkeypatch.setattr(models.Encoder, "__call__", lambda encoder, x: seen.append(len(x)) or look(encoder, x))
+    twice = source("weak", [4, 0, 4, 4], [1, 0, 1, 2])
+    assert sum(seen) == 3
+    assert torch.equal(twice[0], twice[2])
+    assert torch.equal(twice, source("weak", [4, 0, 4, 4], [1, 0, 1, 2]))
+    assert sum(seen) == 3
+
+
 def test_renamed_and_copied_images_keep_their_features(parts, colours, tmp_path):
     source, _ = opened(parts, tmp_path / "cache")
     first = source(*WANTED)

@@ -153,7 +153,11 @@ def test_images_of_none_of_the_classes_are_not_trained_on(flat):
     assert {index.paths[i] for i in split.unused} == {"in/c.png", "copy.png"}
     written = flat.parent / "again.csv"
     written.write_bytes(data.labels_to_csv(index))
-    assert {row["path"]: row["label"] for row in read_csv(written)} == {"a.png": "x", "b.jpg": "y", "in/c.png": "-"}
+    assert {row["file_name"]: row["label"] for row in read_csv(written)} == {
+        "a.png": "x",
+        "b.jpg": "y",
+        "in/c.png": "-",
+    }
     again = data.find_labeled(str(flat), None, (), [str(written)])
     assert (again.paths, again.given_parts, again.labels.tolist()) == (
         index.paths,
@@ -182,13 +186,13 @@ def test_what_a_run_learned_from_tables_it_needs_no_table_to_test_or_to_go_on_fr
     (root / "class 0/000.png").rename(root / "renamed.png")
     (root / "class 0").rename(root / "holiday")
     results = cli.cwd / "results"
-    said = {row["path"]: row["label"] for row in read_csv(results / "e/labels.csv")}
+    said = {row["file_name"]: row["label"] for row in read_csv(results / "e/labels.csv")}
     assert len(said) == 13
     said["renamed.png"] = said.pop("class 0/000.png")
     said = {path.replace("class 0", "holiday"): label for path, label in said.items()}
     for name, mode in (("t", "--test_mode"), ("f", "--finetune_mode")):
         cli.inside("--name", name, mode, "--load_path", "e", *(() if name == "t" else ("--num_epochs", "1")))
-        assert {row["path"]: row["label"] for row in read_csv(results / name / "labels.csv")} == said
+        assert {row["file_name"]: row["label"] for row in read_csv(results / name / "labels.csv")} == said
     parts = {row["path"]: row["split"] for row in read_csv(results / "f/split.csv")}
     assert parts["class 1/008.png"] == "unused"
 

@@ -173,7 +173,7 @@ def test_a_table_that_is_not_whole_never_appears_and_what_is_labelled_stays(
         assert not results.exists()
         predict(trained, colours, name)
         return
-    assert {path.name for path in results.iterdir()} == {".parts", ".job", ".lock"} - {".job", ".lock"}
+    assert [path.name for path in results.iterdir()] == [".parts"]
     assert ("--resume goes on from here" in said.stderr) == (code == 130)
     assert "--resume goes on with it" in predict(trained, colours, name, check=4).stderr
     counted = []
@@ -201,22 +201,86 @@ def test_a_labelling_goes_on_only_as_it_was_begun(trained, colours, tmp_path, mo
     folder = tmp_path / "d"
     shutil.copytree(colours, folder)
     assert "nothing to go on from yet" in predict(trained, colours, "first", "--resume").stdout
-    assert "no labelling was stopped" in predict(trained, colours, "first", "--resume", check=4).stderr
-    assert "no labelling was stopped" in predict(trained, colours, "exp", "--resume", check=4).stderr
+    assert "predictions.csv is whole" in predict(trained, colours, "first", "--resume").stdout
+    assert "is of no labelling" in predict(trained, colours, "exp", "--resume", check=4).stderr
     before = (trained.cwd / "results/first/predictions.csv").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(module.Stream, "__getitem__", look)
         predict(trained, folder, "first", "--overwrite", check=130)
     assert (trained.cwd / "results/first/predictions.csv").read_bytes() == before
     assert "--amp bf16" in predict(trained, folder, "first", "--resume", "--amp", "bf16", check=4).stderr
-    (folder / "class 0" / "000.png").rename(folder / "class 0" / "00a.png")  # of the first part
+    (folder / "class 0" / "000.png").rename(folder / "class 0" / "00a.png")  # of the first part, now its tenth
+    Image.new("RGB", (20, 20), "red").save(folder / "class 0" / "017.png")  # of the second
+    results = trained.cwd / "results/first"
+    torn = results / ".parts/begun.json"
+    (results / ".parts/.begun.json.4194305.tmp").write_bytes(torn.read_bytes()[:50])
     with monkeypatch.context() as patch:
         looked_at.clear()
         patch.setattr(module.Stream, "__getitem__", lambda stream, i: looked_at.append(i) or stream.decoded[i])
         predict(trained, folder, "first", "--resume")
-    assert len(looked_at) == 16 + 60 - 32
+    assert len(looked_at) == 60  # the two parts that were there have other images now
+    assert not (results / ".parts").exists()
+    assert not list(results.glob(".replaced*"))
     rows = utils.read_csv(trained.cwd / "results/first/predictions.csv")
     assert [row["path"] for row in rows] == sorted(map(str, folder.glob("*/*.png")))
+
+
+def test_parts_that_are_not_whole_or_lack_images_are_made_again(trained, colours, tmp_path, monkeypatch):
+    import predict as module
+
+    monkeypatch.setattr(module, "AT_ONCE", 10)
+    monkeypatch.setattr(module, "PART", 10)
+    folder = tmp_path / "d"
+    shutil.copytree(colours, folder)
+    good = (folder / "class 0/003.png").read_bytes()
+    (folder / "class 0/003.png").write_bytes(good[:60])
+    looked_at = []
+
+    def look(stream, i):
+        looked_at.append(i)
+        return interrupted() if len(looked_at) == 55 else stream.decoded[i]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Stream, "__getitem__", look)
+        predict(trained, folder, "halves", check=130)
+    parts = sorted((trained.cwd / "results/halves/.parts").glob("*.part"))
+    assert len(parts) == 5
+    (folder / "class 0/003.png").write_bytes(good)
+    parts[1].write_bytes(parts[1].read_bytes()[:-60])
+    parts[2].write_bytes(b"")
+    looked_at.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Stream, "__getitem__", lambda stream, i: looked_at.append(i) or stream.decoded[i])
+        predict(trained, folder, "halves", "--resume")
+    assert len(looked_at) == 40
+    predict(trained, folder, "untorn")
+    tables = [(trained.cwd / f"results/{name}/predictions.csv").read_bytes() for name in ("halves", "untorn")]
+    assert tables[0] == tables[1]
+    assert not (trained.cwd / "results/halves/bad_files.csv").exists()
+
+
+def test_a_labelling_that_was_stopped_is_in_nobodys_way_and_nobody_in_its(trained, colours, monkeypatch):
+    import predict as module
+
+    monkeypatch.setattr(module, "AT_ONCE", 10)
+    monkeypatch.setattr(module, "PART", 10)
+    looked_at = []
+
+    def look(stream, i):
+        looked_at.append(i)
+        return interrupted() if len(looked_at) == 25 else stream.decoded[i]
+
+    for _ in range(2):  # the same command once more: what it has made stays
+        looked_at.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(module.Stream, "__getitem__", look)
+            predict(trained, colours, "mine", "--overwrite", check=130)
+    assert len(list((trained.cwd / "results/mine/.parts").glob("*.part"))) == 4
+    train = ["--name", "mine", "--data_dir", colours, "--num_epochs", "2", "--num_labels_percent", "20", *TINY]
+    assert "exists" in trained.inside(*train, check=4).stderr
+    trained.inside(*train, "--overwrite")
+    assert not (trained.cwd / "results/mine/.parts").exists()
+    assert "is of no labelling" in predict(trained, colours, "mine", "--resume", check=4).stderr
 
 
 def test_a_folders_images_are_listed_in_the_order_of_their_paths_while_the_first_are_used(tmp_path, monkeypatch):

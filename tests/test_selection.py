@@ -264,7 +264,7 @@ def test_images_drawn_at_random_tell_how_many_of_the_unlabelled_ones_are_right(c
     tables = ["--labels", check, again]  # the second says nothing new
     cli.inside("--name", "exp2", "--data_dir", root, *tables, *FROZEN, *TRAIN)  # labels like any other
     assert {row["path"] for row in read_csv(results / "exp2/split.csv", split="labeled")} > drawn
-    kept = {row["path"] for row in read_csv(results / "exp2/labels.csv") if row["stands_for"] == "at random"}
+    kept = {row["file_name"] for row in read_csv(results / "exp2/labels.csv") if row["stands_for"] == "at random"}
     assert kept == {first, copied, *drawn}
     failed = cli.inside("--name", "x", "--at_random", "--data_dir", root, check=2)
     assert "--at_random goes with --select" in failed.stderr
@@ -298,7 +298,7 @@ def test_labels_that_were_hidden_from_a_training_may_be_asked_for(cli, tmp_path)
     cli.inside("--name", "s", "--select", "4", "--load_path", "e")
     parts = {row["path"]: row["split"] for row in read_csv(cli.cwd / "results/e/split.csv")}
     assert {parts[row["path"]] for row in read_csv(cli.cwd / "results/s/to_label.csv")} == {"unlabeled"}
-    given_away = {row["path"] for row in read_csv(cli.cwd / "results/s/labels.csv")}
+    given_away = {row["file_name"] for row in read_csv(cli.cwd / "results/s/labels.csv")}
     assert "unlabeled" not in {parts[path] for path in given_away}
     told = about_page(cli.cwd / "results/s/to_label.html")["labels"]
     assert {path for path, *_ in told} == given_away

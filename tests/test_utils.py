@@ -186,3 +186,8 @@ def test_an_optimiser_that_is_not_to_be_compiled_steps_as_pytorchs_and_goes_on_f
     for each in (optimizer, utils.uncompiled(optimizer)):
         network, _ = trained(each, 2, *copy.deepcopy((half, stopped.state_dict())))
         assert torch.equal(network.weight, whole.weight)
+
+
+def test_names_with_a_carriage_return_stay_one_cell(tmp_path):
+    utils.write_atomically(tmp_path / "t.csv", utils.BOM + utils.csv_bytes([("path", "n"), ("a\rb.png", 1), ("c", 2)]))
+    assert utils.read_csv(tmp_path / "t.csv") == [{"path": "a\rb.png", "n": "1"}, {"path": "c", "n": "2"}]
