@@ -316,7 +316,8 @@ def propagate(p: torch.Tensor, weights: torch.Tensor, neighbours: torch.Tensor, 
 
 
 def estimated_shares(space: Space, labels: np.ndarray, n_classes: int, *, seed: int = 0) -> torch.Tensor:
-    """The classes' shares among the unlabelled images, [C] float32; among the labelled ones if there are no others.
+    """The classes' shares among the unlabelled images, [C] float32, all positive; among the labelled ones if there are
+    no others.
 
     Args:
         labels: [N] int64, negative where unknown; each class has at least one.
@@ -328,6 +329,9 @@ def estimated_shares(space: Space, labels: np.ndarray, n_classes: int, *, seed: 
         return torch.from_numpy(np.bincount(labels, minlength=n_classes) / len(labels)).float()
     z = space(some)
     found = nearest_shares(z, labels, n_classes)
+    least = 0.5 / int(unknown.sum())
+    if bool((found < least).any()):  # a class that no image is nearest to may have some all the same
+        found = found.clamp_min(least) / found.clamp_min(least).sum()
     if np.bincount(labels[~unknown]).min() < 2 or 2 * n_classes > MOST_LABELLED:  # none of a class could be held out
         return found
     held_out, truth, logits = classifier_logits(z, labels, seed)
@@ -389,17 +393,13 @@ def calibration(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarr
     weight = 1 / torch.bincount(y)[y]
     log_scale = torch.zeros((), dtype=x.dtype, requires_grad=True)
     bias = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True)
-    search = uncompiled(torch.optim.LBFGS)([log_scale, bias], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
-        search.zero_grad()
         log_p = (log_scale.exp() * x + bias).log_softmax(-1)
         each = -log_p[torch.arange(len(y)), y]
-        total = (weight * each).sum() / weight.sum() + BIAS_PENALTY * bias.square().sum()
-        total.backward()
-        return total
+        return (weight * each).sum() / weight.sum() + BIAS_PENALTY * bias.square().sum()
 
-    search.step(loss)
+    minimise(loss, [log_scale, bias], 100)
     return float(log_scale.detach().exp()), bias.detach().numpy()
 
 
@@ -609,16 +609,40 @@ def fit_head(z: torch.Tensor, target: torch.Tensor, *, penalty: float = PENALTY)
     head = torch.nn.Linear(z.shape[1], target.shape[1])
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
-    search = uncompiled(torch.optim.LBFGS)(head.parameters(), max_iter=HEAD_ROUNDS, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
+        return F.cross_entropy(head(z), target) + penalty * head.weight.square().sum()
+
+    minimise(loss, list(head.parameters()), HEAD_ROUNDS)
+    return head
+
+
+def minimise(loss: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor], rounds: int) -> None:
+    """Bring a loss down by L-BFGS. Where float32 no longer tells the losses of a line apart, its search may step to
+    infinity: then the best parameters that it has been at are taken."""
+    search = uncompiled(torch.optim.LBFGS)(parameters, max_iter=rounds, line_search_fn="strong_wolfe")
+    least, best = math.inf, [p.detach().clone() for p in parameters]
+
+    def evaluate() -> torch.Tensor:
+        nonlocal least, best
         search.zero_grad()
-        total = F.cross_entropy(head(z), target) + penalty * head.weight.square().sum()
+        total = loss()
         total.backward()
+        if total.item() < least:
+            least, best = total.item(), [p.detach().clone() for p in parameters]
         return total
 
-    search.step(loss)
-    return head
+    lost = False
+    try:
+        search.step(evaluate)
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        lost = True
+    if lost or not all(bool(p.isfinite().all()) for p in parameters):
+        with torch.no_grad():
+            for p, value in zip(parameters, best, strict=True):
+                p.copy_(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 import mixture
 
 MOST_CLUSTERED = 20_000  # images that the centres are found from, whatever the folder's size
+DIMENSIONS = 128  # the principal ones in which images are compared
 STARTS = 4  # of k-means, of which the best is taken
 UNSURE = 0.25  # the share of images, those of the smallest margin, that are chosen among
 STRANGE = 0.2  # at most, of the chosen ones, where images seem to belong to no class
@@ -90,14 +91,17 @@ def margins(probabilities: np.ndarray) -> np.ndarray:
 
 
 class _Space:
-    """Directions of images' features around their mean; distances in it are between these."""
+    """Directions of images' features around their mean, in the first principal dimensions: distances in it are between
+    these. What differs in the others is no kind of image, and clusters are made of it all the same."""
 
     def __init__(self, features: mixture.Features, rows: np.ndarray, seed: int) -> None:
         some = np.sort(np.random.default_rng(seed).permutation(rows)[: mixture.MOST_IMAGES])
-        self.features, self.normalise = features, mixture.normaliser(features(some))
+        x = features(some)
+        self.features, self.normalise = features, mixture.normaliser(x)
+        self.axes = mixture.principal_axes(self.normalise(x), 2)[:, :DIMENSIONS]
 
     def __call__(self, rows: np.ndarray) -> torch.Tensor:
-        return self.normalise(self.features(rows))
+        return self.normalise(self.features(rows)) @ self.axes
 
     def nearest(self, rows: np.ndarray, centres: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Which of the ``centres`` [K, D] is nearest to each image, and how far it is, [n] each."""

@@ -382,3 +382,31 @@ def test_too_few_images_tell_nothing_of_what_is_none_of_the_classes():
     found = find_belonging(features, some_labels(truth, (6, 5, 4)))
     assert found is not None
     assert not found.noticed
+
+
+def test_a_class_that_no_unlabelled_image_is_nearest_to_has_a_share_and_makes_nothing_infinite():
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.normal((6, 0, 0), 0.3, (20, 3)), rng.normal((0, 6, 0), 0.3, (20, 3)), [(0.0, 0.0, 60.0)]])
+    x = torch.from_numpy(x).float()
+    labels = np.full(41, -1)
+    labels[[0, 20, 40]] = 0, 1, 2
+    space = mixture.Space(x.__getitem__, labels, 3)
+    shares = mixture.estimated_shares(space, labels, 3)
+    assert (shares > 0).all()
+    assert float(shares.sum()) == pytest.approx(1)
+    assert mixture.posterior(space, labels, 3, shares).isfinite().all()
+
+
+def test_a_line_search_that_steps_to_infinity_leaves_the_best_that_it_has_been_at(monkeypatch):
+    weight = torch.tensor([3.0, -2.0], requires_grad=True)
+
+    def step(search, evaluate):
+        for value in ([1.0, 1.0], [0.5, 0.1], [4.0, 4.0]):
+            with torch.no_grad():
+                weight.copy_(torch.tensor(value))
+            torch.enable_grad()(evaluate)()
+        raise RuntimeError("value cannot be converted to type float without overflow")
+
+    monkeypatch.setattr(torch.optim.LBFGS, "step", step)
+    mixture.minimise(lambda: weight.square().sum(), [weight], 5)
+    assert weight.tolist() == pytest.approx([0.5, 0.1])
