@@ -380,6 +380,32 @@ def test_processes_label_a_folder_together_and_none_does_again_what_one_did_that
     assert not (alone.cwd / "results/labels-2/.parts").exists()
 
 
+def test_two_machines_label_a_folder_together_and_start_again_when_a_process_is_killed(alone):
+    """Two agents of torchrun that find each other, each with a process: they keep what was said over a restart."""
+    alone.inside("--name", "net", "--data_dir", alone.colours, *STEPWISE, "--num_epochs", "4")
+    options = ["--test_mode", "--load_path", "net", "--predict_dir", alone.colours]
+    alone.inside("--name", "by-one", "--data_dir", alone.colours, *options)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    agents = [
+        "--nnodes=2",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=127.0.0.1:{port}",
+        "--rdzv_id=x",
+        "--max-restarts=3",
+    ]
+    (alone.cwd / "numbers").unlink(missing_ok=True)
+    both = [torchrun(alone, 1, "--name", "by-two", *options, launcher=agents, prepare=label_and_die) for _ in range(2)]
+    for agent in both:
+        alone.finish(agent)
+    numbers = (alone.cwd / "numbers").read_text().split()
+    assert sorted(map(int, numbers)) == list(range(8))
+    tables = [alone.cwd / f"results/by-{n}/predictions.csv" for n in ("one", "two")]
+    rows = [utils.read_csv(table) for table in tables]
+    assert [row["path"] for row in rows[0]] == [row["path"] for row in rows[1]]
+    assert [row["predicted_label"] for row in rows[0]] == [row["predicted_label"] for row in rows[1]]
+
+
 def fill_cache(cache, folder, out):
     """Average features over two views of every image, and note how many views the backbone has seen."""
     index = images.check_images(images.find_images(str(folder)), None)
