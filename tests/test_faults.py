@@ -474,7 +474,8 @@ def test_any_name_survives_into_the_tables_and_none_becomes_a_formula(cli, tmp_p
     cli.forked("--name", "a", "--data_dir", root, *RUN, "--test_percent", "40")
     for file in ("split.csv", "predictions.csv", "labels.csv"):
         rows = table(cli.cwd / "results/a" / file)
-        assert all(row["path"].startswith("'=class") for row in rows)
+        name = "file_name" if file == "labels.csv" else "path"
+        assert all(row[name].startswith("'=class") for row in rows)
         labels = [value for row in rows for key, value in row.items() if key.endswith("label") and value]
         assert all(value.startswith("'=") for value in labels)
         assert labels
