@@ -201,27 +201,28 @@ def begin_anew(start: Start) -> Start:
 
 
 def go_on_labelling(start: Start, saved: BestCheckpoint) -> Start:
-    """Where a labelling of ``--predict_dir`` goes on that was stopped, or has ended.
+    """Where a labelling of ``--predict_dir`` goes on that was stopped.
 
     Raises:
-        ValueError, CheckpointError: it was another one, or something else is there.
+        ValueError, CheckpointError: none was, or another one, or something else is there.
     """
     config, folder = start.config, start.folder
     begun = predict.begun(folder.results)
-    if begun is None and not any(folder.written().values()):
-        return begin_anew(start)
-    options = folder.options() if begun is None else begun["options"]
-    whole = begun is None and (folder.results / "predictions.csv").exists()
-    if options is None or not options.get("predict_dir") or not (begun or whole):
-        raise CheckpointError(f"--resume: {folder.results} is of no labelling; use another --name")
-    args.require_same(config, options)
-    if begun is not None and begun["checkpoint"] != saved.digest:
+    if begun is None:
+        if not any(folder.written().values()):
+            return begin_anew(start)
+        if folder.begun_by(start.agents):  # which has ended before a process of this job was killed
+            return start._replace(keep=True)
         raise CheckpointError(
-            f"--resume: {start.loaded} is no longer the checkpoint that the labelling was begun with; use --overwrite "
-            "in place of --resume"
+            f"--resume: no labelling was stopped in {folder.results}; use --overwrite in place of --resume"
         )
-    overwrite = begun is not None and begun["overwrite"]
-    return start._replace(config=dataclasses.replace(config, overwrite=overwrite), keep=True)
+    if not begun or begun["checkpoint"] != saved.digest:
+        raise CheckpointError(
+            f"--resume: {start.loaded} is no longer the checkpoint that the labelling was begun with, or that cannot "
+            "be told; use --overwrite in place of --resume"
+        )
+    args.require_same(config, begun["options"])
+    return start._replace(config=dataclasses.replace(config, overwrite=begun["overwrite"]), keep=True)
 
 
 def take_over(config: Config, saved: BestCheckpoint) -> Config:
@@ -720,7 +721,7 @@ def label_predict_dir(
     config, folder, what = start.config, start.folder, f"--predict_dir {predict_dir}"
     began, table = time.perf_counter(), folder.results / "predictions.csv"
     if config.resume and predict.begun(folder.results) is None:
-        print(f"{table} is whole; --overwrite labels anew")
+        print(f"this job has labelled all: {table}")
         return
     listing = images.Listing("--predict_dir", predict_dir, checkpoints.own_folders(config.output_dir))
     options = {key: value for key, value in config.options().items() if key not in args.HARMLESS}
@@ -731,17 +732,18 @@ def label_predict_dir(
         else:
             with distributed.failure_told():
                 listing.known(1)
-                begin = stack.enter_context(folder.claim(keep=start.keep, overwrite=config.overwrite, trains=False))
+                claim = folder.claim(keep=start.keep, overwrite=config.overwrite, trains=False, labels=True)
+                begin = stack.enter_context(claim)
         label = labeller(start, saved, listing, parts, device, precision)
         if distributed.rank():
             distributed.leave_with_the_first()
         else:
             with distributed.failure_told():
                 stack.enter_context(parts.kept_if_any(signals))
-                parts.begin(overwrite=config.overwrite)
+                parts.begin(start.agents, overwrite=config.overwrite)
                 if there := parts.there():
-                    print(f"up to {there * predict.PART:,} of them were labelled before", flush=True)
-                folder.note_agents(start.agents)
+                    n_before = f"{there * predict.PART:,}"
+                    print(f"up to {n_before} of them were labelled before (without {parts.folder} none)", flush=True)
 
         label(distributed.taken("part"))
         distributed.wait_for_all()
@@ -761,8 +763,9 @@ def label_predict_dir(
                 tally = predict.join_parts(
                     parts, listing, saved.classes, saved.best.learners, folder.results, what=what
                 )
-            begin()
             write_config(config, folder)
+            begin()
+            folder.note_agents(start.agents)
             checkpoints.remove_parts(folder.results)
             seconds = None if there else time.perf_counter() - began
             print(f"{predict.describe(tally, seconds)}: {table}")

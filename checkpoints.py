@@ -148,10 +148,11 @@ class RunFolder:
 
     def begun_by(self, agents: Sequence[tuple[str, int, float]]) -> bool:
         """Whether one of these agents of torchrun (see :func:`distributed.agents`) has begun the run that is there."""
-        try:
-            known = json.loads((self.results / JOB).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
+        known: list[tuple[str, int, float]] = []
+        for path, key in ((self.results / JOB, None), (self.results / PARTS / BEGUN, "agents")):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                said = json.loads(path.read_text(encoding="utf-8"))
+                known += said[key] if key else said
         return any(
             (host, pid) == (here, its) and abs(began - since) < 5  # seconds: the clock may have been set meanwhile
             for host, pid, began in known
@@ -167,7 +168,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def claim(
-        self, *, keep: bool, overwrite: bool, trains: bool = True, spare: Sequence[Path] = ()
+        self, *, keep: bool, overwrite: bool, trains: bool = True, labels: bool = False, spare: Sequence[Path] = ()
     ) -> Iterator[Callable[[], None]]:
         """Make the results folder and hold it, so that no other process runs under this name.
 
@@ -180,6 +181,7 @@ class RunFolder:
             keep: go on with what is there.
             overwrite: replace what is there.
             trains: whether the run writes checkpoints; else a training is not replaced.
+            labels: whether it labels a folder.
             spare: files that the run starts from, which stay.
 
         Raises:
@@ -197,7 +199,7 @@ class RunFolder:
                     taken = files or any(each.parent == folder for each in aside)
                     if (taken or (unfinished and folder == self.results)) and not (keep or overwrite):
                         raise CheckpointError(
-                            f"{folder} exists: {'--resume goes on with it, ' * (trains or unfinished)}"
+                            f"{folder} exists: {'--resume goes on with it, ' * (labels if unfinished else trains)}"
                             "--overwrite replaces it; or use another --name"
                         )
                 known = [path for files in (*there.values(), *aside.values()) for path in files]
@@ -312,7 +314,7 @@ class RunFolder:
 
 def remove_parts(results: Path) -> None:
     """Remove what a labelling of a folder leaves until it is done."""
-    for pattern in ("*.part", ".*.part.*.tmp", BEGUN, f".{BEGUN}.*.tmp"):
+    for pattern in (BEGUN, "*.part", ".*.part.*.tmp", f".{BEGUN}.*.tmp"):  # without the first, others are nobody's
         for path in (results / PARTS).glob(pattern):
             path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not there, or it holds something else

@@ -589,10 +589,10 @@ def _digits() -> Index:
 
 def _published(folder: Path) -> tuple[str, Path] | None:
     """Which data set's files, as they are published, lie in a folder, and where torchvision's reader begins."""
-    folder = folder.resolve()
-    for root in (folder, folder.parent):
-        if (root / CIFAR10 / "data_batch_1").is_file() and folder in (root, root / CIFAR10):
-            return "CIFAR10", root
+    for named in (Path(os.path.abspath(folder)), folder.resolve()):
+        for root in (named, named.parent):
+            if (root / CIFAR10 / "data_batch_1").is_file() and named in (root, root / CIFAR10):
+                return "CIFAR10", root
     return ("SVHN", folder) if (folder / "train_32x32.mat").is_file() else None
 
 

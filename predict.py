@@ -30,7 +30,7 @@ import distributed
 import images
 import train
 import utils
-from checkpoints import BEGUN, JOB, PARTS, remove_parts
+from checkpoints import BEGUN, PARTS, remove_parts
 from data import NO_CLASS
 from features import Inputs
 from mixture import BELONGS, Belonging
@@ -250,6 +250,7 @@ class Stream:
         self.ahead, self.threads = ahead, threads
         self.pool = ThreadPoolExecutor(threads)
         self.decoded: dict[int, torch.Tensor] = {}
+        self.unread = 0  # files that the system did not let read, so far
 
     def __len__(self) -> int:
         return self.n
@@ -283,6 +284,7 @@ class Stream:
                 decoded[i] = images.decode(Path(paths[i]), self.prepare)
             except utils.DataError as error:
                 unreadable.append((paths[i], str(error)))
+                self.unread += isinstance(error.__cause__, OSError)
         return decoded, unreadable
 
 
@@ -293,6 +295,7 @@ class Tally:
     counts: Counter[str] = dataclasses.field(default_factory=Counter)  # by predicted class
     strangers: int = 0
     bad: list[list[str]] = dataclasses.field(default_factory=list)  # files that cannot be read, with the reasons
+    unread: int = 0  # of these, what the system did not let read, which may pass
 
     def add(self, other: "Tally") -> None:
         self.counts.update(other.counts)
@@ -317,19 +320,21 @@ class Parts:
         self.results, self.folder = results, results / PARTS
         version = f"{train.VERSION}.{PARTS_VERSION}"
         self.about = {"options": dict(options), "checkpoint": checkpoint, "version": version}
-        paths = ("load_path", "predict_dir")  # which other machines may know by other names
-        self._made_from = json.dumps(self.about | {"options": {k: v for k, v in options.items() if k not in paths}})
+        named = ("load_path", "predict_dir")  # what these name, the key knows by its digest and its paths
+        self._made_from = json.dumps(self.about | {"options": {k: v for k, v in options.items() if k not in named}})
 
-    def begin(self, *, overwrite: bool) -> None:
+    def begin(self, agents: Sequence[object], *, overwrite: bool) -> None:
         """Begin anew, unless what is there was made from the same.
 
         Args:
+            agents: of torchrun, see :func:`distributed.agents`.
             overwrite: whether the run may replace another, also when it goes on.
         """
-        there = begun(self.results)
-        if there is None or there | {"overwrite": None} != self.about | {"overwrite": None}:
+        if (there := begun(self.results)) is None or any(there.get(key) != value for key, value in self.about.items()):
+            if n := self.there():
+                print(f"{utils.counted(n, 'part')} of another labelling, which was stopped, replaced", flush=True)
             remove_parts(self.results)
-        utils.write_json(self.folder / BEGUN, self.about | {"overwrite": overwrite})
+        utils.write_json(self.folder / BEGUN, self.about | {"agents": agents, "overwrite": overwrite})
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.part"
@@ -352,10 +357,10 @@ class Parts:
         return (said, rows) if right else None
 
     def has(self, number: int, paths: Sequence[str]) -> bool:
-        """Whether a part of these images is there, and need not be made again: all could be read, and none of them has
-        changed since."""
+        """Whether a part of these images is there, and need not be made again: none of them has changed since, and the
+        system let all be read."""
         found = self.read(number, paths)
-        return found is not None and not found[0]["bad"] and found[0]["stamps"] == stamps(paths)
+        return found is not None and not found[0]["unread"] and found[0]["stamps"] == stamps(paths)
 
     def write(self, number: int, paths: Sequence[str], seen: str, tally: Tally, rows: bytes) -> None:
         """
@@ -375,7 +380,6 @@ class Parts:
                 signals.state_is_saved = True
             else:
                 remove_parts(self.results)
-                (self.results / JOB).unlink(missing_ok=True)  # so that torchrun starts it as at first
             raise
 
 
@@ -385,9 +389,15 @@ def stamps(paths: Sequence[str]) -> str:
 
 
 def begun(results: Path) -> dict[str, Any] | None:
-    """What a labelling that was stopped was about; None if there is none."""
+    """What a labelling that was stopped was about; None if there is none, nothing if that cannot be told."""
     path = results / PARTS / BEGUN
-    return _read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    with contextlib.suppress(utils.DataError):
+        about = _read_json(path)
+        if isinstance(about, dict) and about.keys() >= {"options", "checkpoint", "overwrite"}:
+            return about
+    return {}
 
 
 def label_parts(
@@ -421,7 +431,7 @@ def label_parts(
                 here = paths[start : start + AT_ONCE]
                 yield Chunk(number, number * PART + start, here, start + AT_ONCE >= len(paths))
 
-    tally, rows, names = Tally(), bytearray(), list[str]()
+    tally, rows, names, unread = Tally(), bytearray(), list[str](), stream.unread
     shown = utils.progress(
         stream.over(missing()),
         "labelled",
@@ -440,8 +450,9 @@ def label_parts(
             tally.strangers += 0 if belongs is None else int((belongs < BELONGS).sum())
             rows += utils.csv_bytes(lines)
         if chunk.last:
+            tally.unread = stream.unread - unread
             parts.write(chunk.part, names, seen.pop(chunk.part), tally, bytes(rows))
-            tally, rows, names = Tally(), bytearray(), list[str]()
+            tally, rows, names, unread = Tally(), bytearray(), list[str](), stream.unread
 
 
 def parts_lacking(parts: Parts, listing: images.Listing, seconds: float = 10.0) -> list[int]:

@@ -149,7 +149,7 @@ MOST_READERS = 16  # threads or processes of one process, unless more are asked 
 
 def reading_threads(asked: int | None, device: torch.device) -> int:
     """How many threads read images ahead: those asked for, or where an accelerator computes this process's share of the
-    machine's cores, else as many as compute."""
+    machine's cores, up to ``MOST_READERS``, else as many as compute."""
     import torch
 
     if asked is not None:

@@ -6,7 +6,8 @@ The images of a folder with a subfolder for each class lose all their labels; an
 gives those back that are asked for, by ``--select`` or at random. Each row trains the program's networks on the labels
 and counts what they say of all the others, and how far off the class is whose share is estimated worst. A class of
 which no image was chosen is wrong throughout. With --rounds the images of each round after the first are those that the
-networks trained on the earlier ones are least sure of. Everything but the training's own options is as in a run.
+networks trained on the earlier ones are least sure of. Everything but the training's own options is as in a run: after
+``-- --finetune_mode`` they learn from the labels alone.
 """
 
 import argparse
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--budgets", default="10,25,50,100")
+    parser.add_argument("--ways", default="chosen,at random")
     parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--each", type=int, default=25)
     parser.add_argument("rest", nargs="*", metavar="-- OPTION of MPL.py")
@@ -117,7 +119,7 @@ def main() -> None:
         "at random": lambda n, seed: np.random.default_rng([seed, n]).permutation(oracle.everyone)[:n],
     }
     for n in map(int, options.budgets.split(",")) if options.budgets else ():
-        for way, choose in ways.items():
+        for way, choose in ((way, ways[way]) for way in options.ways.split(",")):
             rows = []
             for seed in range(options.seeds):
                 labeled = choose(n, seed)

@@ -488,6 +488,10 @@ def test_cifar_10_is_read_from_its_published_files(published):
         ).split
         assert np.array_equal(split.test, np.arange(20))
         assert len(split.labeled) == 20
+    for link, target in (("c10", root), ("elsewhere/cifar-10-batches-py", root)):
+        (root.parent / link).parent.mkdir(exist_ok=True)
+        (root.parent / link).symlink_to(target)
+        assert len(images.find_images(str(root.parent / link))) == 120
     store = images.Images(index, images.Preparation(32, 32))
     assert np.array_equal(store[20].permute(1, 2, 0).numpy(), index.pixels[20])
 

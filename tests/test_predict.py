@@ -201,8 +201,8 @@ def test_a_labelling_goes_on_only_as_it_was_begun(trained, colours, tmp_path, mo
     folder = tmp_path / "d"
     shutil.copytree(colours, folder)
     assert "nothing to go on from yet" in predict(trained, colours, "first", "--resume").stdout
-    assert "predictions.csv is whole" in predict(trained, colours, "first", "--resume").stdout
-    assert "is of no labelling" in predict(trained, colours, "exp", "--resume", check=4).stderr
+    assert "no labelling was stopped" in predict(trained, colours, "first", "--resume", check=4).stderr
+    assert "no labelling was stopped" in predict(trained, colours, "exp", "--resume", check=4).stderr
     before = (trained.cwd / "results/first/predictions.csv").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(module.Stream, "__getitem__", look)
@@ -233,8 +233,15 @@ def test_parts_that_are_not_whole_or_lack_images_are_made_again(trained, colours
     folder = tmp_path / "d"
     shutil.copytree(colours, folder)
     good = (folder / "class 0/003.png").read_bytes()
-    (folder / "class 0/003.png").write_bytes(good[:60])
+    (folder / "class 0/003.png").write_bytes(good[:60])  # in the first part, and mended later
+    (folder / "class 2/005.png").write_bytes(good[:60])  # in the fifth, and never mended
     looked_at = []
+    read = module.images.decode
+
+    def read_badly(path, prepare):
+        if path.name == "015.png" and path.parent.name == "class 1":  # in the fourth
+            raise utils.DataError("stale file handle") from OSError(116, "Stale file handle")
+        return read(path, prepare)
 
     def look(stream, i):
         looked_at.append(i)
@@ -242,6 +249,7 @@ def test_parts_that_are_not_whole_or_lack_images_are_made_again(trained, colours
 
     with monkeypatch.context() as patch:
         patch.setattr(module.Stream, "__getitem__", look)
+        patch.setattr(module.images, "decode", read_badly)
         predict(trained, folder, "halves", check=130)
     parts = sorted((trained.cwd / "results/halves/.parts").glob("*.part"))
     assert len(parts) == 5
@@ -252,11 +260,12 @@ def test_parts_that_are_not_whole_or_lack_images_are_made_again(trained, colours
     with monkeypatch.context() as patch:
         patch.setattr(module.Stream, "__getitem__", lambda stream, i: looked_at.append(i) or stream.decoded[i])
         predict(trained, folder, "halves", "--resume")
-    assert len(looked_at) == 40
+    assert len(looked_at) == 50  # all but the fifth part
     predict(trained, folder, "untorn")
     tables = [(trained.cwd / f"results/{name}/predictions.csv").read_bytes() for name in ("halves", "untorn")]
     assert tables[0] == tables[1]
-    assert not (trained.cwd / "results/halves/bad_files.csv").exists()
+    listed = utils.read_csv(trained.cwd / "results/halves/bad_files.csv")
+    assert [Path(row["path"]).name for row in listed] == ["005.png"]
 
 
 def test_a_labelling_that_was_stopped_is_in_nobodys_way_and_nobody_in_its(trained, colours, monkeypatch):
@@ -277,10 +286,13 @@ def test_a_labelling_that_was_stopped_is_in_nobodys_way_and_nobody_in_its(traine
             predict(trained, colours, "mine", "--overwrite", check=130)
     assert len(list((trained.cwd / "results/mine/.parts").glob("*.part"))) == 4
     train = ["--name", "mine", "--data_dir", colours, "--num_epochs", "2", "--num_labels_percent", "20", *TINY]
-    assert "exists" in trained.inside(*train, check=4).stderr
+    said = trained.inside(*train, check=4).stderr
+    assert "exists: --overwrite replaces it" in said  # --resume would not go on with it
+    (trained.cwd / "results/mine/.parts/begun.json").write_text("{")
+    assert "that cannot be told" in predict(trained, colours, "mine", "--resume", check=4).stderr
     trained.inside(*train, "--overwrite")
     assert not (trained.cwd / "results/mine/.parts").exists()
-    assert "is of no labelling" in predict(trained, colours, "mine", "--resume", check=4).stderr
+    assert "no labelling was stopped" in predict(trained, colours, "mine", "--resume", check=4).stderr
 
 
 def test_a_folders_images_are_listed_in_the_order_of_their_paths_while_the_first_are_used(tmp_path, monkeypatch):
