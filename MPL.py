@@ -742,8 +742,8 @@ def label_predict_dir(
                 stack.enter_context(parts.kept_if_any(signals))
                 parts.begin(start.agents, overwrite=config.overwrite)
                 if there := parts.there():
-                    n_before = f"{there * predict.PART:,}"
-                    print(f"up to {n_before} of them were labelled before (without {parts.folder} none)", flush=True)
+                    print(f"up to {there * predict.PART:,} of them were labelled before", flush=True)
+                    print(f"(to have all labelled anew, remove {parts.folder} before)", flush=True)
 
         label(distributed.taken("part"))
         distributed.wait_for_all()
