@@ -2,7 +2,7 @@
 
 python benchmarks/memory.py [--model_name resnet50 --img_size 224 --unlabeled 4,12 --labeled 2]
 
-For each row processes of their own make steps on the CPU in float32, teacher and student learning as a whole: one step
+For each row processes of their own make steps on the CPU in float32, teacher and student learning as a whole: two steps
 for the peak of resident memory, with an allocator that returns at once what is freed (glibc's, told so), and four for
 the median seconds of the last three. The rows differ in the number of unlabelled images, so that their difference is
 what an image takes. At the peak the teacher's activations of all views that get pseudo labels are held, and the
@@ -82,7 +82,7 @@ def main() -> None:
         peaks = []
         for n in counts:
             runs = []
-            for n_steps, environment in ((1, ALLOCATOR), (4, {})):
+            for n_steps, environment in ((2, ALLOCATOR), (4, {})):
                 command = [sys.executable, *sys.argv, "--one", json.dumps([n, again, n_steps])]
                 done = subprocess.run(
                     command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True
