@@ -251,8 +251,8 @@ class Config:
         high=256,
         auto=True,
         metavar="INT",
-        shown="auto, for each process its share of the machine's cores; on the CPU, where these compute, no process "
-        "more",
+        shown="auto: each process its share of the machine's cores, up to 16; on the CPU, where these compute, threads "
+        "alone",
     )
 
     model_name: str = option(
