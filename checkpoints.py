@@ -314,8 +314,10 @@ class RunFolder:
 
 def remove_parts(results: Path) -> None:
     """Remove what a labelling of a folder leaves until it is done."""
-    for pattern in (BEGUN, "*.part", ".*.part.*.tmp", f".{BEGUN}.*.tmp"):  # without the first, others are nobody's
-        for path in (results / PARTS).glob(pattern):
+    folder, made = results / PARTS, rf"\d{{6,}}\.part|\.(\d{{6,}}\.part|{re.escape(BEGUN)})\.\d+\.tmp"
+    (folder / BEGUN).unlink(missing_ok=True)  # first: without it, nobody goes on with the others
+    for path in folder.glob("*"):
+        if re.fullmatch(made, path.name):
             path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not there, or it holds something else
         (results / PARTS).rmdir()

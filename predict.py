@@ -230,7 +230,8 @@ class Chunk(NamedTuple):
     last: bool  # whether its part ends with it
 
 
-Share = tuple[dict[int, torch.Tensor], Unreadable]  # images by place in their chunk, and the files that are none
+# Images by place in their chunk, the files that are none, and how many of these the system did not let read.
+Share = tuple[dict[int, torch.Tensor], Unreadable, int]
 
 
 class Stream:
@@ -250,7 +251,7 @@ class Stream:
         self.ahead, self.threads = ahead, threads
         self.pool = ThreadPoolExecutor(threads)
         self.decoded: dict[int, torch.Tensor] = {}
-        self.unread = 0  # files that the system did not let read, so far
+        self.unread = 0  # files of the chunk that the system did not let read
 
     def __len__(self) -> int:
         return self.n
@@ -268,8 +269,9 @@ class Stream:
         while asked:
             chunk, futures = asked.pop(0)
             shares = [future.result() for future in futures]
-            self.decoded = {i: image for share, _ in shares for i, image in share.items()}
-            yield chunk, np.array(list(self.decoded), dtype=np.int64), [each for _, bad in shares for each in bad]
+            self.decoded = {i: image for share, *_ in shares for i, image in share.items()}
+            self.unread = sum(unread for *_, unread in shares)
+            yield chunk, np.array(list(self.decoded), dtype=np.int64), [each for _, bad, _ in shares for each in bad]
             asked += [self._ask(chunk) for chunk in itertools.islice(chunks, 1)]
 
     def _ask(self, chunk: Chunk) -> tuple[Chunk, list[Future[Share]]]:
@@ -278,14 +280,14 @@ class Stream:
         return chunk, [self.pool.submit(self._decode, chunk.paths, share) for share in shares]
 
     def _decode(self, paths: list[str], rows: np.ndarray) -> Share:
-        decoded, unreadable = {}, []
+        decoded, unreadable, unread = {}, [], 0
         for i in rows.tolist():
             try:
                 decoded[i] = images.decode(Path(paths[i]), self.prepare)
             except utils.DataError as error:
                 unreadable.append((paths[i], str(error)))
-                self.unread += isinstance(error.__cause__, OSError)
-        return decoded, unreadable
+                unread += isinstance(error.__cause__, OSError)
+        return decoded, unreadable, unread
 
 
 @dataclasses.dataclass
@@ -344,7 +346,7 @@ class Parts:
 
     def there(self) -> int:
         """How many parts are there."""
-        return sum(1 for _ in self.folder.glob("*.part"))
+        return sum(1 for _ in self.folder.glob("[0-9]*.part"))
 
     def read(self, number: int, paths: Sequence[str]) -> tuple[dict[str, Any], bytes] | None:
         """The head and the rows of a part of these images; None if it is not there, or not whole."""
@@ -431,7 +433,7 @@ def label_parts(
                 here = paths[start : start + AT_ONCE]
                 yield Chunk(number, number * PART + start, here, start + AT_ONCE >= len(paths))
 
-    tally, rows, names, unread = Tally(), bytearray(), list[str](), stream.unread
+    tally, rows, names = Tally(), bytearray(), list[str]()
     shown = utils.progress(
         stream.over(missing()),
         "labelled",
@@ -442,6 +444,7 @@ def label_parts(
     for chunk, readable, unreadable in shown:
         names += chunk.paths
         tally.bad += map(list, unreadable)
+        tally.unread += stream.unread
         if len(readable):
             _, predicted, _, belongs = predict(learners, inputs, index, readable, belonging, alone=True)
             chosen, unknown = [chunk.paths[i] for i in readable], [images.UNKNOWN] * len(readable)
@@ -450,9 +453,8 @@ def label_parts(
             tally.strangers += 0 if belongs is None else int((belongs < BELONGS).sum())
             rows += utils.csv_bytes(lines)
         if chunk.last:
-            tally.unread = stream.unread - unread
             parts.write(chunk.part, names, seen.pop(chunk.part), tally, bytes(rows))
-            tally, rows, names, unread = Tally(), bytearray(), list[str](), stream.unread
+            tally, rows, names = Tally(), bytearray(), list[str]()
 
 
 def parts_lacking(parts: Parts, listing: images.Listing, seconds: float = 10.0) -> list[int]:

@@ -58,6 +58,22 @@ def test_a_folder_is_labelled_as_the_same_images_in_the_dataset_were(trained, co
         assert same == row
 
 
+def test_what_the_system_did_not_let_read_is_counted_for_its_own_chunk(colours, monkeypatch):
+    paths = images.Listing("--predict_dir", str(colours)).paths(0, 12)
+
+    def decode(path, prepare):
+        if str(path) == paths[5]:  # in the second chunk, which is decoded while the first is looked at
+            raise utils.DataError("stale") from OSError(116, "Stale file handle")
+        if str(path) == paths[9]:
+            raise utils.DataError("no image") from images.Unreadable("no image")
+        return torch.zeros(3, 8, 8, dtype=torch.uint8)
+
+    monkeypatch.setattr(images, "decode", decode)
+    stream = Stream(NOTHING, images.Preparation(8, 9), 12, threads=2, ahead=True)
+    chunks = (Chunk(0, i, paths[i : i + 4], False) for i in range(0, 12, 4))
+    assert [(len(bad), stream.unread) for _, _, bad in stream.over(chunks)] == [(0, 0), (1, 1), (1, 0)]
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_images_are_decoded_when_asked_for_or_one_batch_ahead(colours, ahead):
     paths = images.Listing("--predict_dir", str(colours)).paths(0, 100)
@@ -214,12 +230,13 @@ def test_a_labelling_goes_on_only_as_it_was_begun(trained, colours, tmp_path, mo
     results = trained.cwd / "results/first"
     torn = results / ".parts/begun.json"
     (results / ".parts/.begun.json.4194305.tmp").write_bytes(torn.read_bytes()[:50])
+    (results / ".parts/mine.part").write_text("somebody else's")
     with monkeypatch.context() as patch:
         looked_at.clear()
         patch.setattr(module.Stream, "__getitem__", lambda stream, i: looked_at.append(i) or stream.decoded[i])
         predict(trained, folder, "first", "--resume")
     assert len(looked_at) == 60  # the two parts that were there have other images now
-    assert not (results / ".parts").exists()
+    assert [path.name for path in (results / ".parts").iterdir()] == ["mine.part"]
     assert not list(results.glob(".replaced*"))
     rows = utils.read_csv(trained.cwd / "results/first/predictions.csv")
     assert [row["path"] for row in rows] == sorted(map(str, folder.glob("*/*.png")))
