@@ -1,7 +1,7 @@
 """Labels by which features do not cluster: whether a photograph is brighter than the median.
 
 python benchmarks/brightness.py --data_dir /datasets/flowers --out BRIGHT
-python benchmarks/study.py --data_dir BRIGHT --part unlabeled --methods "labels only;mpl;best;best, mixture alone"
+python benchmarks/study.py --data_dir BRIGHT --table brightness
 
 A linear head on the features of a backbone can learn these labels, but the images of one of them are of all kinds. The
 folder that is made holds links, in a subfolder for each label; of copies of an image there is one.

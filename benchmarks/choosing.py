@@ -1,23 +1,31 @@
-"""Labels that were chosen against labels drawn at random: what is right of all the images without one.
+"""How accuracy grows with the labels: drawn at random or chosen, learned by the labels alone, by Meta Pseudo Labels as
+published and by the default.
 
-python benchmarks/choosing.py --data_dir /datasets/flowers --seeds 10 [--budgets 10,25,50,100] [--rounds 3 --each 25]
+python benchmarks/choosing.py --data_dir FOLDER --table growth
+python benchmarks/choosing.py --data_dir FOLDER --seeds 0-4 --curves "chosen at once;chosen in rounds" --budgets 25,50
 
 The images of a folder with a subfolder for each class lose all their labels; an oracle that knows the folders' names
-gives those back that are asked for, by ``--select`` or at random. Each row trains the program's networks on the labels
+gives those back that are asked for, by ``--select`` or at random. Each run trains the program's networks on the labels
 and counts what they say of all the others, and how far off the class is whose share is estimated worst. A class of
-which no image was chosen is wrong throughout. With --rounds the images of each round after the first are those that the
-networks trained on the earlier ones are least sure of. Everything but the training's own options is as in a run: after
-``-- --finetune_mode`` they learn from the labels alone.
+which no image was chosen is wrong throughout. In rounds of 25 the images of each round after the first are those that
+the networks trained on the earlier ones are least sure of. Options after -- go to every training.
+
+Each seed of each curve is a task, of which --jobs run at a time; those that are in --out are not done again. With
+--table NAME docs/results/NAME.csv is made anew, and docs/NAME.png drawn from it.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
+import json
+import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -26,6 +34,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from results import markdown, read_csv, spread, write_csv
 
 import args
 import data
@@ -93,48 +103,134 @@ class Oracle:
         return 100 * float((p.argmax(1) == self.truth[others]).mean())
 
 
-def report(name: str, rows: list[tuple[float, float, int]]) -> None:
-    right, off, classes = np.array(rows).T
-    print(
-        f"| {name} | {len(rows)} | {right.mean():.2f} ± {right.std(ddof=1):.2f} | {right.min():.2f} | "
-        f"{np.nanmean(off):.1f} | {classes.mean():.1f} |",
-        flush=True,
-    )
+class Point(NamedTuple):
+    """What a training on some labels came to."""
+
+    labels: int
+    right: float  # percent of the images without a label
+    share_off: float  # points, of the class whose share is estimated worst; not a number where none is estimated
+    classes: int  # that have a label
+
+
+class Curve(NamedTuple):
+    """Labels that are chosen or drawn, and what learns from them."""
+
+    labels: str
+    learned_by: str
+    options: str = ""  # of the training
+    rounds: bool = False
+
+
+ROUND = 25
+CURVES = (
+    Curve("at random", "the labels alone", "--finetune_mode"),
+    Curve("at random", "MPL as published", "--recipe mpl"),
+    Curve("at random", "the default"),
+    Curve("chosen at once", "the default"),
+    Curve("chosen in rounds", "the default", rounds=True),
+)
+
+
+def points(data_dir: str, rest: list[str], curve: Curve, budgets: list[int], seed: int) -> list[Point]:
+    """One curve, by one seed."""
+    oracle = Oracle(data_dir, [*curve.options.split(), *rest])
+    found, labeled, p = [], NONE, None
+    for n in range(ROUND, max(budgets) + 1, ROUND) if curve.rounds else budgets:
+        if curve.rounds:
+            labeled = np.concatenate([labeled, oracle.chosen(labeled, ROUND, seed, p)])
+        elif curve.labels == "at random":
+            labeled = np.random.default_rng([seed, n]).permutation(oracle.everyone)[:n]
+        else:
+            labeled = oracle.chosen(NONE, n, seed)
+        others, p, off = oracle.trained(labeled, seed)
+        if n in budgets:
+            found.append(Point(n, oracle.right(others, p), off, len(np.unique(oracle.truth[labeled]))))
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", required=True)
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--budgets", default="10,25,50,100")
-    parser.add_argument("--ways", default="chosen,at random")
-    parser.add_argument("--rounds", type=int, default=0)
-    parser.add_argument("--each", type=int, default=25)
+    parser.add_argument("--seeds", default="200-209", help="first-last")
+    parser.add_argument("--curves", help="those of these labels, separated by semicolons [all]")
+    parser.add_argument("--budgets", default="10,25,50,75,100,200,400,800", help="no more than 150 are chosen")
+    parser.add_argument("--most_chosen", type=int, default=150)
+    parser.add_argument("--out", type=Path, default=Path("choosing"), help="where the runs are kept")
+    parser.add_argument("--table", help="name of the file in docs/results to replace [print only]")
+    parser.add_argument("--hardware", default="", help="what it ran on, for that file")
+    parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("rest", nargs="*", metavar="-- OPTION of MPL.py")
     options = parser.parse_args()
-    oracle = Oracle(options.data_dir, options.rest)
-    print("| labels | n | right | worst | furthest share off | classes |\n|---|---|---|---|---|---|")
-    ways: dict[str, Callable[[int, int], np.ndarray]] = {
-        "chosen": lambda n, seed: oracle.chosen(NONE, n, seed),
-        "at random": lambda n, seed: np.random.default_rng([seed, n]).permutation(oracle.everyone)[:n],
-    }
-    for n in map(int, options.budgets.split(",")) if options.budgets else ():
-        for way, choose in ((way, ways[way]) for way in options.ways.split(",")):
-            rows = []
-            for seed in range(options.seeds):
-                labeled = choose(n, seed)
-                others, p, off = oracle.trained(labeled, seed)
-                rows.append((oracle.right(others, p), off, len(np.unique(oracle.truth[labeled]))))
-            report(f"{n} {way}", rows)
-    by_round: list[list[tuple[float, float, int]]] = [[] for _ in range(options.rounds)]
-    for seed in range(options.seeds) if options.rounds else ():
-        labeled, p = NONE, None
-        for done in by_round:
-            labeled = np.concatenate([labeled, oracle.chosen(labeled, options.each, seed, p)])
-            others, p, off = oracle.trained(labeled, seed)
-            done.append((oracle.right(others, p), off, len(np.unique(oracle.truth[labeled]))))
-    for i, rows in enumerate(by_round, 1):
-        report(f"{i * options.each} in {utils.counted(i, 'round')}", rows)
+    first, last = map(int, options.seeds.split("-"))
+    seeds = range(first, last + 1)
+    wanted = options.curves.split(";") if options.curves else [curve.labels for curve in CURVES]
+    curves = [curve for curve in CURVES if curve.labels in wanted]
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    def drawn(task: tuple[int, Curve]) -> list[Point]:
+        seed, curve = task
+        budgets = [int(n) for n in options.budgets.split(",")]
+        if curve.labels != "at random":
+            budgets = [n for n in budgets if n <= options.most_chosen]
+        file = options.out / f"{curve.labels}-{curve.learned_by}-{seed}-{'-'.join(map(str, budgets))}.json"
+        if not file.exists():
+            done = pool.submit(points, options.data_dir, options.rest, curve, budgets, seed).result()
+            file.write_text(json.dumps(done))
+        return [Point(*point) for point in json.loads(file.read_text())]
+
+    tasks = list(itertools.product(seeds, curves))
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(options.jobs, mp_context=spawn, max_tasks_per_child=1) as pool,
+        ThreadPoolExecutor(options.jobs) as threads,
+    ):
+        found = dict(zip(tasks, threads.map(drawn, tasks), strict=True))
+    rows = []
+    for curve in curves:
+        for each in zip(*(found[seed, curve] for seed in seeds), strict=True):
+            right = np.array([point.right for point in each])
+            offs = [point.share_off for point in each]
+            rows.append(
+                {
+                    **{"labels": each[0].labels, "which": curve.labels, "learned by": curve.learned_by},
+                    **{"n": len(each), "right": spread(right), "worst": f"{right.min():.2f}"},
+                    "furthest share off": "" if np.isnan(offs).all() else f"{np.nanmean(offs):.1f}",
+                    "classes": f"{np.mean([point.classes for point in each]):.1f}",
+                }
+            )
+    print(markdown(list(rows[0]), [list(row.values()) for row in rows]))
+    if options.table:
+        command = f"python benchmarks/choosing.py --data_dir FOLDER --table {options.table}"
+        write_csv(options.table, [row | {"hardware": options.hardware, "command": command} for row in rows])
+        draw(options.table)
+
+
+def draw(table: str) -> None:
+    """The curves of a table, as docs/TABLE.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    labels = set()
+    for curve, marker in zip(CURVES, "vsoD^", strict=True):
+        rows = [row for row in read_csv(table) if (row["which"], row["learned by"]) == (curve.labels, curve.learned_by)]
+        if rows:
+            x = [int(row["labels"]) for row in rows]
+            mean, sd = np.array([[float(part) for part in row["right"].split(" ± ")] for row in rows]).T
+            (line,) = axes.plot(x, mean, marker=marker, markersize=5, label=f"{curve.labels}: {curve.learned_by}")
+            axes.fill_between(x, mean - sd, mean + sd, color=line.get_color(), alpha=0.12, linewidth=0)
+            labels |= set(x)
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(labels), [str(n) for n in sorted(labels)])
+    axes.minorticks_off()
+    axes.set_ylim(40, 95)
+    axes.set_xlabel("labels, of 4,064 photographs of five flowers")
+    axes.set_ylabel("right of those without a label, %")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(ROOT / "docs" / f"{table}.png", dpi=120)
 
 
 if __name__ == "__main__":

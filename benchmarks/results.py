@@ -7,8 +7,10 @@ import csv
 import functools
 import itertools
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -32,6 +34,15 @@ def with_tables(text: str) -> str:
         text,
         flags=re.DOTALL,
     )
+
+
+def write_csv(name: str, rows: Sequence[Mapping[str, object]]) -> None:
+    """Replace a file in docs/results."""
+    with (RESULTS / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    read_csv.cache_clear()
 
 
 @functools.cache
@@ -58,8 +69,13 @@ def student_and_ensemble(name: str, percent: str, method: str) -> tuple[dict[str
     return student, ensemble
 
 
-def spread(row: dict[str, str] | None) -> str:
+def cell(row: dict[str, str] | None) -> str:
     return f"{row['mean']} ± {row['sd']}" if row else ""
+
+
+def spread(values: np.ndarray, sign: str = "") -> str:
+    """Mean ± standard deviation."""
+    return f"{values.mean():{sign}.2f} ± {values.std(ddof=1):.2f}"
 
 
 def methods_table(name: str, percent: str, methods: Sequence[str]) -> str:
@@ -70,7 +86,7 @@ def methods_table(name: str, percent: str, methods: Sequence[str]) -> str:
         last = ensemble or student
         gain = f"{last['gain']} [{last['gain_low']}, {last['gain_high']}]" if last["gain"] else ""
         closed = f"{last['gap_closed_percent']} %" if last["gap_closed_percent"] else ""
-        rows.append([method, spread(student), spread(ensemble), gain, last["worst"], closed])
+        rows.append([method, cell(student), cell(ensemble), gain, last["worst"], closed])
     return markdown(["method", "student", "ensemble", "− labels only [95 %]", "worst seed", "gap closed"], rows)
 
 
@@ -80,7 +96,7 @@ def budgets_table(name: str, methods: dict[str, str]) -> str:
     rows = []
     for method, text in methods.items():
         found = [student_and_ensemble(name, percent, method) for percent in budgets]
-        rows.append([text, *(spread(ensemble or student) for student, ensemble in found)])
+        rows.append([text, *(cell(ensemble or student) for student, ensemble in found)])
     return markdown(["", *(f"{n} labels" for n in budgets.values())], rows)
 
 

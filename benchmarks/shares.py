@@ -1,7 +1,7 @@
 """What it costs that labels were chosen by someone: the classes' shares among them are not those among the images.
 
-python benchmarks/shares.py --data_dir /datasets/flowers [-- options of MPL.py]
-python benchmarks/shares.py --data_dir /datasets/flowers --estimates --seeds 20
+python benchmarks/shares.py --data_dir FOLDER --table label_shares [-- options of MPL.py]
+python benchmarks/shares.py --data_dir FOLDER --table share_estimates --estimates --seeds 0-9
 
 The images of a folder with a subfolder for each class are divided, by links, as a user would have them: 100 with labels
 in class folders, the others in one folder without. Each seed divides anew: *random* labels; *equal* numbers of each
@@ -25,6 +25,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from results import markdown, spread, write_csv
+from study import interval
+
 import args
 import images
 import mixture
@@ -32,36 +35,54 @@ import MPL
 import utils
 
 N_LABELS = 100
-DIVISIONS = ("random", "equal", "one")
+DIVISIONS = {
+    "random": "100 drawn at random",
+    "equal": "20 of each class",
+    "one": "20 of each class, one class is 43 % of the images",
+}
 METHODS = {
     "labels only": "--finetune_mode",
-    "MPL as published": "--recipe mpl",
-    "mixture, shares of the labels": "--alignment labels",
-    "mixture, estimated shares": "--alignment estimated",
+    "mpl": "--recipe mpl",
+    "best, shares of the labels": "--alignment labels",
+    "best, estimated shares": "--alignment estimated",
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", default="0-4", help="first-last")
     parser.add_argument("--divisions", default=",".join(DIVISIONS))
-    parser.add_argument("--out", type=Path, default=Path("shares"))
-    parser.add_argument("rest", nargs="*", metavar="-- OPTION")
+    parser.add_argument("--out", type=Path, default=Path("shares"), help="where the divisions and runs are kept")
+    parser.add_argument("--table", help="name of the file in docs/results to replace [print only]")
+    parser.add_argument("--hardware", default="", help="what it ran on, for that file")
     parser.add_argument("--estimates", action="store_true")
+    parser.add_argument("rest", nargs="*", metavar="-- OPTION of MPL.py")
     options = parser.parse_args()
-    if options.estimates:
-        return compare_estimates(options)
-    print(f"{N_LABELS} labels, n = {options.seeds}\n\n| labels | method | right | - labels only |\n|---|---|---|---|")
+    first, last = map(int, options.seeds.split("-"))
+    seeds = range(first, last + 1)
+    rows = compare_estimates(options, seeds) if options.estimates else compare_methods(options, seeds)
+    print(markdown(list(rows[0]), [list(row.values()) for row in rows]))
+    if options.table:
+        how = f" --estimates --seeds {options.seeds}" if options.estimates else ""
+        command = f"python benchmarks/shares.py --data_dir FOLDER --table {options.table}{how}"
+        write_csv(options.table, [row | {"hardware": options.hardware, "command": command} for row in rows])
+
+
+def compare_methods(options: argparse.Namespace, seeds: range) -> list[dict]:
+    """How many of the images without a label each method gives the right one."""
+    rows = []
     for division in options.divisions.split(","):
-        right = np.array([accuracies(options, division, seed) for seed in range(options.seeds)])  # [seeds, methods]
+        right = np.array([accuracies(options, division, seed) for seed in seeds])  # [seeds, methods]
         for method, column in zip(METHODS, right.T, strict=True):
-            gain = "" if method == "labels only" else spread(column - right[:, 0], "+")
-            print(f"| {division} | {method} | {spread(column)} | {gain} |", flush=True)
-
-
-def spread(values: np.ndarray, sign: str = "") -> str:
-    return f"{values.mean():{sign}.2f} ± {values.std(ddof=1):.2f}"
+            gain = {} if method == "labels only" else interval(column - right[:, 0], "gain", "low", "high")
+            rows.append(
+                {
+                    **{"labels": DIVISIONS[division], "method": method, "n": len(seeds), "right": spread(column)},
+                    "− labels only [95 %]": "{gain} [{low}, {high}]".format(**gain) if gain else "",
+                }
+            )
+    return rows
 
 
 def accuracies(options: argparse.Namespace, division: str, seed: int) -> list[float]:
@@ -100,7 +121,7 @@ def divide(source: Path, folder: Path, division: str, seed: int) -> None:
             link(file, folder / "unlabelled" / f"{name}__{file.name}")
 
 
-def compare_estimates(options: argparse.Namespace) -> None:
+def compare_estimates(options: argparse.Namespace, seeds: range) -> list[dict]:
     """How far estimates of the shares are from the truth (the class that is furthest), and how many of the images
     without a label the mixture gives the right one under them."""
     start = MPL.find_start(args.parse(["--data_dir", str(options.data_dir), *options.rest]), [])
@@ -109,23 +130,22 @@ def compare_estimates(options: argparse.Namespace) -> None:
     index, n_classes = found.index, len(found.classes)
     x = work.features(np.arange(len(index)))
     place = {index.file(i).resolve(): i for i in range(len(index))}
-    print(f"{N_LABELS} labels, n = {options.seeds}\n\n| labels | shares | furthest off | right | - the mixture's |")
-    print("|---|---|---|---|---|")
+    rows = []
     for division in options.divisions.split(","):
         off, right = {}, {}
-        for seed in range(options.seeds):
+        for seed in seeds:
             folder = options.out / f"{division}-{seed}"
             if not folder.is_dir():
                 divide(options.data_dir, folder, division, seed)
             labelled, others = (sorted(folder.glob(pattern)) for pattern in ("labelled/*/*", "unlabelled/*"))
-            rows = np.array([place[file.resolve()] for file in (*labelled, *others)])
-            labels = np.where(np.arange(len(rows)) < len(labelled), index.labels[rows], images.UNKNOWN)
-            truth, unknown = index.labels[rows], labels == images.UNKNOWN
-            space = mixture.Space(x[rows].__getitem__, labels, n_classes)
+            here = np.array([place[file.resolve()] for file in (*labelled, *others)])
+            labels = np.where(np.arange(len(here)) < len(labelled), index.labels[here], images.UNKNOWN)
+            truth, unknown = index.labels[here], labels == images.UNKNOWN
+            space = mixture.Space(x[here].__getitem__, labels, n_classes)
             estimates = {
                 "the labels'": torch.from_numpy(np.bincount(labels[~unknown]) / len(labelled)).float(),
                 "the mixture's": mixture.posterior(space, labels, n_classes, None)[unknown].mean(0),
-                "the nearest labels'": mixture.nearest_shares(space(np.arange(len(rows))), labels, n_classes),
+                "the nearest labels'": mixture.nearest_shares(space(np.arange(len(here))), labels, n_classes),
                 "the estimated ones": mixture.estimated_shares(space, labels, n_classes),
                 "the true ones": torch.from_numpy(np.bincount(truth[unknown]) / unknown.sum()).float(),
             }
@@ -135,8 +155,14 @@ def compare_estimates(options: argparse.Namespace) -> None:
                 right.setdefault(name, []).append(100 * (chosen == truth)[unknown].mean())
         for name in off:
             gain = spread(np.subtract(right[name], right["the mixture's"]), "+")
-            cells = [division, name, spread(np.array(off[name])), spread(np.array(right[name])), gain]
-            print("| " + " | ".join(cells) + " |", flush=True)
+            rows.append(
+                {
+                    **{"labels": DIVISIONS[division], "shares": name, "n": len(seeds)},
+                    **{"furthest off": spread(np.array(off[name])), "right": spread(np.array(right[name]))},
+                    "− the mixture's": "" if name == "the mixture's" else gain,
+                }
+            )
+    return rows
 
 
 def link(file: Path, place: Path) -> None:

@@ -1,6 +1,6 @@
 """Images of no class among the unlabelled ones: whether they are noticed, and what noticing them is worth.
 
-python benchmarks/strangers.py --data_dir /datasets/flowers [--labels_percent 3] [--seeds 1]
+python benchmarks/strangers.py --data_dir FOLDER --table strangers [--labels_percent 3,10] [--seeds 110-111]
 
 Of a folder with a subfolder for each class two classes are taken to be unknown, every choice of two in turn, and their
 images are strangers among the unlabelled ones, so many that they make a given share of these. Of the other classes some
@@ -24,6 +24,8 @@ from sklearn.metrics import roc_auc_score
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from results import markdown, spread, write_csv
+
 import args
 import images
 import mixture
@@ -31,21 +33,19 @@ import MPL
 import utils
 
 TESTED = 0.2  # of the unlabelled images
-COLUMNS = (
-    *("strangers", "n", "AUROC, unlabelled", "AUROC, test", "share off", "known below 0.5", "noticed"),
-    *("right, not noticing", "right, noticing", "difference"),
-)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", required=True)
-    parser.add_argument("--labels_percent", type=float, default=3.0)
+    parser.add_argument("--labels_percent", default="3,10")
     parser.add_argument("--shares", default="0,0.3,0.6")
-    parser.add_argument("--first_seed", type=int, default=0)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", default="110-111", help="first-last; each is as many divisions as there are choices")
+    parser.add_argument("--table", help="name of the file in docs/results to replace [print only]")
+    parser.add_argument("--hardware", default="", help="what it ran on, for that file")
     parser.add_argument("rest", nargs="*", metavar="-- OPTION of MPL.py")
     options = parser.parse_args()
+    first, last = map(int, options.seeds.split("-"))
     start = MPL.find_start(args.parse(["--data_dir", options.data_dir, *options.rest]), [])
     found, cpu = MPL.find_data(start), torch.device("cpu")
     work = MPL.make_ready(start, found, cpu, utils.pick_precision(start.config.amp, cpu))
@@ -53,23 +53,32 @@ def main() -> None:
     x = work.features(everyone)
     plain = work.inputs.source("plain", everyone, np.zeros(len(everyone), dtype=np.int64)).float()
     _, distinct = np.unique(found.index.contents, return_index=True)
-    print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
-    for share in map(float, options.shares.split(",")):
-        rows = []
-        for seed in range(options.first_seed, options.first_seed + options.seeds):
+    rows = []
+    for percent, share in itertools.product(
+        map(float, options.labels_percent.split(",")), map(float, options.shares.split(","))
+    ):
+        measured = []
+        for seed in range(first, last + 1):
             for unknown in itertools.combinations(range(len(found.classes)), 2):
                 rng = np.random.default_rng([seed, *unknown])
                 labels = np.where(np.isin(found.index.labels, unknown), images.UNKNOWN, found.index.labels)
-                rows.append(measure(x, plain, labels, distinct, share, options.labels_percent, rng))
-        table = np.array(rows)
-        cells = [f"{share:.0%}", str(len(rows)), *(f"{mean:.2f}" for mean in table[:, :2].mean(0))]
-        cells += [spread(table[:, 2], "+"), spread(table[:, 3]), f"{table[:, 4].mean():.0%}"]
-        cells += [spread(table[:, 5]), spread(table[:, 6]), spread(table[:, 6] - table[:, 5], "+")]
-        print("| " + " | ".join(cells) + " |", flush=True)
-
-
-def spread(values: np.ndarray, sign: str = "") -> str:
-    return f"{values.mean():{sign}.2f} ± {values.std(ddof=1):.2f}"
+                measured.append(measure(x, plain, labels, distinct, share, percent, rng))
+        of_unlabelled, of_test, off, below, noticed, without, noticing = np.array(measured).T
+        rows.append(
+            {
+                **{"labels": f"{percent:g} %", "strangers": f"{share:.0%}", "n": len(measured)},
+                "AUROC, unlabelled": f"{of_unlabelled.mean():.2f}" if share else "–",
+                "AUROC, test": f"{of_test.mean():.2f}" if share else "–",
+                **{"share off": spread(off, "+"), "known below 0.5": spread(below), "noticed": f"{noticed.mean():.0%}"},
+                **{"right, not noticing": spread(without), "right, noticing": spread(noticing)},
+                "difference": spread(noticing - without, "+"),
+            }
+        )
+        print("| " + " | ".join(map(str, rows[-1].values())) + " |", flush=True)
+    print(markdown(list(rows[0]), [list(row.values()) for row in rows]))
+    if options.table:
+        command = f"python benchmarks/strangers.py --data_dir FOLDER --table {options.table}"
+        write_csv(options.table, [row | {"hardware": options.hardware, "command": command} for row in rows])
 
 
 def measure(

@@ -1,22 +1,23 @@
 """Methods by label budgets by seeds on the same splits: the accuracies in docs/results.
 
-python benchmarks/study.py --seeds 0-4                                                         (digits)
-python benchmarks/study.py --data_dir FOLDER --seeds 400-409 --budgets 1,3,10 --table flowers5 -- --test_percent 20
+python benchmarks/study.py --table flowers5 --data_dir FOLDER
+python benchmarks/study.py --seeds 0-4 --methods "labels only;best"                            (digits, printed only)
+python benchmarks/study.py --data_dir FOLDER --seeds 0-9 --budgets 1,3,10 -- --test_percent 20
 
-With --part unlabeled the images are counted that were trained on without their label, in place of test images. Options
-after -- go to every run. Runs that are already in --out are not repeated; --jobs of them run at a time.
-Each seed is one split, the same for every method, and differences are taken within it. The share of the gap closed is
-(method - labels only) / (all labels - labels only), of means. With --table NAME the figures replace
-docs/results/NAME.csv, and what each part of a method is worth NAME_parts.csv; ``python benchmarks/results.py`` then
-brings the tables of README.md and RESULTS.md up to date.
+--table NAME makes a table of RESULTS.md anew: ``STUDIES`` has its options, and docs/results/NAME.csv is replaced, with
+NAME_parts.csv, what each part of a method is worth; ``python benchmarks/results.py`` then brings README.md and
+RESULTS.md up to date. Options after -- go to every run. Runs that are already in --out are not repeated; --jobs of them
+run at a time.
+
+Each seed is one split, the same for every method, and differences are taken within it. Counted are the test images, and
+those that were trained on without their label. The share of the gap closed is (method - labels only) / (all labels -
+labels only), of means.
 """
 
 import argparse
-import csv
 import itertools
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import t as student_t
@@ -32,14 +33,14 @@ from scipy.stats import t as student_t
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from results import RESULTS, markdown
+from results import markdown, write_csv
 
 import utils
 
 BOTH = ("student", "teacher", "ensemble")
 MODELS = ("model_1", "model_2", "ensemble")
-ALIGNED = "--recipe mpl --alignment labels"
-UNALIGNED = "--alignment none"
+BASELINES = {"labels only", "original, labels only"}  # of which one is in every study
+CEILINGS = ("all labels", "all labels, out of fold")
 UNWEIGHED = """
 import runpy, sys
 root = sys.argv.pop(1)
@@ -48,15 +49,11 @@ import crossfit
 crossfit.find_trust = lambda labels: None
 runpy.run_path(root + "/MPL.py", run_name="__main__")
 """  # the program, with targets that are the mixture's alone
-WHOLE = "--trainable all --num_epochs 3 --steps_per_epoch 12 --lr 1e-4"
+ORIGINAL = "--recipe original --model_name efficientnet_lite0 --views 4"  # vgg16's weights would be a download
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "labels only": ("--finetune_mode", ("student",)),
     "all labels": ("--finetune_mode --num_labels_percent 100", ("student",)),
     "all labels, out of fold": ("", ("student",)),
-    "labels only, two models": (
-        "--recipe mpl --switch_mode --num_epochs 200 --warmup_epoch_num 199 --lambda_u 0",
-        ("ensemble",),
-    ),
     "logistic regression": ("", ("student",)),
     "label spreading": ("", ("student",)),
     "self-training": ("", ("student",)),
@@ -69,21 +66,9 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mpl, exact feedback, soft labels": ("--recipe mpl --feedback exact", BOTH),
     "mpl, sampled labels": ("--recipe mpl --pseudo_label sampled", BOTH),
     "mpl, cosine consistency": ("--recipe mpl --unsupervised cos", BOTH),
-    "mpl, other augmentation": ("--recipe mpl --augmentation OTHER", BOTH),
     "mpl, role playing": ("--recipe mpl --switch_mode", MODELS),
     "mpl, then finetuned": ("--finetune_mode --load_path mpl", ("student",)),
-    "mpl, aligned, no feedback": (f"{ALIGNED} --feedback none", BOTH),
-    "mpl, aligned": (ALIGNED, BOTH),
-    "mpl, aligned, cosine feedback": (f"{ALIGNED} --feedback cosine", BOTH),
-    "mpl, aligned, role playing": (f"{ALIGNED} --switch_mode", MODELS),
-    "mpl, aligned, then finetuned": ("--finetune_mode --load_path mpl, aligned", ("student",)),
-    "best, not aligned": (UNALIGNED, BOTH),
-    "best, not aligned, no feedback": (f"{UNALIGNED} --feedback none", BOTH),
-    "best, not aligned, 8 views": (f"{UNALIGNED} --views 8", BOTH),
-    "best, not aligned, 8 views, 256 images a step": (f"{UNALIGNED} --views 8 --unlabeled_batch_size 256", BOTH),
-    "best, not aligned, role playing": (f"{UNALIGNED} --switch_mode", MODELS),
-    "best, not aligned, other augmentation": (f"{UNALIGNED} --augmentation OTHER", BOTH),
-    "best, not aligned, then finetuned": ("--finetune_mode --load_path best, not aligned", ("student",)),
+    "best, not aligned": ("--alignment none", BOTH),
     "best": ("--recipe best", BOTH),
     "best, mixture alone": ("--recipe best", BOTH),
     "best, no feedback": ("--feedback none", BOTH),
@@ -93,15 +78,18 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "best, role playing": ("--switch_mode", MODELS),
     "best, other augmentation": ("--augmentation OTHER", BOTH),
     "best, then finetuned": ("--finetune_mode --load_path best", ("student",)),
-    "best, whole network": (f"{WHOLE} --targets mixture", BOTH),
-    "mpl, whole network": (f"--recipe mpl {WHOLE}", BOTH),
+    "original, labels only": (f"{ORIGINAL} --finetune_mode", ("student",)),
+    "original, classic": (ORIGINAL, BOTH),
+    "original, cosine": (f"{ORIGINAL} --unsupervised cos", BOTH),
+    "original, cosine, its loss without gradient": (f"{ORIGINAL} --unsupervised cos --lambda_u 0", BOTH),
+    "original, role playing": (f"{ORIGINAL} --switch_mode", MODELS),
+    "original, role playing and cosine": (f"{ORIGINAL} --switch_mode --unsupervised cos", MODELS),
 }
-# Without a pretrained network, whose features the mixture models, ``best`` is ``mpl, aligned``.
+# Without a pretrained network, whose features the mixture models, ``best`` is ``mpl`` with aligned shares.
 PHOTOGRAPHS_ONLY = [
     method
     for method in METHODS
-    if method.startswith(("mpl, aligned", "best, not aligned", "best, estimated", "best, mixture", "all labels, out"))
-    or "whole" in method
+    if method.startswith(("best, not aligned", "best, estimated", "best, mixture", "all labels, out", "original"))
 ]
 PAIRS = (  # what a part of a method is worth: the method with it and without
     ("mpl", "mpl, no feedback"),
@@ -110,17 +98,8 @@ PAIRS = (  # what a part of a method is worth: the method with it and without
     ("mpl, exact feedback, soft labels", "mpl, no feedback"),
     ("mpl, sampled labels", "mpl"),
     ("mpl, cosine consistency", "mpl"),
-    ("mpl, other augmentation", "mpl"),
     ("mpl, then finetuned", "mpl"),
-    ("mpl, aligned", "mpl"),
-    ("mpl, aligned", "mpl, aligned, no feedback"),
-    ("mpl, aligned, cosine feedback", "mpl, aligned, no feedback"),
-    ("mpl, aligned, then finetuned", "mpl, aligned"),
     ("best, not aligned", "mpl"),
-    ("best, not aligned", "best, not aligned, no feedback"),
-    ("best, not aligned, 8 views", "best, not aligned"),
-    ("best, not aligned, other augmentation", "best, not aligned"),
-    ("best, not aligned, then finetuned", "best, not aligned"),
     ("best", "mpl"),
     ("best", "best, not aligned"),
     ("best", "best, mixture alone"),
@@ -130,43 +109,83 @@ PAIRS = (  # what a part of a method is worth: the method with it and without
     ("best, fresh views", "best"),
     ("best, other augmentation", "best"),
     ("best, then finetuned", "best"),
-    ("best, whole network", "best"),
-    ("best, whole network", "mpl, whole network"),
+    ("original, cosine", "original, classic"),
+    ("original, cosine", "original, cosine, its loss without gradient"),
+    ("original, classic", "original, cosine, its loss without gradient"),
+    ("original, role playing", "original, classic"),
+    ("original, role playing and cosine", "original, cosine"),
 )
+
+
+class Study(NamedTuple):
+    """What a table of RESULTS.md is made of."""
+
+    seeds: str
+    budgets: str
+    methods: str
+    rest: str = ""  # options of every run
+
+
+MAIN = (
+    "labels only;logistic regression;label spreading;self-training;like FixMatch;like FlexMatch;mpl;best;"
+    "all labels, out of fold"
+)
+STUDIES = {
+    "flowers5": Study("710-719", "1,3,10", MAIN, "--test_percent 20"),
+    "flowers5_two_backbones": Study(
+        *("710-719", "3,10", "labels only;best;all labels, out of fold"),
+        "--test_percent 20 --model_name efficientnet_lite0+efficientnet_lite2",
+    ),
+    "flowers5_each": Study(
+        *("720-729", "3"),
+        ";".join(name for name in METHODS if name.startswith(("labels only", "mpl", "best")) and "fresh" not in name),
+        "--test_percent 20",
+    ),
+    "brightness": Study("600-609", "3", "labels only;mpl;best;best, mixture alone", "--test_percent 20"),
+    "original": Study("730-739", "3", ";".join(name for name in METHODS if name.startswith("original"))),
+    "digits": Study("70-79", "3", "labels only;all labels;mpl;mpl, no feedback;best"),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="digits")
+    parser.add_argument("--table", help="the table in docs/results to make anew; the next three are its own then")
     parser.add_argument("--seeds", default="0-4", help="first-last")
     parser.add_argument("--budgets", default="3", help="percents of labels, comma-separated")
     parser.add_argument("--methods", help="separated by semicolons [all that the dataset allows]")
-    parser.add_argument("--part", choices=("test", "unlabeled"), default="test", help="the images that are counted")
-    parser.add_argument("--out", default="study", help="where the runs are kept")
-    parser.add_argument("--table", help="name of the files in docs/results to replace [print only]")
+    parser.add_argument("--out", help="where the runs are kept [study-TABLE, or study-DATASET]")
     parser.add_argument("--hardware", default="", help="what it ran on, for those files")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("rest", nargs="*", help="options for every run, after --")
     options = parser.parse_args()
+    study = Study(options.seeds, options.budgets, options.methods or ";".join(METHODS))
+    if options.table:
+        if options.table not in STUDIES:
+            parser.error(f"--table {options.table}: there are {', '.join(STUDIES)}")
+        study = STUDIES[options.table]
+    options.rest = [*study.rest.split(), *options.rest]
+    options.out = options.out or f"study-{options.table or Path(options.data_dir).name}"
     os.environ["OMP_NUM_THREADS"] = "1"  # two runs of one thread are faster than one of two, one after the other
-    first, last = map(int, options.seeds.split("-"))
-    methods = options.methods.split(";") if options.methods else list(METHODS)
+    first, last = map(int, study.seeds.split("-"))
+    methods = study.methods.split(";")
     if options.data_dir == "digits":
         methods = [method for method in methods if method not in PHOTOGRAPHS_ONLY]
-    if "labels only" not in methods:
+    if BASELINES.isdisjoint(methods):
         methods.insert(0, "labels only")
     methods.sort(key=lambda method: "then" in method)  # those that start from another's checkpoint
-    tasks = itertools.product(methods, map(float, options.budgets.split(",")), range(first, last + 1))
+    tasks = itertools.product(methods, map(float, study.budgets.split(",")), range(first, last + 1))
     with ThreadPoolExecutor(options.jobs) as pool:
         rows = list(itertools.chain(*pool.map(lambda task: measure(options, *task), tasks)))
-    rows.sort(key=lambda row: float(row["labels_percent"]))
-    words = ["FOLDER" if word == options.data_dir != "digits" else word for word in sys.argv[1:]]
-    source = {"hardware": options.hardware, "command": shlex.join(["python", "benchmarks/study.py", *words])}
+    rows.sort(key=lambda row: (row["images"], float(row["labels_percent"])))
     figures, differences = summary(rows), parts(rows)
     if options.table:
-        write_csv(RESULTS / f"{options.table}.csv", [row | source for row in figures])
+        command = f"python benchmarks/study.py --table {options.table}"
+        command += "" if options.data_dir == "digits" else " --data_dir FOLDER"
+        source = {"hardware": options.hardware, "command": command}
+        write_csv(options.table, [row | source for row in figures])
         if differences:
-            write_csv(RESULTS / f"{options.table}_parts.csv", [row | source for row in differences])
+            write_csv(f"{options.table}_parts", [row | source for row in differences])
     for table in filter(None, (figures, differences)):
         print("\n" + markdown(list(table[0]), [list(row.values()) for row in table]))
 
@@ -180,36 +199,37 @@ def measure(options: argparse.Namespace, method: str, budget: float, seed: int) 
     extra, networks = METHODS[method]
     extra, _, start = extra.partition(" --load_path ")
     metrics = run(options, method, extra.split(), start, budget, seed)
-    if options.part == "test":
-        right = {network: metrics["test"][network]["accuracy"] for network in networks}
-    elif method in SHALLOW:
-        right = metrics["unlabeled"]
+    right = {"test": {network: metrics["test"][network]["accuracy"] for network in networks}}
+    if method in SHALLOW:
+        right["unlabelled"] = metrics["unlabeled"]
     else:
-        right = right_of_unlabeled(Path(options.out) / "results" / run_name(method, budget, seed), networks)
+        right |= right_of_unlabeled(Path(options.out) / "results" / run_name(method, budget, seed), networks)
     return [
         {
             "dataset": metrics["dataset"],
+            "images": images,
             "labels_percent": f"{budget:g}",
             "method": method,
             "network": network.replace("_", " "),
             "n_labels": metrics["counts"]["labeled"],
-            "accuracy": 100 * right[network],
+            "accuracy": 100 * right[images][network],
             "seconds": metrics["seconds"]["total"],
         }
-        for network in networks
+        for images, network in itertools.product(right, networks)
     ]
 
 
-def right_of_unlabeled(results: Path, networks: tuple[str, ...]) -> dict[str, float]:
-    """The share of unlabelled images that each network is right about; with all labels there is none, and it is not a
-    number."""
+def right_of_unlabeled(results: Path, networks: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """The share of unlabelled images that each network is right about; nothing if all have labels."""
     rows = utils.read_csv(results / "predictions.csv", split="unlabeled")
     columns = {network: f"{network}_vote" if network != "ensemble" else "predicted_label" for network in networks}
     if not rows:
-        return dict.fromkeys(networks, float("nan"))
+        return {}
     return {
-        network: float(np.mean([row[column] == row["true_label"] for row in rows]))
-        for network, column in columns.items()
+        "unlabelled": {
+            network: float(np.mean([row[column] == row["true_label"] for row in rows]))
+            for network, column in columns.items()
+        }
     }
 
 
@@ -221,7 +241,7 @@ def run(options: argparse.Namespace, method: str, extra: list[str], start: str, 
     """The metrics of one run, which goes on from that of the method ``start`` if one is given."""
     out, name = Path(options.out), run_name(method, budget, seed)
     file = out / "results" / name / "metrics.json"
-    if file.exists() and (method not in SHALLOW or "unlabeled" in json.loads(file.read_text())):
+    if file.exists():
         return json.loads(file.read_text())
     given = ["--data_dir", options.data_dir, "--seed", str(seed)]
     if start:
@@ -397,21 +417,23 @@ def accuracies(rows: list[dict]) -> list[float]:
 
 def summary(rows: list[dict]) -> list[dict]:
     """Mean and standard deviation of each method's networks, and what they gain over labels only."""
-    groups = grouped(rows, "labels_percent", "method", "network")
+    groups = grouped(rows, "images", "labels_percent", "method", "network")
     figures = []
-    for (percent, method, network), own in groups.items():
-        values, baseline = accuracies(own), accuracies(groups[percent, "labels only", "student"])
-        ceilings = [groups.get((percent, each, "student")) for each in ("all labels", "all labels, out of fold")]
-        ceiling = next((each for each in ceilings if each and not np.isnan(accuracies(each)).any()), None)
+    for (images, percent, method, network), own in groups.items():
+        labels_only = next(groups[each] for each in groups if each[:2] == (images, percent) and each[2] in BASELINES)
+        values, baseline = accuracies(own), accuracies(labels_only)
+        ceilings = (groups.get((images, percent, each, "student")) for each in CEILINGS)
+        ceiling = next(filter(None, ceilings), None)
         gains = np.subtract(values, baseline)
         figure = {
-            **{"dataset": own[0]["dataset"], "labels_percent": percent, "n_labels": own[0]["n_labels"]},
+            **{"dataset": own[0]["dataset"], "images": images, "labels_percent": percent},
+            **{"n_labels": own[0]["n_labels"]},
             **{"method": method, "network": network, "n": len(values)},
             **{"mean": f"{np.mean(values):.2f}", "sd": f"{np.std(values, ddof=1):.2f}"},
             **dict.fromkeys(("gain", "gain_low", "gain_high", "worst", "gap_closed_percent"), ""),
             "seconds": f"{statistics.median(row['seconds'] for row in own):.0f}",
         }
-        if method != "labels only":
+        if method not in BASELINES:
             figure |= interval(gains, "gain", "gain_low", "gain_high") | {"worst": f"{gains.min():+.1f}"}
             if ceiling:
                 gap = np.mean(accuracies(ceiling)) - np.mean(baseline)
@@ -429,28 +451,21 @@ def interval(differences: np.ndarray, *keys: str) -> dict[str, str]:
 
 def parts(rows: list[dict]) -> list[dict]:
     """What parts of methods are worth, each on the same splits with and without."""
-    groups = grouped(rows, "labels_percent", "method", "network")
+    groups = grouped(rows, "images", "labels_percent", "method", "network")
     return [
         {
-            **{"dataset": rows[0]["dataset"], "labels_percent": percent, "method": method, "without": without},
-            **{"network": network, "n": len(groups[percent, method, network])},
+            **{"dataset": rows[0]["dataset"], "images": images, "labels_percent": percent, "method": method},
+            **{"without": without, "network": network, "n": len(groups[images, percent, method, network])},
             **interval(
-                np.subtract(*(accuracies(groups[percent, name, network]) for name in (method, without))),
+                np.subtract(*(accuracies(groups[images, percent, name, network]) for name in (method, without))),
                 *("difference", "low", "high"),
             ),
         }
-        for percent in dict.fromkeys(row["labels_percent"] for row in rows)
+        for images, percent in dict.fromkeys((row["images"], row["labels_percent"]) for row in rows)
         for method, without in PAIRS
         for network in BOTH
-        if (percent, method, network) in groups and (percent, without, network) in groups
+        if (images, percent, method, network) in groups and (images, percent, without, network) in groups
     ]
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,217 @@
+"""Where is the student's feedback worth something? Small networks from scratch, by the program's own step.
+
+python benchmarks/feedback.py --data moons --seeds 0-9                             (every setting, printed only)
+python benchmarks/feedback.py --data moons --seeds 100-129 --settings "sampled, cosine" --table
+
+*moons*: two half circles of 1,000 points each, of which three have a label, and networks of two hidden layers of eight
+units, after the example of Pham et al. (arXiv 2003.10580, section 3.1). *digits*: the 1,797 embedded digits as 64
+numbers, and one hidden layer of 128 units; --labels of them are labelled. Here all is cheap and the teacher has few
+labels, so that the student's exam could tell it something. There is no consistency loss but with --lambda_u.
+
+A setting is a kind of pseudo label and an estimator of the feedback h, as the program's options of these names call
+them, and what the program does not have: *SGD*, plain gradient descent for both networks, for which the paper derives
+h; *minus mean*, which takes the moving average of h off it, as the authors' code does; *x N*, which multiplies h: the
+difference of losses is as small as the learning rate, and weighs little beside the teacher's own loss. Each setting
+is compared, seed by seed, with the same without feedback. Counted are the points without a label, in percent.
+"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from results import RESULTS, read_csv, spread, write_csv
+from study import interval
+
+import train
+from data import Batch
+from models import Learner
+
+MEAN_DECAY = 0.99  # of the moving average of h
+NETWORKS = ("teacher", "student")
+BATCH = 128  # unlabelled points a step; of the labelled ones all
+
+
+class Problem(NamedTuple):
+    """Points, some of which are labelled."""
+
+    x: torch.Tensor  # [N, D] float32
+    y: torch.Tensor  # [N] int64
+    hidden: tuple[int, ...]
+    noise: float  # of a strong view
+    steps: int
+    lr: float
+    lr_sgd: float
+
+
+class Setting(NamedTuple):
+    """How pseudo labels are drawn and what the teacher hears."""
+
+    pseudo_label: str
+    feedback: str
+    sgd: bool = False
+    minus_mean: bool = False
+    times: float = 1.0
+
+    @property
+    def without(self) -> "Setting":
+        return Setting(self.pseudo_label, "none", self.sgd)
+
+    def __str__(self) -> str:
+        words = [self.pseudo_label, self.feedback.replace("_", " ")]
+        words += ["minus mean"] * self.minus_mean + [f"x {self.times:g}"] * (self.times != 1) + ["SGD"] * self.sgd
+        return ", ".join(words)
+
+
+SETTINGS = [
+    *(Setting(kind, "loss_difference") for kind in ("hard", "sampled")),
+    *(Setting(kind, "loss_difference", times=100) for kind in ("hard", "sampled")),
+    Setting("sampled", "loss_difference", minus_mean=True, times=100),
+    *(Setting(kind, "cosine") for kind in ("hard", "sampled")),
+    Setting("sampled", "cosine", minus_mean=True),
+    Setting("soft", "exact"),
+    *(Setting(kind, "loss_difference", sgd=True) for kind in ("hard", "sampled")),
+    Setting("sampled", "loss_difference", sgd=True, times=10),
+    Setting("sampled", "loss_difference", sgd=True, minus_mean=True, times=10),
+    Setting("sampled", "cosine", sgd=True),
+]
+
+
+def moons() -> Problem:
+    from sklearn.datasets import make_moons
+
+    x, y = make_moons(2000, noise=0.1, random_state=0)
+    x = torch.from_numpy(x).float()
+    return Problem((x - x.mean(0)) / x.std(0), torch.from_numpy(y), (8, 8), 0.1, 2000, 0.01, 0.1)
+
+
+def digits() -> Problem:
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    return Problem(torch.from_numpy(x / 16).float(), torch.from_numpy(y), (128,), 0.2, 2000, 0.003, 0.1)
+
+
+PROBLEMS = {"moons": (moons, 6), "digits": (digits, 50)}
+
+
+def deal(y: torch.Tensor, n: int, seed: int) -> torch.Tensor:
+    """The places of ``n`` labelled points, as many of each class, or nearly."""
+    order = np.random.default_rng(seed).permutation(len(y))
+    rank = np.empty(len(y), dtype=np.int64)  # the how manieth of its class each is
+    for c in range(int(y.max()) + 1):
+        own = order[y[order].numpy() == c]
+        rank[own] = np.arange(len(own))
+    return torch.from_numpy(order[np.argsort(rank[order], kind="stable")][:n].copy())
+
+
+def network(problem: Problem) -> nn.Module:
+    sizes = [problem.x.shape[1], *problem.hidden]
+    layers: list[nn.Module] = []
+    for n_in, n_out in itertools.pairwise(sizes):
+        layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], int(problem.y.max()) + 1))
+
+
+def right(problem: Problem, n_labels: int, setting: Setting, seed: int, lambda_u: float) -> dict[str, float]:
+    """What each network is right about after a training, in percent of the points without a label."""
+    labeled = deal(problem.y, n_labels, seed)
+    torch.manual_seed(seed)
+    more = {"lr": problem.lr_sgd, "optimizer": torch.optim.SGD} if setting.sgd else {"lr": problem.lr}
+    teacher, student = (Learner(name, network(problem), updates=problem.steps, **more) for name in NETWORKS)
+    settings = train.Settings(lambda_u=lambda_u, pseudo_label=setting.pseudo_label, feedback=setting.feedback)
+    step = train.exact_mpl_step if setting.feedback == "exact" else train.mpl_step
+    aim = train.own_aim(temperature=1.05, threshold=0.75)
+    x_l, y_l = problem.x[labeled], problem.y[labeled]
+    with heard_as(setting):
+        for number in range(problem.steps):
+            x_uw = problem.x[torch.randint(len(problem.x), (BATCH,))]
+            x_us = x_uw + problem.noise * torch.randn_like(x_uw) if lambda_u else x_uw
+            step(teacher, student, Batch(x_l, y_l, x_uw, x_us), number, aim=aim, settings=settings)
+    others = torch.ones(len(problem.y), dtype=torch.bool)
+    others[labeled] = False
+    return {
+        learner.name: 100 * float((learner.infer(problem.x[others]).argmax(-1) == problem.y[others]).float().mean())
+        for learner in (teacher, student)
+    }
+
+
+@contextlib.contextmanager
+def heard_as(setting: Setting) -> Iterator[None]:
+    """Change h, on its way from the student to the teacher, as the setting has it."""
+    estimate, mean = train.estimate_feedback, torch.zeros(())
+
+    def heard(*given: Any) -> torch.Tensor:
+        nonlocal mean
+        h = setting.times * estimate(*given)
+        mean = MEAN_DECAY * mean + (1 - MEAN_DECAY) * h
+        return h - mean if setting.minus_mean else h
+
+    train.estimate_feedback = heard
+    try:
+        yield
+    finally:
+        train.estimate_feedback = estimate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=PROBLEMS, default="moons")
+    parser.add_argument("--seeds", default="0-9", help="first-last")
+    parser.add_argument("--settings", help="separated by semicolons [all]")
+    parser.add_argument("--labels", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--lambda_u", type=float, default=0.0)
+    parser.add_argument("--table", help="the file in docs/results that these rows are added to [print only]")
+    parser.add_argument("--hardware", default="", help="what it ran on, for that file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    make, n_labels = PROBLEMS[options.data]
+    problem, n_labels = make(), options.labels or n_labels
+    problem = problem._replace(steps=options.steps or problem.steps)
+    by_name = {str(setting): setting for setting in SETTINGS}
+    settings = [by_name[name.strip()] for name in options.settings.split(";")] if options.settings else SETTINGS
+    first, last = map(int, options.seeds.split("-"))
+
+    @functools.cache
+    def measured(setting: Setting) -> np.ndarray:
+        """[seeds, networks]"""
+        each = (right(problem, n_labels, setting, seed, options.lambda_u) for seed in range(first, last + 1))
+        return np.array([[found[name] for name in reversed(NETWORKS)] for found in each])
+
+    rows = []
+    for setting in settings:
+        for i, name in enumerate(reversed(NETWORKS)):
+            alone, own = measured(setting.without)[:, i], measured(setting)[:, i]
+            rows.append(
+                {
+                    **{"data": options.data, "labels": n_labels, "steps": problem.steps, "lambda_u": options.lambda_u},
+                    **{"setting": str(setting), "network": name, "seeds": options.seeds, "n": len(own)},
+                    **{"without feedback": spread(alone)},
+                    **{"with": spread(own)},
+                    **interval(own - alone, "difference", "low", "high"),
+                }
+            )
+            print("| " + " | ".join(map(str, rows[-1].values())) + " |", flush=True)
+    if options.table:
+        words = [word for word in sys.argv[1:] if word not in ("--hardware", options.hardware)]
+        source = {"hardware": options.hardware, "command": shlex.join(["python", "benchmarks/feedback.py", *words])}
+        earlier = read_csv(options.table) if (RESULTS / f"{options.table}.csv").exists() else []
+        new = [row | source for row in rows]
+        write_csv(options.table, [row for row in earlier if row["command"] != new[0]["command"]] + new)
+
+
+if __name__ == "__main__":
+    main()
