@@ -11,8 +11,8 @@ labels, so that the student's exam could tell it something. There is no consiste
 A setting is a kind of pseudo label and an estimator of the feedback h, as the program's options of these names call
 them, and what the program does not have: *SGD*, plain gradient descent for both networks, for which the paper derives
 h; *minus mean*, which takes the moving average of h off it, as the authors' code does; *x N*, which multiplies h: the
-difference of losses is as small as the learning rate, and weighs little beside the teacher's own loss. Each setting
-is compared, seed by seed, with the same without feedback. Counted are the points without a label, in percent.
+difference of losses is as small as the learning rate, and weighs little beside the teacher's own loss; and *late*, which
+hears the h of the step before: as large, but about other labels than those that it is said of. Each setting is compared, seed by seed, with the same without feedback. Counted are the points without a label, in percent.
 """
 
 import argparse
@@ -64,6 +64,7 @@ class Setting(NamedTuple):
     sgd: bool = False
     minus_mean: bool = False
     times: float = 1.0
+    late: bool = False
 
     @property
     def without(self) -> "Setting":
@@ -71,7 +72,12 @@ class Setting(NamedTuple):
 
     def __str__(self) -> str:
         words = [self.pseudo_label, self.feedback.replace("_", " ")]
-        words += ["minus mean"] * self.minus_mean + [f"x {self.times:g}"] * (self.times != 1) + ["SGD"] * self.sgd
+        words += (
+            ["late"] * self.late
+            + ["minus mean"] * self.minus_mean
+            + [f"x {self.times:g}"] * (self.times != 1)
+            + ["SGD"] * self.sgd
+        )
         return ", ".join(words)
 
 
@@ -81,6 +87,8 @@ SETTINGS = [
     Setting("sampled", "loss_difference", minus_mean=True, times=100),
     *(Setting(kind, "cosine") for kind in ("hard", "sampled")),
     Setting("sampled", "cosine", minus_mean=True),
+    Setting("hard", "cosine", minus_mean=True),
+    *(Setting(kind, "cosine", late=True) for kind in ("hard", "sampled")),
     Setting("soft", "exact"),
     *(Setting(kind, "loss_difference", sgd=True) for kind in ("hard", "sampled")),
     Setting("sampled", "loss_difference", sgd=True, times=10),
@@ -151,12 +159,13 @@ def right(problem: Problem, n_labels: int, setting: Setting, seed: int, lambda_u
 @contextlib.contextmanager
 def heard_as(setting: Setting) -> Iterator[None]:
     """Change h, on its way from the student to the teacher, as the setting has it."""
-    estimate, mean = train.estimate_feedback, torch.zeros(())
+    estimate, mean, before = train.estimate_feedback, torch.zeros(()), torch.zeros(())
 
     def heard(*given: Any) -> torch.Tensor:
-        nonlocal mean
-        h = setting.times * estimate(*given)
-        mean = MEAN_DECAY * mean + (1 - MEAN_DECAY) * h
+        nonlocal mean, before
+        latest = setting.times * estimate(*given)
+        mean = MEAN_DECAY * mean + (1 - MEAN_DECAY) * latest
+        h, before = before if setting.late else latest, latest
         return h - mean if setting.minus_mean else h
 
     train.estimate_feedback = heard

@@ -41,14 +41,25 @@ BOTH = ("student", "teacher", "ensemble")
 MODELS = ("model_1", "model_2", "ensemble")
 BASELINES = {"labels only", "original, labels only"}  # of which one is in every study
 CEILINGS = ("all labels", "all labels, out of fold")
-UNWEIGHED = """
+PATCHED = """
 import runpy, sys
 root = sys.argv.pop(1)
 sys.path.insert(0, root)
-import crossfit
-crossfit.find_trust = lambda labels: None
+import torch
+import crossfit, train
+{}
 runpy.run_path(root + "/MPL.py", run_name="__main__")
-"""  # the program, with targets that are the mixture's alone
+"""  # the program with a change that is no option
+CHANGES = {
+    "best, mixture alone": "crossfit.find_trust = lambda labels: None",  # which then make all of a target
+    "mpl, cosine feedback, late": """
+heard, estimate = [torch.zeros(())], train.estimate_feedback
+def of_the_step_before(*given):
+    heard.append(estimate(*given))
+    return heard.pop(0)
+train.estimate_feedback = of_the_step_before
+""",  # as large, but about other labels than those that the teacher hears it of
+}
 ORIGINAL = "--recipe original --model_name efficientnet_lite0 --views 4"  # vgg16's weights would be a download
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "labels only": ("--finetune_mode", ("student",)),
@@ -63,6 +74,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mpl": ("--recipe mpl", BOTH),
     "mpl, dot feedback": ("--recipe mpl --feedback dot", BOTH),
     "mpl, cosine feedback": ("--recipe mpl --feedback cosine", BOTH),
+    "mpl, cosine feedback, late": ("--recipe mpl --feedback cosine", BOTH),
     "mpl, exact feedback, soft labels": ("--recipe mpl --feedback exact", BOTH),
     "mpl, sampled labels": ("--recipe mpl --pseudo_label sampled", BOTH),
     "mpl, cosine consistency": ("--recipe mpl --unsupervised cos", BOTH),
@@ -95,6 +107,8 @@ PAIRS = (  # what a part of a method is worth: the method with it and without
     ("mpl", "mpl, no feedback"),
     ("mpl, dot feedback", "mpl, no feedback"),
     ("mpl, cosine feedback", "mpl, no feedback"),
+    ("mpl, cosine feedback, late", "mpl, no feedback"),
+    ("mpl, cosine feedback", "mpl, cosine feedback, late"),
     ("mpl, exact feedback, soft labels", "mpl, no feedback"),
     ("mpl, sampled labels", "mpl"),
     ("mpl, cosine consistency", "mpl"),
@@ -257,7 +271,7 @@ def run(options: argparse.Namespace, method: str, extra: list[str], start: str, 
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(metrics))
         return metrics
-    program = ["-c", UNWEIGHED, ROOT] if method == "best, mixture alone" else [ROOT / "MPL.py"]
+    program = ["-c", PATCHED.format(CHANGES[method]), ROOT] if method in CHANGES else [ROOT / "MPL.py"]
     command = [sys.executable, *program, "--name", name, "--overwrite", "--output_dir", out, *given]
     subprocess.run(list(map(str, [*command, *options.rest])), check=True, stdout=subprocess.DEVNULL)
     return json.loads(file.read_text())
