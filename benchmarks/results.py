@@ -61,12 +61,24 @@ def find(name: str, **wanted: str) -> dict[str, str] | None:
     return next((row for row in read_csv(name) if wanted.items() <= row.items()), None)
 
 
-def student_and_ensemble(name: str, percent: str, method: str) -> tuple[dict[str, str] | None, dict[str, str] | None]:
-    """A method's rows. With labels only there is but a student; two models that swap roles have but an ensemble."""
-    student, ensemble = (find(name, labels_percent=percent, method=method, network=network) for network in NETWORKS)
+def figures(name: str, images: str, percent: str, method: str) -> tuple[dict[str, str] | None, dict[str, str] | None]:
+    """A method's student and ensemble. With labels only there is but a student; two models that swap roles have but an
+    ensemble."""
+    wanted = {"images": images, "labels_percent": percent, "method": method}
+    student, ensemble = (find(name, **wanted, network=network) for network in NETWORKS)
     if student is None and ensemble is None:
-        raise LookupError(f"docs/results/{name}.csv has no figures of {method} with {percent} percent of labels")
+        raise LookupError(
+            f"docs/results/{name}.csv has no {images} images of {method} with {percent} percent of labels"
+        )
     return student, ensemble
+
+
+def last(name: str, images: str, percent: str, method: str) -> dict[str, str]:
+    """The ensemble, or a lone student."""
+    student, ensemble = figures(name, images, percent, method)
+    found = ensemble or student
+    assert found is not None
+    return found
 
 
 def cell(row: dict[str, str] | None) -> str:
@@ -78,49 +90,92 @@ def spread(values: np.ndarray, sign: str = "") -> str:
     return f"{values.mean():{sign}.2f} ± {values.std(ddof=1):.2f}"
 
 
-def methods_table(name: str, percent: str, methods: Sequence[str]) -> str:
+def gained(row: dict[str, str]) -> list[str]:
+    """What it gains over labels only with 95 % interval, by its worst seed, and of the gap."""
+    gain = f"{row['gain']} [{row['gain_low']}, {row['gain_high']}]" if row["gain"] else ""
+    return [gain, row["worst"], f"{row['gap_closed_percent']} %" if row["gap_closed_percent"] else ""]
+
+
+GAINED = ("− labels only [95 %]", "worst seed", "gap closed")
+
+
+def methods_table(name: str, images: str, percent: str, methods: Sequence[str]) -> str:
     """A row for each method: student, ensemble, and what the ensemble (or a lone student) gains."""
     rows = []
     for method in methods:
-        student, ensemble = student_and_ensemble(name, percent, method)
-        last = ensemble or student
-        gain = f"{last['gain']} [{last['gain_low']}, {last['gain_high']}]" if last["gain"] else ""
-        closed = f"{last['gap_closed_percent']} %" if last["gap_closed_percent"] else ""
-        rows.append([method, cell(student), cell(ensemble), gain, last["worst"], closed])
-    return markdown(["method", "student", "ensemble", "− labels only [95 %]", "worst seed", "gap closed"], rows)
+        student, ensemble = figures(name, images, percent, method)
+        rows.append([method, cell(student), cell(ensemble), *gained(last(name, images, percent, method))])
+    return markdown(["method", "student", "ensemble", *GAINED], rows)
 
 
-def budgets_table(name: str, methods: dict[str, str]) -> str:
+def budgets_table(name: str, images: str, methods: dict[str, str]) -> str:
     """A row for each method, described: the ensemble (or a lone student) with each number of labels."""
-    budgets = {row["labels_percent"]: row["n_labels"] for row in read_csv(name) if row["method"] == "labels only"}
-    rows = []
-    for method, text in methods.items():
-        found = [student_and_ensemble(name, percent, method) for percent in budgets]
-        rows.append([text, *(cell(ensemble or student) for student, ensemble in found)])
-    return markdown(["", *(f"{n} labels" for n in budgets.values())], rows)
+    rows = [[text, *(cell(last(name, images, b, method)) for b in budgets(name))] for method, text in methods.items()]
+    return markdown(["", *(f"{n} labels" for n in budgets(name).values())], rows)
 
 
-def parts_table(files: dict[str, str], pairs: Sequence[tuple[str, str]], percent: str = "3") -> str:
-    """A row for each pair of methods: the difference with 95 % interval on student and ensemble in each file."""
+def budgets(name: str) -> dict[str, str]:
+    """The percentages of labels in a file, and how many labels these are."""
+    return {row["labels_percent"]: row["n_labels"] for row in read_csv(name) if row["method"] == "labels only"}
+
+
+def main_table(name: str, methods: Sequence[str]) -> str:
+    """A row for each method: with each number of labels what is right of unlabelled images and of test images, how
+    many labels drawn at random a head of these alone would need for as much of the former, and the seconds of a run."""
     rows = []
+    for method in methods:
+        row = [method]
+        for percent in budgets(name):
+            unlabelled, test = (last(name, images, percent, method) for images in ("unlabelled", "test"))
+            row += [f"{unlabelled['mean']} / {test['mean']}", worth(float(unlabelled["mean"]))]
+        rows.append([*row, last(name, "test", "3", method)["seconds"]])
+    head = itertools.chain(*((f"{n} labels", "worth") for n in budgets(name).values()))
+    return markdown(["method", *head, "seconds"], rows)
+
+
+def worth(right: float) -> str:
+    """How many labels drawn at random a head that learns these alone needs to be right of so many of the others, in
+    percent, by a straight line between two of its figures over the logarithm of the labels."""
+    curve = [row for row in read_csv("growth") if row["learned by"] == "the labels alone"]
+    labels = [int(row["labels"]) for row in curve]
+    reached = [float(row["right"].split()[0]) for row in curve]
+    if right > max(reached):
+        return f"> {labels[-1]}"
+    n = np.exp(np.interp(right, reached, np.log(labels)))
+    return f"{n:.0f}" if n < 100 else f"{10 * round(n / 10)}"
+
+
+def growth_table() -> str:
+    """Right in percent by labels (columns) and what they are and are learned by (rows)."""
+    rows = read_csv("growth")
+    numbers = sorted({int(row["labels"]) for row in rows})
+    curves: dict[str, dict[int, str]] = {}
+    for row in rows:
+        curves.setdefault(f"{row['which']}: {row['learned by']}", {})[int(row["labels"])] = row["right"]
+    lines = [[name, *(curve.get(n, "") for n in numbers)] for name, curve in curves.items()]
+    return markdown(["labels", *map(str, numbers)], lines)
+
+
+def parts_table(name: str, pairs: Sequence[tuple[str, str]], percent: str = "3") -> str:
+    """A row for each pair of methods: the difference with 95 % interval of student and ensemble, on images that were
+    trained on without their label and on test images."""
+    rows = []
+    kinds = list(itertools.product(("unlabelled", "test"), NETWORKS))
     for method, without in pairs:
-        found = [
-            find(f"{name}_parts", labels_percent=percent, method=method, without=without, network=network)
-            for name, network in itertools.product(files, NETWORKS)
-        ]
+        wanted = {"labels_percent": percent, "method": method, "without": without}
+        found = [find(f"{name}_parts", **wanted, images=images, network=network) for images, network in kinds]
         if not any(found):
-            raise LookupError(f"docs/results has no differences between {method} and {without}")
+            raise LookupError(f"docs/results/{name}_parts.csv has no differences between {method} and {without}")
         cells = [f"{row['difference']} [{row['low']}, {row['high']}]" if row else "" for row in found]
         rows.append([method, without, *cells])
-    return markdown(
-        ["method", "compared with", *(f"{text}{n}" for text, n in itertools.product(files.values(), NETWORKS))], rows
-    )
+    return markdown(["method", "compared with", *(f"{images}, {network}" for images, network in kinds)], rows)
 
 
-def whole_table(name: str, without: Collection[str] = (), **wanted: str) -> str:
-    """The file as it stands; without the rows that have some cells, or only those that have others."""
+def whole_table(name: str, without: Collection[str] = (), drop: Collection[str] = (), **wanted: str) -> str:
+    """The file as it stands but for the columns ``drop``; without the rows that have some cells, or only those that
+    have others."""
     rows = [row for row in read_csv(name) if not {*without} & {*row.values()} and wanted.items() <= row.items()]
-    head = [key for key in rows[0] if key not in ("hardware", "command", *wanted)]
+    head = [key for key in rows[0] if key not in ("hardware", "command", *wanted, *drop)]
     return markdown(head, [[row[key] for key in head] for row in rows])
 
 
@@ -128,44 +183,40 @@ FOUR = {
     "labels only": "the labels alone (`--finetune_mode`)",
     "mpl": "Meta Pseudo Labels as published (`--recipe mpl`)",
     "best": "the default (`--recipe best`)",
-    "all labels": "all training images labelled",
+    "all labels, out of fold": "all images labelled",
 }
+METHODS = (
+    *("labels only", "logistic regression", "label spreading", "self-training", "like FixMatch", "like FlexMatch"),
+    *("mpl", "best", "all labels, out of fold"),
+)
+EXPERIMENTS = ("labels only", "classic", "cosine", "role playing", "role playing and cosine")
 FIRST_EPOCHS = "digits: seconds after the start at which the first epochs are printed"
 TABLES: dict[str, Callable[[], str]] = {
-    "headline": lambda: budgets_table("flowers5", FOUR),
-    "flowers5": lambda: methods_table(
-        *("flowers5", "3"),
-        (
-            *("labels only", "logistic regression", "label spreading"),
-            *("mpl", "mpl, role playing", "best", "best, role playing"),
-            "all labels",
-        ),
-    ),
-    "unlabeled": lambda: budgets_table(
-        "flowers5_unlabeled",
-        {
-            **{method: FOUR[method] for method in ("labels only", "mpl", "best")},
-            "all labels, out of fold": "all labels",
-        },
-    ),
-    "digits": lambda: methods_table("digits_new_splits", "3", ("labels only", "best", "all labels")),
-    "feedback": lambda: parts_table(
-        {"flowers5": "flowers, ", "digits": "digits, "},
+    "headline": lambda: budgets_table("flowers5", "unlabelled", FOUR),
+    "flowers5": lambda: main_table("flowers5", METHODS),
+    "at_96": lambda: methods_table("flowers5", "unlabelled", "3", METHODS),
+    "digits": lambda: methods_table("digits", "test", "3", ("labels only", "best", "all labels")),
+    "growth": growth_table,
+    "feedback": lambda: whole_table("feedback", drop=("steps", "lambda_u", "seeds")),
+    "feedback_on_flowers": lambda: parts_table(
+        "flowers5_each",
         (
             ("mpl", "mpl, no feedback"),
             ("mpl, dot feedback", "mpl, no feedback"),
             ("mpl, exact feedback, soft labels", "mpl, no feedback"),
             ("mpl, cosine feedback", "mpl, no feedback"),
+            ("mpl, cosine feedback", "mpl, cosine feedback, late"),
             ("best", "best, no feedback"),
             ("best, cosine feedback", "best, no feedback"),
         ),
     ),
     "parts": lambda: parts_table(
-        {"flowers5": "flowers, ", "digits": "digits, "},
+        "flowers5_each",
         (
+            ("best", "mpl"),
             ("best, not aligned", "mpl"),
             ("best", "best, not aligned"),
-            ("best", "mpl"),
+            ("best", "best, mixture alone"),
             ("best, other augmentation", "best"),
             ("best, estimated shares", "best"),
             ("best, then finetuned", "best"),
@@ -173,8 +224,17 @@ TABLES: dict[str, Callable[[], str]] = {
             ("mpl, cosine consistency", "mpl"),
         ),
     ),
-    "label_shares": lambda: whole_table("label_shares", without=("mpl", "labels only")),
-    "choosing": lambda: whole_table("choosing"),
+    "original": lambda: methods_table("original", "test", "3", [f"original, {name}" for name in EXPERIMENTS]),
+    "original_parts": lambda: parts_table(
+        "original",
+        (
+            ("original, role playing", "original, classic"),
+            ("original, cosine", "original, classic"),
+            ("original, cosine", "original, cosine, its loss without gradient"),
+        ),
+    ),
+    "original_faults": lambda: whole_table("original_faults"),
+    "label_shares": lambda: whole_table("label_shares"),
     "strangers": lambda: whole_table("strangers"),
     "speed": lambda: whole_table("speed", processor="EPYC, bf16"),
     "seconds": lambda: whole_table("seconds", without=(FIRST_EPOCHS,)),
