@@ -202,12 +202,10 @@ TABLES: dict[str, Callable[[], str]] = {
         "flowers5_each",
         (
             ("mpl", "mpl, no feedback"),
-            ("mpl, dot feedback", "mpl, no feedback"),
             ("mpl, exact feedback, soft labels", "mpl, no feedback"),
             ("mpl, cosine feedback", "mpl, no feedback"),
             ("mpl, cosine feedback", "mpl, cosine feedback, late"),
             ("best", "best, no feedback"),
-            ("best, cosine feedback", "best, no feedback"),
         ),
     ),
     "parts": lambda: parts_table(
@@ -217,7 +215,6 @@ TABLES: dict[str, Callable[[], str]] = {
             ("best, not aligned", "mpl"),
             ("best", "best, not aligned"),
             ("best", "best, mixture alone"),
-            ("best, other augmentation", "best"),
             ("best, estimated shares", "best"),
             ("best, then finetuned", "best"),
             ("mpl, sampled labels", "mpl"),

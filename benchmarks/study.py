@@ -144,17 +144,18 @@ MAIN = (
     "labels only;logistic regression;label spreading;self-training;like FixMatch;like FlexMatch;mpl;best;"
     "all labels, out of fold"
 )
+EACH = (
+    "labels only;mpl;mpl, no feedback;mpl, cosine feedback;mpl, cosine feedback, late;mpl, exact feedback, soft labels;"
+    "mpl, sampled labels;mpl, cosine consistency;best;best, no feedback;best, not aligned;best, mixture alone;"
+    "best, estimated shares;best, role playing;best, then finetuned"
+)
 STUDIES = {
     "flowers5": Study("710-719", "1,3,10", MAIN, "--test_percent 20"),
     "flowers5_two_backbones": Study(
         *("710-719", "3,10", "labels only;best;all labels, out of fold"),
         "--test_percent 20 --model_name efficientnet_lite0+efficientnet_lite2",
     ),
-    "flowers5_each": Study(
-        *("720-729", "3"),
-        ";".join(name for name in METHODS if name.startswith(("labels only", "mpl", "best")) and "fresh" not in name),
-        "--test_percent 20",
-    ),
+    "flowers5_each": Study("710-719", "3", EACH, "--test_percent 20"),
     "brightness": Study("600-609", "3", "labels only;mpl;best;best, mixture alone", "--test_percent 20"),
     "original": Study("730-739", "3", ";".join(name for name in METHODS if name.startswith("original"))),
     "digits": Study("70-79", "3", "labels only;all labels;mpl;mpl, no feedback;best"),
