@@ -797,13 +797,6 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
             unlabeled, p = predicted.rows, train.final(predicted.probabilities).numpy()
             if predicted.belongs is not None and saved.belonging and saved.belonging.noticed:
                 belongs = predicted.belongs.numpy()
-
-        def features_of(places: np.ndarray) -> torch.Tensor:
-            if architecture.frozen:
-                return inputs.average(places, n_averaged(config))
-            pixels = inputs.source("plain", places, np.zeros(len(places), dtype=np.int64))  # nothing has learned yet
-            return torch.nn.functional.adaptive_avg_pool2d(pixels.float().mean(1, keepdim=True), 8).flatten(1)
-
         stands_for: list[int | str]
         if config.at_random:
             rows = selection.draw(labeled, unlabeled, index.contents, n, seed=config.seed)
@@ -811,8 +804,9 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
         else:
             margins = None if p is None else selection.margins(p)
             strange = None if belongs is None else belongs < mixture.BELONGS
+            seen = functools.partial(compared_by, architecture, inputs, n_averaged(config))
             rows, counts = selection.choose(
-                features_of, labeled, unlabeled, index.contents, n, margins=margins, strange=strange, seed=config.seed
+                seen, labeled, unlabeled, index.contents, n, margins=margins, strange=strange, seed=config.seed
             )
             stands_for = counts.tolist()
         if not len(rows):
@@ -845,6 +839,17 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
         f"or fill in the column label of {report.TO_LABEL} beside it, and give --labels "
         f"{folder.results / 'labels.csv'} and that."
     )
+
+
+def compared_by(
+    architecture: models.Architecture, inputs: features.Inputs, n_views: int, places: np.ndarray
+) -> torch.Tensor:
+    """What images are compared by when some are chosen to be labelled, [n, D]: their features or, for a network that is
+    yet to learn, their pixels, 8 by 8 and grey."""
+    if architecture.frozen:
+        return inputs.average(places, n_views)
+    pixels = inputs.source("plain", places, np.zeros(len(places), dtype=np.int64))
+    return torch.nn.functional.adaptive_avg_pool2d(pixels.float().mean(1, keepdim=True), 8).flatten(1)
 
 
 def training_on_labels(config: Config) -> str:

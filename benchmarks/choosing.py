@@ -59,7 +59,8 @@ class Oracle:
         self.work = MPL.make_ready(start, found, cpu, utils.pick_precision(start.config.amp, cpu))
         self.index, self.truth = found.index, found.index.labels
         self.everyone = np.arange(len(self.index))
-        self.x = self.work.features(self.everyone)
+        n_views = MPL.n_averaged(self.work.start.config)
+        self.x = MPL.compared_by(self.work.architecture, self.work.inputs, n_views, self.everyone)
 
     def trained(self, rows: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
         """With the labels of some images: the others, the probabilities of all classes for them [n, C], and how far the
@@ -226,8 +227,8 @@ def draw(table: str) -> None:
     axes.set_xticks(sorted(labels), [str(n) for n in sorted(labels)])
     axes.minorticks_off()
     axes.set_ylim(40, 95)
-    axes.set_xlabel("labels, of 4,064 photographs of five flowers")
-    axes.set_ylabel("right of those without a label, %")
+    axes.set_xlabel("labels")
+    axes.set_ylabel("right of the images without one, %")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(ROOT / "docs" / f"{table}.png", dpi=120)

@@ -119,18 +119,22 @@ def budgets(name: str) -> dict[str, str]:
     return {row["labels_percent"]: row["n_labels"] for row in read_csv(name) if row["method"] == "labels only"}
 
 
-def main_table(name: str, methods: Sequence[str]) -> str:
-    """A row for each method: with each number of labels what is right of unlabelled images and of test images, how
-    many labels drawn at random a head of these alone would need for as much of the former, and the seconds of a run."""
+def main_table(name: str, methods: Sequence[str], percent: str = "3") -> str:
+    """A row for each method: with each number of labels what is right of unlabelled images and of test images, and how
+    many labels drawn at random a head of these alone would need for as much of the former; the seconds of a run; and
+    what is gained on the former with one of these numbers."""
+    numbers = budgets(name)
     rows = []
     for method in methods:
         row = [method]
-        for percent in budgets(name):
-            unlabelled, test = (last(name, images, percent, method) for images in ("unlabelled", "test"))
+        for each in numbers:
+            unlabelled, test = (last(name, images, each, method) for images in ("unlabelled", "test"))
             row += [f"{unlabelled['mean']} / {test['mean']}", worth(float(unlabelled["mean"]))]
-        rows.append([*row, last(name, "test", "3", method)["seconds"]])
-    head = itertools.chain(*((f"{n} labels", "worth") for n in budgets(name).values()))
-    return markdown(["method", *head, "seconds"], rows)
+        most = last(name, "unlabelled", percent, method)
+        rows.append([*row, most["seconds"], most["sd"], *gained(most)])
+    head = itertools.chain(*((f"{n} labels", "worth") for n in numbers.values()))
+    n = numbers[percent]
+    return markdown(["method", *head, "seconds", f"sd, {n}", *(f"{text}, {n}" for text in GAINED)], rows)
 
 
 def worth(right: float) -> str:
@@ -194,10 +198,9 @@ FIRST_EPOCHS = "digits: seconds after the start at which the first epochs are pr
 TABLES: dict[str, Callable[[], str]] = {
     "headline": lambda: budgets_table("flowers5", "unlabelled", FOUR),
     "flowers5": lambda: main_table("flowers5", METHODS),
-    "at_96": lambda: methods_table("flowers5", "unlabelled", "3", METHODS),
     "digits": lambda: methods_table("digits", "test", "3", ("labels only", "best", "all labels")),
     "growth": growth_table,
-    "feedback": lambda: whole_table("feedback", drop=("steps", "lambda_u", "seeds")),
+    "feedback": lambda: whole_table("feedback", drop=("steps", "lambda_u"), network="student"),
     "feedback_on_flowers": lambda: parts_table(
         "flowers5_each",
         (
