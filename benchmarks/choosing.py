@@ -17,6 +17,7 @@ Each seed of each curve is a task, of which --jobs run at a time; those that are
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -35,11 +36,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from results import markdown, read_csv, spread, write_csv
+from results import command, keep_apart, markdown, read_csv, spread, write_csv
 
 import args
 import data
 import images
+import mixture
 import MPL
 import predict
 import selection
@@ -62,9 +64,8 @@ class Oracle:
         n_views = MPL.n_averaged(self.work.start.config)
         self.x = MPL.compared_by(self.work.architecture, self.work.inputs, n_views, self.everyone)
 
-    def trained(self, rows: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
-        """With the labels of some images: the others, the probabilities of all classes for them [n, C], and how far the
-        worst estimated share is from the truth, in points."""
+    def trained(self, rows: np.ndarray, seed: int) -> "Trained":
+        """What a run with the labels of some images says of the others."""
         present = np.unique(self.truth[rows])
         place = np.full(len(self.index.classes), images.UNKNOWN)
         place[present] = np.arange(len(present))
@@ -76,13 +77,18 @@ class Oracle:
         split = data.Split(np.sort(rows), others, NONE, NONE, NONE)
         config = dataclasses.replace(self.work.start.config, seed=seed)
         architecture = dataclasses.replace(self.work.architecture, n_classes=len(names))
-        work = self.work._replace(
-            start=self.work.start._replace(config=config), data=data.Data(index, split, ()), architecture=architecture
-        )
+        found = data.Data(index, split, ())
+        work = self.work._replace(start=self.work.start._replace(config=config), data=found, architecture=architecture)
+        if work.frozen is not None:
+            n_views = MPL.n_averaged(config)
+            work = work._replace(
+                space=mixture.open_space(functools.partial(work.frozen.average, n_views=n_views), found)
+            )
         with contextlib.redirect_stdout(io.StringIO()):
-            work = MPL.guided(work)
+            work = MPL.guided(MPL.weighed(MPL.told_apart(work)))
             learners = MPL.train_networks(work, utils.Signals(), on_score=lambda epoch, score: None)
-            p = train.final(predict.predict(learners, work.inputs, index, others).probabilities).numpy()
+            predicted = predict.predict(learners, work.inputs, index, others, work.guide.belonging)
+        p = train.final(predicted.probabilities).numpy()
         everything = np.zeros((len(others), len(self.index.classes)), dtype=np.float32)
         everything[:, present] = p
         off = np.nan
@@ -91,17 +97,32 @@ class Oracle:
             shares[present] = work.guide.prior.numpy()
             truly = np.bincount(self.truth[others], minlength=len(shares)) / len(others)
             off = 100 * float(np.abs(shares - truly).max())
-        return others, everything, off
+        belonging = work.guide.belonging
+        strange = None
+        if predicted.belongs is not None and belonging is not None and belonging.noticed:
+            strange = predicted.belongs.numpy() < mixture.BELONGS
+        return Trained(others, everything, off, strange)
 
-    def chosen(self, labeled: np.ndarray, n: int, seed: int, p: np.ndarray | None = None) -> np.ndarray:
+    def chosen(self, labeled: np.ndarray, n: int, seed: int, last: "Trained | None" = None) -> np.ndarray:
+        """Images to label, as ``--select`` chooses them, also by the ``last`` training."""
         others = np.setdiff1d(self.everyone, labeled)
-        margins = None if p is None else selection.margins(p)
+        margins, strange = (None, None) if last is None else (selection.margins(last.p), last.strange)
         return selection.choose(
-            lambda rows: self.x[rows], labeled, others, self.index.contents, n, margins=margins, seed=seed
+            *(lambda rows: self.x[rows], labeled, others, self.index.contents, n),
+            **{"margins": margins, "strange": strange, "seed": seed},
         ).rows
 
-    def right(self, others: np.ndarray, p: np.ndarray) -> float:
-        return 100 * float((p.argmax(1) == self.truth[others]).mean())
+    def right(self, trained: "Trained") -> float:
+        return 100 * float((trained.p.argmax(1) == self.truth[trained.others]).mean())
+
+
+class Trained(NamedTuple):
+    """What a run says of the images whose labels it was not given."""
+
+    others: np.ndarray  # [n] int64, their places
+    p: np.ndarray  # [n, C] of all classes
+    share_off: float  # points, of the class whose share is estimated worst; not a number where none is estimated
+    strange: np.ndarray | None  # [n] bool, which seem to be of no class, if anything does
 
 
 class Point(NamedTuple):
@@ -135,17 +156,17 @@ CURVES = (
 def points(data_dir: str, rest: list[str], curve: Curve, budgets: list[int], seed: int) -> list[Point]:
     """One curve, by one seed."""
     oracle = Oracle(data_dir, [*curve.options.split(), *rest])
-    found, labeled, p = [], NONE, None
+    found, labeled, last = [], NONE, None
     for n in range(ROUND, max(budgets) + 1, ROUND) if curve.rounds else budgets:
         if curve.rounds:
-            labeled = np.concatenate([labeled, oracle.chosen(labeled, ROUND, seed, p)])
+            labeled = np.concatenate([labeled, oracle.chosen(labeled, ROUND, seed, last)])
         elif curve.labels == "at random":
             labeled = np.random.default_rng([seed, n]).permutation(oracle.everyone)[:n]
         else:
             labeled = oracle.chosen(NONE, n, seed)
-        others, p, off = oracle.trained(labeled, seed)
+        last = oracle.trained(labeled, seed)
         if n in budgets:
-            found.append(Point(n, oracle.right(others, p), off, len(np.unique(oracle.truth[labeled]))))
+            found.append(Point(n, oracle.right(last), last.share_off, len(np.unique(oracle.truth[labeled]))))
     return found
 
 
@@ -166,7 +187,8 @@ def main() -> None:
     seeds = range(first, last + 1)
     wanted = options.curves.split(";") if options.curves else [curve.labels for curve in CURVES]
     curves = [curve for curve in CURVES if curve.labels in wanted]
-    options.out.mkdir(parents=True, exist_ok=True)
+    rest = command().partition(" -- ")[2]  # without this machine's
+    keep_apart(options.out, data_dir=options.data_dir, options=rest)
 
     def drawn(task: tuple[int, Curve]) -> list[Point]:
         seed, curve = task
@@ -201,8 +223,8 @@ def main() -> None:
             )
     print(markdown(list(rows[0]), [list(row.values()) for row in rows]))
     if options.table:
-        command = f"python benchmarks/choosing.py --data_dir FOLDER --table {options.table}"
-        write_csv(options.table, [row | {"hardware": options.hardware, "command": command} for row in rows])
+        source = {"hardware": options.hardware, "command": command()}
+        write_csv(options.table, [row | source for row in rows])
         draw(options.table)
 
 

@@ -21,8 +21,10 @@ import argparse
 import contextlib
 import functools
 import itertools
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +35,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from results import spread, write_csv
+from results import command, keep_apart, spread, write_csv
 from study import interval
 
 import train
@@ -52,7 +54,6 @@ class Problem(NamedTuple):
     y: torch.Tensor  # [N] int64
     hidden: tuple[int, ...]
     noise: float  # of a strong view
-    steps: int
     lr: float
     lr_sgd: float
 
@@ -99,14 +100,14 @@ def moons() -> Problem:
 
     x, y = make_moons(2000, noise=0.1, random_state=0)
     x = torch.from_numpy(x).float()
-    return Problem((x - x.mean(0)) / x.std(0), torch.from_numpy(y), (8, 8), 0.1, 1000, 0.01, 0.1)
+    return Problem((x - x.mean(0)) / x.std(0), torch.from_numpy(y), (8, 8), 0.1, 0.01, 0.1)
 
 
 def digits() -> Problem:
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
-    return Problem(torch.from_numpy(x / 16).float(), torch.from_numpy(y), (128,), 0.2, 1000, 0.003, 0.1)
+    return Problem(torch.from_numpy(x / 16).float(), torch.from_numpy(y), (128,), 0.2, 0.003, 0.1)
 
 
 PROBLEMS = {"moons": moons, "digits": digits}
@@ -151,18 +152,20 @@ def network(problem: Problem) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(sizes[-1], int(problem.y.max()) + 1))
 
 
-def right(problem: Problem, n_labels: int, setting: Setting, seed: int, lambda_u: float) -> dict[str, float]:
+def right(data: str, steps: int, n_labels: int, setting: Setting, seed: int, lambda_u: float) -> dict[str, float]:
     """What each network is right about after a training, in percent of the points without a label."""
+    torch.set_num_threads(1)
+    problem = PROBLEMS[data]()
     labeled = deal(problem.y, n_labels, seed)
     torch.manual_seed(seed)
     more = {"lr": problem.lr_sgd, "optimizer": torch.optim.SGD} if setting.sgd else {"lr": problem.lr}
-    teacher, student = (Learner(name, network(problem), updates=problem.steps, **more) for name in NETWORKS)
+    teacher, student = (Learner(name, network(problem), updates=steps, **more) for name in NETWORKS)
     settings = train.Settings(lambda_u=lambda_u, pseudo_label=setting.pseudo_label, feedback=setting.feedback)
     step = train.exact_mpl_step if setting.feedback == "exact" else train.mpl_step
     aim = train.own_aim(temperature=1.05, threshold=0.75)
     x_l, y_l = problem.x[labeled], problem.y[labeled]
     with heard_as(setting):
-        for number in range(problem.steps):
+        for number in range(steps):
             x_uw = problem.x[torch.randint(len(problem.x), (BATCH,))]
             x_us = x_uw + problem.noise * torch.randn_like(x_uw) if lambda_u else x_uw
             step(teacher, student, Batch(x_l, y_l, x_uw, x_us), number, aim=aim, settings=settings)
@@ -182,9 +185,10 @@ def heard_as(setting: Setting) -> Iterator[None]:
     def heard(*given: Any) -> torch.Tensor:
         nonlocal mean, before
         latest = setting.times * estimate(*given)
+        centred = latest - mean if setting.minus_mean else latest
         mean = MEAN_DECAY * mean + (1 - MEAN_DECAY) * latest
-        h, before = before if setting.late else latest, latest
-        return h - mean if setting.minus_mean else h
+        h, before = before if setting.late else centred, centred
+        return h
 
     train.estimate_feedback = heard
     try:
@@ -203,20 +207,31 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--lambda_u", type=float, default=0.0)
     parser.add_argument("--hardware", default="", help="what it ran on, for that file")
+    parser.add_argument("--out", type=Path, default=Path("feedback"), help="where what was measured is kept")
+    parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
-    torch.set_num_threads(1)
     one = Study(options.data, options.labels, options.seeds, options.settings)
+    keep_apart(options.out, steps=options.steps, lambda_u=options.lambda_u)
     rows = []
-    for study in STUDIES if options.table else [one]:
-        rows += compared(study, options.steps, options.lambda_u)
+    with ThreadPoolExecutor(options.jobs) as threads, ProcessPoolExecutor(options.jobs) as pool:
+
+        def kept(study: Study, setting: Setting, seed: int) -> dict[str, float]:
+            """What was measured, unless it has to be now."""
+            file = options.out / f"{study.data}-{study.labels}-{setting}-{seed}.json".replace(" ", "_")
+            if not file.exists():
+                given = (study.data, options.steps, study.labels, setting, seed, options.lambda_u)
+                file.write_text(json.dumps(pool.submit(right, *given).result()))
+            return json.loads(file.read_text())
+
+        for study in STUDIES if options.table else [one]:
+            rows += compared(study, options, lambda *task: threads.map(functools.partial(kept, *task[:2]), task[2]))
     if options.table:
-        command = f"python benchmarks/feedback.py --table {options.table}"
-        write_csv(options.table, [row | {"hardware": options.hardware, "command": command} for row in rows])
+        source = {"hardware": options.hardware, "command": command()}
+        write_csv(options.table, [row | source for row in rows])
 
 
-def compared(study: Study, steps: int, lambda_u: float) -> list[dict]:
-    """A row for each setting and network."""
-    problem = PROBLEMS[study.data]()._replace(steps=steps)
+def compared(study: Study, options: argparse.Namespace, measure: Callable[..., Iterable[dict]]) -> list[dict]:
+    """A row for each setting and network; ``measure(study, setting, seeds)`` gives what is right."""
     by_name = {str(setting): setting for setting in SETTINGS}
     settings = [by_name[name.strip()] for name in study.settings.split(";")]
     first, last = map(int, study.seeds.split("-"))
@@ -224,7 +239,7 @@ def compared(study: Study, steps: int, lambda_u: float) -> list[dict]:
     @functools.cache
     def measured(setting: Setting) -> np.ndarray:
         """[seeds, networks]"""
-        each = (right(problem, study.labels, setting, seed, lambda_u) for seed in range(first, last + 1))
+        each = measure(study, setting, range(first, last + 1))
         return np.array([[found[name] for name in reversed(NETWORKS)] for found in each])
 
     def difference(values: np.ndarray, others: np.ndarray) -> str:
@@ -236,7 +251,7 @@ def compared(study: Study, steps: int, lambda_u: float) -> list[dict]:
         late = setting._replace(late=True)
         rows.append(
             {
-                **{"data": study.data, "labels": study.labels, "steps": steps, "lambda_u": lambda_u},
+                **{"data": study.data, "labels": study.labels, "steps": options.steps, "lambda_u": options.lambda_u},
                 **{"setting": str(setting), "network": name, "seeds": study.seeds, "n": len(own)},
                 **{"right without feedback": spread(alone), "with": spread(own)},
                 "difference [95 %]": difference(own, alone),

@@ -6,7 +6,10 @@ What stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` is rewritten a
 import csv
 import functools
 import itertools
+import json
 import re
+import shlex
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -34,6 +37,36 @@ def with_tables(text: str) -> str:
         text,
         flags=re.DOTALL,
     )
+
+
+def command() -> str:
+    """The command that is running, without what only this machine has to do with."""
+    words = sys.argv[1:]
+    for option in ("--hardware", "--jobs", "--out", "--runs", "--cache_dir"):
+        while option in words:
+            place = words.index(option)
+            del words[place : place + 2]
+    for place, word in enumerate(words[:-1]):
+        if word == "--data_dir" and words[place + 1] != "digits":
+            words[place + 1] = "FOLDER"
+    if words and words[-1] == "--":
+        words.pop()
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+
+
+def keep_apart(out: Path, **about: object) -> None:
+    """Make the folder of a benchmark's runs, which are not repeated, or check that it is of the same.
+
+    Raises:
+        SystemExit: its runs were made of other images or with other options.
+    """
+    file = out / "about.json"
+    out.mkdir(parents=True, exist_ok=True)
+    said = json.dumps(about, indent=1)
+    if not file.exists():
+        file.write_text(said, encoding="utf-8")
+    elif file.read_text(encoding="utf-8") != said:
+        raise SystemExit(f"{out} has runs of something else ({file}): give another --out")
 
 
 def write_csv(name: str, rows: Sequence[Mapping[str, object]]) -> None:
@@ -108,12 +141,6 @@ def methods_table(name: str, images: str, percent: str, methods: Sequence[str]) 
     return markdown(["method", "student", "ensemble", *GAINED], rows)
 
 
-def budgets_table(name: str, images: str, methods: dict[str, str]) -> str:
-    """A row for each method, described: the ensemble (or a lone student) with each number of labels."""
-    rows = [[text, *(cell(last(name, images, b, method)) for b in budgets(name))] for method, text in methods.items()]
-    return markdown(["", *(f"{n} labels" for n in budgets(name).values())], rows)
-
-
 def budgets(name: str) -> dict[str, str]:
     """The percentages of labels in a file, and how many labels these are."""
     return {row["labels_percent"]: row["n_labels"] for row in read_csv(name) if row["method"] == "labels only"}
@@ -121,8 +148,8 @@ def budgets(name: str) -> dict[str, str]:
 
 def main_table(name: str, methods: Sequence[str], percent: str = "3") -> str:
     """A row for each method: with each number of labels what is right of unlabelled images and of test images, and how
-    many labels drawn at random a head of these alone would need for as much of the former; the seconds of a run; and
-    what is gained on the former with one of these numbers."""
+    many labels drawn at random a head of these alone would need for as much of the former; what is gained on the former
+    with one of these numbers; and the seconds of a run."""
     numbers = budgets(name)
     rows = []
     for method in methods:
@@ -131,20 +158,23 @@ def main_table(name: str, methods: Sequence[str], percent: str = "3") -> str:
             unlabelled, test = (last(name, images, each, method) for images in ("unlabelled", "test"))
             row += [f"{unlabelled['mean']} / {test['mean']}", worth(float(unlabelled["mean"]))]
         most = last(name, "unlabelled", percent, method)
-        rows.append([*row, most["seconds"], most["sd"], *gained(most)])
+        seconds = last(f"{name}_seconds", "test", percent, method)["seconds"]
+        rows.append([*row, most["sd"], *gained(most), seconds])
     head = itertools.chain(*((f"{n} labels", "worth") for n in numbers.values()))
     n = numbers[percent]
-    return markdown(["method", *head, "seconds", f"sd, {n}", *(f"{text}, {n}" for text in GAINED)], rows)
+    return markdown(["method", *head, f"sd, {n}", *(f"{text}, {n}" for text in GAINED), "seconds"], rows)
 
 
 def worth(right: float) -> str:
-    """How many labels drawn at random a head that learns these alone needs to be right of so many of the others, in
-    percent, by a straight line between two of its figures over the logarithm of the labels."""
-    curve = [row for row in read_csv("growth") if row["learned by"] == "the labels alone"]
-    labels = [int(row["labels"]) for row in curve]
-    reached = [float(row["right"].split()[0]) for row in curve]
-    if right > max(reached):
-        return f"> {labels[-1]}"
+    """How many labels, drawn as the study draws them, a head that learns these alone needs to be right of so many of
+    the others, in percent: by straight lines between its figures over the logarithm of the labels."""
+    curve = [row for row in read_csv("flowers5_alone") if row["images"] == "unlabelled"]
+    labels = [int(row["n_labels"]) for row in curve]
+    reached = [float(row["mean"]) for row in curve]
+    if labels != sorted(labels) or reached != sorted(reached):
+        raise ValueError("docs/results/flowers5_alone.csv: more labels are not better")
+    if not reached[0] <= right <= reached[-1]:
+        return f"< {labels[0]}" if right < reached[0] else f"> {labels[-1]}"
     n = np.exp(np.interp(right, reached, np.log(labels)))
     return f"{n:.0f}" if n < 100 else f"{10 * round(n / 10)}"
 
@@ -183,12 +213,6 @@ def whole_table(name: str, without: Collection[str] = (), drop: Collection[str] 
     return markdown(head, [[row[key] for key in head] for row in rows])
 
 
-FOUR = {
-    "labels only": "the labels alone (`--finetune_mode`)",
-    "mpl": "Meta Pseudo Labels as published (`--recipe mpl`)",
-    "best": "the default (`--recipe best`)",
-    "all labels, out of fold": "all images labelled",
-}
 METHODS = (
     *("labels only", "logistic regression", "label spreading", "self-training", "like FixMatch", "like FlexMatch"),
     *("mpl", "best", "all labels, out of fold"),
@@ -196,7 +220,6 @@ METHODS = (
 EXPERIMENTS = ("labels only", "classic", "cosine", "role playing", "role playing and cosine")
 FIRST_EPOCHS = "digits: seconds after the start at which the first epochs are printed"
 TABLES: dict[str, Callable[[], str]] = {
-    "headline": lambda: budgets_table("flowers5", "unlabelled", FOUR),
     "flowers5": lambda: main_table("flowers5", METHODS),
     "digits": lambda: methods_table("digits", "test", "3", ("labels only", "best", "all labels")),
     "growth": growth_table,

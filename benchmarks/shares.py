@@ -25,7 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from results import markdown, spread, write_csv
+from results import command, keep_apart, markdown, spread, write_csv
 from study import interval
 
 import args
@@ -51,7 +51,7 @@ METHODS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True)
-    parser.add_argument("--seeds", default="0-4", help="first-last")
+    parser.add_argument("--seeds", default="20-24", help="first-last")
     parser.add_argument("--divisions", default=",".join(DIVISIONS))
     parser.add_argument("--out", type=Path, default=Path("shares"), help="where the divisions and runs are kept")
     parser.add_argument("--table", help="name of the file in docs/results to replace [print only]")
@@ -60,13 +60,13 @@ def main() -> None:
     parser.add_argument("rest", nargs="*", metavar="-- OPTION of MPL.py")
     options = parser.parse_args()
     first, last = map(int, options.seeds.split("-"))
+    keep_apart(options.out, data_dir=str(options.data_dir), options=command().partition(" -- ")[2])
     seeds = range(first, last + 1)
     rows = compare_estimates(options, seeds) if options.estimates else compare_methods(options, seeds)
     print(markdown(list(rows[0]), [list(row.values()) for row in rows]))
     if options.table:
-        how = f" --estimates --seeds {options.seeds}" if options.estimates else ""
-        command = f"python benchmarks/shares.py --data_dir FOLDER --table {options.table}{how}"
-        write_csv(options.table, [row | {"hardware": options.hardware, "command": command} for row in rows])
+        source = {"hardware": options.hardware, "command": command()}
+        write_csv(options.table, [row | source for row in rows])
 
 
 def compare_methods(options: argparse.Namespace, seeds: range) -> list[dict]:
@@ -171,7 +171,7 @@ def link(file: Path, place: Path) -> None:
 
 
 def accuracy(options: argparse.Namespace, folder: Path, method: str, seed: int) -> float:
-    name = f"{folder.name}-{list(METHODS).index(method)}"
+    name = f"{folder.name}-{method.replace(' ', '_').replace(',', '')}"
     table = options.out / "results" / name / "predictions.csv"
     if not table.exists():
         command = [sys.executable, ROOT / "MPL.py", "--name", name, "--seed", seed, "--output_dir", options.out]

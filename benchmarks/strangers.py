@@ -24,7 +24,7 @@ from sklearn.metrics import roc_auc_score
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from results import markdown, spread, write_csv
+from results import command, markdown, spread, write_csv
 
 import args
 import images
@@ -77,8 +77,8 @@ def main() -> None:
         print("| " + " | ".join(map(str, rows[-1].values())) + " |", flush=True)
     print(markdown(list(rows[0]), [list(row.values()) for row in rows]))
     if options.table:
-        command = f"python benchmarks/strangers.py --data_dir FOLDER --table {options.table}"
-        write_csv(options.table, [row | {"hardware": options.hardware, "command": command} for row in rows])
+        source = {"hardware": options.hardware, "command": command()}
+        write_csv(options.table, [row | source for row in rows])
 
 
 def measure(

@@ -33,13 +33,12 @@ from scipy.stats import t as student_t
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from results import markdown, write_csv
+from results import command, keep_apart, markdown, write_csv
 
 import utils
 
 BOTH = ("student", "teacher", "ensemble")
 MODELS = ("model_1", "model_2", "ensemble")
-BASELINES = {"labels only", "original, labels only"}  # of which one is in every study
 CEILINGS = ("all labels", "all labels, out of fold")
 PATCHED = """
 import runpy, sys
@@ -76,6 +75,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mpl, cosine feedback": ("--recipe mpl --feedback cosine", BOTH),
     "mpl, cosine feedback, late": ("--recipe mpl --feedback cosine", BOTH),
     "mpl, exact feedback, soft labels": ("--recipe mpl --feedback exact", BOTH),
+    "mpl, no feedback, soft labels": ("--recipe mpl --feedback none --pseudo_label soft", BOTH),
     "mpl, sampled labels": ("--recipe mpl --pseudo_label sampled", BOTH),
     "mpl, cosine consistency": ("--recipe mpl --unsupervised cos", BOTH),
     "mpl, role playing": ("--recipe mpl --switch_mode", MODELS),
@@ -109,7 +109,7 @@ PAIRS = (  # what a part of a method is worth: the method with it and without
     ("mpl, cosine feedback", "mpl, no feedback"),
     ("mpl, cosine feedback, late", "mpl, no feedback"),
     ("mpl, cosine feedback", "mpl, cosine feedback, late"),
-    ("mpl, exact feedback, soft labels", "mpl, no feedback"),
+    ("mpl, exact feedback, soft labels", "mpl, no feedback, soft labels"),
     ("mpl, sampled labels", "mpl"),
     ("mpl, cosine consistency", "mpl"),
     ("mpl, then finetuned", "mpl"),
@@ -134,6 +134,7 @@ PAIRS = (  # what a part of a method is worth: the method with it and without
 class Study(NamedTuple):
     """What a table of RESULTS.md is made of."""
 
+    of_photographs: bool  # or of digits
     seeds: str
     budgets: str
     methods: str
@@ -146,19 +147,21 @@ MAIN = (
 )
 EACH = (
     "labels only;mpl;mpl, no feedback;mpl, cosine feedback;mpl, cosine feedback, late;mpl, exact feedback, soft labels;"
-    "mpl, sampled labels;mpl, cosine consistency;best;best, no feedback;best, not aligned;best, mixture alone;"
-    "best, estimated shares;best, role playing;best, then finetuned"
+    "mpl, no feedback, soft labels;mpl, sampled labels;mpl, cosine consistency;best;best, no feedback;"
+    "best, not aligned;best, mixture alone;best, estimated shares;best, role playing;best, then finetuned"
 )
 STUDIES = {
-    "flowers5": Study("710-719", "1,3,10", MAIN, "--test_percent 20"),
+    "flowers5": Study(True, "710-719", "1,3,10", MAIN, "--test_percent 20"),
+    "flowers5_seconds": Study(True, "720-722", "3", MAIN, "--test_percent 20"),  # with --jobs 1 and nothing else
+    "flowers5_alone": Study(True, "710-719", "1,2,3,5,10,20,40", "labels only", "--test_percent 20"),
     "flowers5_two_backbones": Study(
-        *("710-719", "3,10", "labels only;best;all labels, out of fold"),
+        *(True, "710-719", "3,10", "labels only;best;all labels, out of fold"),
         "--test_percent 20 --model_name efficientnet_lite0+efficientnet_lite2",
     ),
-    "flowers5_each": Study("710-719", "3", EACH, "--test_percent 20"),
-    "brightness": Study("600-609", "3", "labels only;mpl;best;best, mixture alone", "--test_percent 20"),
-    "original": Study("730-739", "3", ";".join(name for name in METHODS if name.startswith("original"))),
-    "digits": Study("70-79", "3", "labels only;all labels;mpl;mpl, no feedback;best"),
+    "flowers5_each": Study(True, "710-719", "3", EACH, "--test_percent 20"),
+    "brightness": Study(True, "600-609", "3", "labels only;mpl;best;best, mixture alone", "--test_percent 20"),
+    "original": Study(True, "730-739", "3", ";".join(name for name in METHODS if name.startswith("original"))),
+    "digits": Study(False, "70-79", "3", "labels only;all labels;best"),
 }
 
 
@@ -174,30 +177,34 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("rest", nargs="*", help="options for every run, after --")
     options = parser.parse_args()
-    study = Study(options.seeds, options.budgets, options.methods or ";".join(METHODS))
+    of_photographs = options.data_dir != "digits"
+    study = Study(of_photographs, options.seeds, options.budgets, options.methods or ";".join(METHODS))
     if options.table:
         if options.table not in STUDIES:
             parser.error(f"--table {options.table}: there are {', '.join(STUDIES)}")
         study = STUDIES[options.table]
+        if study.of_photographs != of_photographs:
+            parser.error(f"--table {options.table} is of {'photographs' if study.of_photographs else 'the digits'}")
     options.rest = [*study.rest.split(), *options.rest]
     options.out = options.out or f"study-{options.table or Path(options.data_dir).name}"
+    rest = [study.rest, command().partition(" -- ")[2]]  # without this machine's
+    keep_apart(Path(options.out), data_dir=options.data_dir, options=rest)
     os.environ["OMP_NUM_THREADS"] = "1"  # two runs of one thread are faster than one of two, one after the other
     first, last = map(int, study.seeds.split("-"))
     methods = study.methods.split(";")
-    if options.data_dir == "digits":
+    if not of_photographs:
         methods = [method for method in methods if method not in PHOTOGRAPHS_ONLY]
-    if BASELINES.isdisjoint(methods):
-        methods.insert(0, "labels only")
-    methods.sort(key=lambda method: "then" in method)  # those that start from another's checkpoint
-    tasks = itertools.product(methods, map(float, study.budgets.split(",")), range(first, last + 1))
-    with ThreadPoolExecutor(options.jobs) as pool:
-        rows = list(itertools.chain(*pool.map(lambda task: measure(options, *task), tasks)))
+    methods = list(dict.fromkeys([*map(baseline_of, methods), *methods]))
+    rows: list[dict] = []
+    for starts_from_another in (False, True):
+        some = [method for method in methods if ("then" in method) == starts_from_another]
+        tasks = itertools.product(some, map(float, study.budgets.split(",")), range(first, last + 1))
+        with ThreadPoolExecutor(options.jobs) as pool:
+            rows += itertools.chain(*pool.map(lambda task: measure(options, *task), tasks))
     rows.sort(key=lambda row: (row["images"], float(row["labels_percent"])))
     figures, differences = summary(rows), parts(rows)
     if options.table:
-        command = f"python benchmarks/study.py --table {options.table}"
-        command += "" if options.data_dir == "digits" else " --data_dir FOLDER"
-        source = {"hardware": options.hardware, "command": command}
+        source = {"hardware": options.hardware, "command": command()}
         write_csv(options.table, [row | source for row in figures])
         if differences:
             write_csv(f"{options.table}_parts", [row | source for row in differences])
@@ -256,7 +263,7 @@ def run(options: argparse.Namespace, method: str, extra: list[str], start: str, 
     """The metrics of one run, which goes on from that of the method ``start`` if one is given."""
     out, name = Path(options.out), run_name(method, budget, seed)
     file = out / "results" / name / "metrics.json"
-    if file.exists():
+    if file.exists() and (method in SHALLOW or file.with_name("predictions.csv").exists()):
         return json.loads(file.read_text())
     given = ["--data_dir", options.data_dir, "--seed", str(seed)]
     if start:
@@ -273,8 +280,8 @@ def run(options: argparse.Namespace, method: str, extra: list[str], start: str, 
         file.write_text(json.dumps(metrics))
         return metrics
     program = ["-c", PATCHED.format(CHANGES[method]), ROOT] if method in CHANGES else [ROOT / "MPL.py"]
-    command = [sys.executable, *program, "--name", name, "--overwrite", "--output_dir", out, *given]
-    subprocess.run(list(map(str, [*command, *options.rest])), check=True, stdout=subprocess.DEVNULL)
+    words = [sys.executable, *program, "--name", name, "--overwrite", "--output_dir", out, *given, *options.rest]
+    subprocess.run(list(map(str, words)), check=True, stdout=subprocess.DEVNULL)
     return json.loads(file.read_text())
 
 
@@ -290,6 +297,7 @@ SLOWLY = 0.02  # how fast FlexMatch's estimates of what is learned of each class
 def shallow(method: str, given: list[str]) -> dict:
     """What one would try in place of the program, on the same features, averaged over the same views for training; on
     the pixels, if there are no features."""
+    began = time.perf_counter()
     import torch  # here, as what follows, so that --help answers at once
 
     import args
@@ -298,7 +306,6 @@ def shallow(method: str, given: list[str]) -> dict:
     start = MPL.find_start(args.parse(given), [])
     work = MPL.make_ready(start, MPL.find_data(start), torch.device("cpu"), None)
     index, split = work.data.index, work.data.split
-    began = time.perf_counter()
     asked = np.concatenate([split.test, split.unlabeled])
     if method.startswith("like"):
         predicted = by_threshold(work, asked, flexible="Flex" in method)
@@ -435,10 +442,10 @@ def summary(rows: list[dict]) -> list[dict]:
     groups = grouped(rows, "images", "labels_percent", "method", "network")
     figures = []
     for (images, percent, method, network), own in groups.items():
-        labels_only = next(groups[each] for each in groups if each[:2] == (images, percent) and each[2] in BASELINES)
-        values, baseline = accuracies(own), accuracies(labels_only)
+        labels_only = baseline_of(method)
+        values, baseline = accuracies(own), accuracies(groups[images, percent, labels_only, "student"])
         ceilings = (groups.get((images, percent, each, "student")) for each in CEILINGS)
-        ceiling = next(filter(None, ceilings), None)
+        ceiling = next(filter(None, ceilings), None) if labels_only == "labels only" else None
         gains = np.subtract(values, baseline)
         figure = {
             **{"dataset": own[0]["dataset"], "images": images, "labels_percent": percent},
@@ -448,13 +455,18 @@ def summary(rows: list[dict]) -> list[dict]:
             **dict.fromkeys(("gain", "gain_low", "gain_high", "worst", "gap_closed_percent"), ""),
             "seconds": f"{statistics.median(row['seconds'] for row in own):.0f}",
         }
-        if method not in BASELINES:
+        if method != labels_only:
             figure |= interval(gains, "gain", "gain_low", "gain_high") | {"worst": f"{gains.min():+.1f}"}
             if ceiling:
                 gap = np.mean(accuracies(ceiling)) - np.mean(baseline)
                 figure["gap_closed_percent"] = f"{100 * gains.mean() / gap:.0f}"
         figures.append(figure)
     return figures
+
+
+def baseline_of(method: str) -> str:
+    """The method by the labels alone that another is compared with."""
+    return "original, labels only" if method.startswith("original") else "labels only"
 
 
 def interval(differences: np.ndarray, *keys: str) -> dict[str, str]:
