@@ -159,6 +159,9 @@ STUDIES = {
         "--test_percent 20 --model_name efficientnet_lite0+efficientnet_lite2",
     ),
     "flowers5_each": Study(True, "710-719", "3", EACH, "--test_percent 20"),
+    "flowers5_fresh_views": Study(
+        *(True, "500-504", "3", "best;best, fresh views", "--test_percent 20 --num_epochs 40"),
+    ),
     "brightness": Study(True, "600-609", "3", "labels only;mpl;best;best, mixture alone", "--test_percent 20"),
     "original": Study(True, "730-739", "3", ";".join(name for name in METHODS if name.startswith("original"))),
     "digits": Study(False, "70-79", "3", "labels only;all labels;best"),
