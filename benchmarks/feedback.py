@@ -84,7 +84,7 @@ SETTINGS = [
     Setting("sampled", "loss_difference", minus_mean=True, times=100),
     *(Setting(kind, "cosine") for kind in ("hard", "sampled")),
     Setting("sampled", "cosine", minus_mean=True),
-    Setting("hard", "cosine", minus_mean=True),
+    *(Setting("hard", "cosine", minus_mean=True, times=times) for times in (0.3, 1, 3, 10)),
     *(Setting(kind, "cosine", late=True) for kind in ("hard", "sampled")),
     Setting("hard", "cosine", minus_mean=True, late=True),
     Setting("soft", "exact"),
