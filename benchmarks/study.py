@@ -95,6 +95,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "original, cosine": (f"{ORIGINAL} --unsupervised cos", BOTH),
     "original, cosine, its loss without gradient": (f"{ORIGINAL} --unsupervised cos --lambda_u 0", BOTH),
     "original, role playing": (f"{ORIGINAL} --switch_mode", MODELS),
+    "original, role playing, twice the warm-up": (f"{ORIGINAL} --switch_mode --warmup_epoch_num 40", MODELS),
     "original, role playing and cosine": (f"{ORIGINAL} --switch_mode --unsupervised cos", MODELS),
 }
 # Without a pretrained network, whose features the mixture models, ``best`` is ``mpl`` with aligned shares.
@@ -127,6 +128,7 @@ PAIRS = (  # what a part of a method is worth: the method with it and without
     ("original, cosine", "original, cosine, its loss without gradient"),
     ("original, classic", "original, cosine, its loss without gradient"),
     ("original, role playing", "original, classic"),
+    ("original, role playing, twice the warm-up", "original, classic"),
     ("original, role playing and cosine", "original, cosine"),
 )
 
@@ -147,8 +149,8 @@ MAIN = (
 )
 EACH = (
     "labels only;mpl;mpl, no feedback;mpl, cosine feedback;mpl, cosine feedback, late;mpl, exact feedback, soft labels;"
-    "mpl, no feedback, soft labels;mpl, sampled labels;mpl, cosine consistency;best;best, no feedback;"
-    "best, not aligned;best, mixture alone;best, estimated shares;best, role playing;best, then finetuned"
+    "mpl, no feedback, soft labels;mpl, cosine consistency;best;best, no feedback;best, not aligned;"
+    "best, mixture alone;best, then finetuned"
 )
 STUDIES = {
     "flowers5": Study(True, "710-719", "1,3,10", MAIN, "--test_percent 20"),
