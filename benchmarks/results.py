@@ -141,6 +141,15 @@ def methods_table(name: str, images: str, percent: str, methods: Sequence[str]) 
     return markdown(["method", "student", "ensemble", *GAINED], rows)
 
 
+def headline(name: str, methods: dict[str, str]) -> str:
+    """A row for each method, described: what is right of the unlabelled images with each number of labels."""
+    rows = [
+        [text, *(cell(last(name, "unlabelled", percent, method)) for percent in budgets(name))]
+        for method, text in methods.items()
+    ]
+    return markdown(["", *(f"{n} labels" for n in budgets(name).values())], rows)
+
+
 def budgets(name: str) -> dict[str, str]:
     """The percentages of labels in a file, and how many labels these are."""
     return {row["labels_percent"]: row["n_labels"] for row in read_csv(name) if row["method"] == "labels only"}
@@ -222,7 +231,15 @@ EXPERIMENTS = (
     *("role playing", "role playing, twice the warm-up", "role playing and cosine"),
 )
 FIRST_EPOCHS = "digits: seconds after the start at which the first epochs are printed"
+HEADLINE = {
+    "labels only": "the labels alone (`--finetune_mode`)",
+    "like FixMatch": "pseudo labels above a threshold, as FixMatch has it",
+    "mpl": "Meta Pseudo Labels as published (`--recipe mpl`)",
+    "best": "the default (`--recipe best`)",
+    "all labels, out of fold": "all other images labelled",
+}
 TABLES: dict[str, Callable[[], str]] = {
+    "headline": lambda: headline("flowers5", HEADLINE),
     "flowers5": lambda: main_table("flowers5", METHODS),
     "digits": lambda: methods_table("digits", "test", "3", ("labels only", "best", "all labels")),
     "growth": growth_table,

@@ -82,6 +82,13 @@ def test_the_tables_say_what_docs_results_says():
     assert sorted(shown) == sorted(tables["TABLES"])
 
 
+def test_no_figures_are_kept_that_nobody_sees():
+    """Each file in docs/results is in a table, or linked where it is spoken of."""
+    shown = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("benchmarks/results.py", "RESULTS.md"))
+    names = [path.stem for path in (ROOT / "docs" / "results").glob("*.csv")]
+    assert [name for name in names if not re.search(rf"\b{name.removesuffix('_parts')}(\"|\.csv)", shown)] == []
+
+
 def test_modules_do_nothing_at_import_time():
     """None prints, or imports what only some runs need."""
     names = sorted(path.stem for path in ROOT.glob("*.py"))
