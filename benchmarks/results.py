@@ -233,7 +233,6 @@ EXPERIMENTS = (
 FIRST_EPOCHS = "digits: seconds after the start at which the first epochs are printed"
 HEADLINE = {
     "labels only": "the labels alone (`--finetune_mode`)",
-    "like FixMatch": "pseudo labels above a threshold, as FixMatch has it",
     "mpl": "Meta Pseudo Labels as published (`--recipe mpl`)",
     "best": "the default (`--recipe best`)",
     "all labels, out of fold": "all other images labelled",
