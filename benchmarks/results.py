@@ -227,7 +227,7 @@ METHODS = (
     *("mpl", "best", "all labels, out of fold"),
 )
 EXPERIMENTS = (
-    *("labels only", "classic", "cosine", "cosine, its loss without gradient"),
+    *("labels only", "classic", "cosine"),
     *("role playing", "role playing, twice the warm-up", "role playing and cosine"),
 )
 FIRST_EPOCHS = "digits: seconds after the start at which the first epochs are printed"
@@ -240,9 +240,10 @@ HEADLINE = {
 TABLES: dict[str, Callable[[], str]] = {
     "headline": lambda: headline("flowers5", HEADLINE),
     "flowers5": lambda: main_table("flowers5", METHODS),
-    "digits": lambda: methods_table("digits", "test", "3", ("labels only", "best", "all labels")),
     "growth": growth_table,
-    "feedback": lambda: whole_table("feedback", drop=("steps", "lambda_u"), network="student"),
+    "feedback": lambda: whole_table(
+        "feedback", drop=("steps", "lambda_u"), data="digits", labels="50", network="student"
+    ),
     "feedback_on_flowers": lambda: parts_table(
         "flowers5_each",
         (
@@ -261,23 +262,11 @@ TABLES: dict[str, Callable[[], str]] = {
             ("best", "best, not aligned"),
             ("best", "best, mixture alone"),
             ("best, then finetuned", "best"),
-            ("mpl, cosine consistency", "mpl"),
         ),
     ),
     "original": lambda: methods_table("original", "test", "3", [f"original, {name}" for name in EXPERIMENTS]),
-    "original_parts": lambda: parts_table(
-        "original",
-        (
-            ("original, role playing", "original, classic"),
-            ("original, role playing, twice the warm-up", "original, classic"),
-            ("original, cosine", "original, classic"),
-            ("original, cosine", "original, cosine, its loss without gradient"),
-        ),
-    ),
-    "original_faults": lambda: whole_table("original_faults"),
-    "label_shares": lambda: whole_table("label_shares"),
+    "label_shares": lambda: whole_table("label_shares", without=("mpl", "labels only")),
     "strangers": lambda: whole_table("strangers"),
-    "speed": lambda: whole_table("speed", processor="EPYC, bf16"),
     "seconds": lambda: whole_table("seconds", without=(FIRST_EPOCHS,)),
 }
 
