@@ -248,7 +248,7 @@ TABLES: dict[str, Callable[[], str]] = {
         "flowers5_each",
         (
             ("mpl", "mpl, no feedback"),
-            ("mpl, exact feedback, soft labels", "mpl, no feedback"),
+            ("mpl, exact feedback, soft labels", "mpl, no feedback, soft labels"),
             ("mpl, cosine feedback", "mpl, no feedback"),
             ("mpl, cosine feedback", "mpl, cosine feedback, late"),
             ("best", "best, no feedback"),
@@ -260,7 +260,6 @@ TABLES: dict[str, Callable[[], str]] = {
             ("best", "mpl"),
             ("best, not aligned", "mpl"),
             ("best", "best, not aligned"),
-            ("best", "best, mixture alone"),
             ("best, then finetuned", "best"),
         ),
     ),
