@@ -42,13 +42,15 @@ def with_tables(text: str) -> str:
 def command() -> str:
     """The command that is running, without what only this machine has to do with."""
     words = sys.argv[1:]
-    for option in ("--hardware", "--jobs", "--out", "--runs", "--cache_dir"):
+    for option in ("--hardware", "--jobs", "--out", "--cache_dir"):
         while option in words:
             place = words.index(option)
             del words[place : place + 2]
     for place, word in enumerate(words[:-1]):
         if word == "--data_dir" and words[place + 1] != "digits":
             words[place + 1] = "FOLDER"
+        if word == "--runs":
+            words[place + 1] = "RUNS"
     if words and words[-1] == "--":
         words.pop()
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
@@ -266,7 +268,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "original": lambda: methods_table("original", "test", "3", [f"original, {name}" for name in EXPERIMENTS]),
     "label_shares": lambda: whole_table("label_shares", without=("mpl", "labels only")),
     "strangers": lambda: whole_table("strangers"),
-    "seconds": lambda: whole_table("seconds", without=(FIRST_EPOCHS,)),
+    "seconds": lambda: whole_table("seconds", without=(FIRST_EPOCHS, "`--help`")),
 }
 
 
