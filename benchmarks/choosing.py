@@ -107,10 +107,8 @@ class Oracle:
         """Images to label, as ``--select`` chooses them, also by the ``last`` training."""
         others = np.setdiff1d(self.everyone, labeled)
         margins, strange = (None, None) if last is None else (selection.margins(last.p), last.strange)
-        return selection.choose(
-            *(lambda rows: self.x[rows], labeled, others, self.index.contents, n),
-            **{"margins": margins, "strange": strange, "seed": seed},
-        ).rows
+        x, contents = self.x.__getitem__, self.index.contents
+        return selection.choose(x, labeled, others, contents, n, margins=margins, strange=strange, seed=seed).rows
 
     def right(self, trained: "Trained") -> float:
         return 100 * float((trained.p.argmax(1) == self.truth[trained.others]).mean())
@@ -175,8 +173,8 @@ def main() -> None:
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--seeds", default="200-209", help="first-last")
     parser.add_argument("--curves", help="those of these labels, separated by semicolons [all]")
-    parser.add_argument("--budgets", default="10,25,50,75,100,200,400,800", help="no more than 150 are chosen")
-    parser.add_argument("--most_chosen", type=int, default=150)
+    parser.add_argument("--budgets", default="10,25,50,75,100,200,400,800", help="numbers of labels, comma-separated")
+    parser.add_argument("--most_chosen", type=int, default=100, help="larger ones are drawn at random only")
     parser.add_argument("--out", type=Path, default=Path("choosing"), help="where the runs are kept")
     parser.add_argument("--table", help="name of the file in docs/results to replace [print only]")
     parser.add_argument("--hardware", default="", help="what it ran on, for that file")
