@@ -606,6 +606,10 @@ def train_networks(
     """
     config, found, inputs, saved, last = work.start.config, work.data, work.inputs, work.start.saved, work.start.last
     plan = train.make_plan(config, found.split, work.guide.targets, work.guide.prior)
+    seen = config.batch_size + 2 * config.unlabeled_batch_size  # views a step
+    of_heads = seen * work.architecture.backbone.n_features * len(found.classes)
+    if work.architecture.frozen and of_heads <= train.FEW_PRODUCTS:
+        plan = dataclasses.replace(plan, step=train.by_one_thread(plan.step))
     learners = train.new_learners(config, plan.updates, work.architecture, inputs.device, inputs.precision)
     if saved:
         for name, learner in learners.items():

@@ -50,11 +50,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 # The embedded digits train a small network from scratch at their own size; a folder of photographs gets a pretrained,
-# frozen backbone at the size it was trained at.
+# frozen backbone.
 DIGITS_DEFAULTS = {"model_name": "wrn_10_1", "img_size": 16, "augmentation": "randaugment", "amp": "off"}
 SMALL_DEFAULTS = {"img_size": 12, "lr": 0.005}  # of digits with a wrn_DEPTH_WIDTH
 FOLDER_DEFAULTS = {"model_name": "efficientnet_lite0", "img_size": 224, "augmentation": "transfer", "amp": "auto"}
-MADE_FOR = {"efficientnet_lite1": 240, "efficientnet_lite2": 260}  # image sizes other than 224
+# Image sizes other than 224. The first was trained at 224: what it learned from crops, in which things are large, it
+# sees better in whole images that are larger (Touvron et al., arXiv 1906.06423).
+SIZES = {"efficientnet_lite0": 256, "efficientnet_lite1": 240, "efficientnet_lite2": 260}
 
 
 def option(default: Any, group: str, text: str, **spec: Any) -> Any:
@@ -216,7 +218,7 @@ class Config:
         low=8,
         high=2048,
         unit="pixels",
-        shown="224 pixels; digits: 12",
+        shown="256 pixels; most other networks: 224; digits: 12",
     )
     augmentation: str = option(
         None,
@@ -232,7 +234,7 @@ class Config:
         "at every step",
         low=0,
         high=1024,
-        shown="4 with a frozen backbone, else 0; digits: 8",
+        shown="2 with a frozen backbone, else 0; digits: 8",
     )
     cache_dir: str | None = option(
         None,
@@ -727,12 +729,12 @@ def _check_range(name: str, value: Any, meta: Any) -> None:
 
 def _resolve(config: Config) -> Config:
     """Fill in what was not given: what the recipe says, then the data set, then what follows from other options."""
-    if config.model_name is not None and (config.model_name in MADE_FOR or "+" in config.model_name):
-        config = _filled(config, img_size=max(map(made_for, config.model_name.split("+"))))
     digits, recipe = config.data_dir == "digits", RECIPES[config.recipe]
-    config = _filled(config, **{key: value for key, value in recipe.items() if key != "warmup_epoch_num"})
     defaults = DIGITS_DEFAULTS if digits else FOLDER_DEFAULTS
-    config = _filled(config, model_name=defaults["model_name"])
+    config = _filled(config, model_name=recipe.get("model_name", defaults["model_name"]))
+    if config.model_name in SIZES or "+" in config.model_name:
+        config = _filled(config, img_size=max(map(size_of, config.model_name.split("+"))))
+    config = _filled(config, **{key: value for key, value in recipe.items() if key != "warmup_epoch_num"})
     if digits and config.model_name.startswith("wrn_"):
         config = _filled(config, **SMALL_DEFAULTS)
     config = _filled(config, **defaults, lr=LR)
@@ -753,7 +755,7 @@ def _resolve(config: Config) -> Config:
         num_labels_percent=labels_percent,
         val_percent=0.0 if all_to_learn_from else 0.8,
         test_percent=0.0 if all_to_learn_from else 6.0,
-        views=4 if frozen else 8 if digits else 0,
+        views=2 if frozen else 8 if digits else 0,
         unlabeled_batch_size=config.batch_size * (2 if digits else 1),
         alignment=unknown_shares if config.chosen_labels else "labels",
         trial_seeds=2 if digits else 3,
@@ -763,9 +765,9 @@ def _resolve(config: Config) -> Config:
     )
 
 
-def made_for(model_name: str) -> int:
-    """The image size that a network is given among others, in pixels."""
-    return MADE_FOR.get(model_name, 224)
+def size_of(model_name: str) -> int:
+    """The size of the images that a network sees, also beside another, in pixels."""
+    return SIZES.get(model_name, 224)
 
 
 def _filled(config: Config, **values: Any) -> Config:
@@ -851,7 +853,7 @@ def _check_network(config: Config) -> None:
     if len(names) > 1:
         if len(names) > 2 or not all(names) or any(name.startswith("wrn_") for name in names):
             raise ValueError(f"--model_name {config.model_name}: A+B takes two pretrained networks")
-        if config.img_size != max(map(made_for, names)):
+        if config.img_size != max(map(size_of, names)):
             raise ValueError("--img_size does not go with two networks: each sees images of its own size")
         if config.weights != "default":
             raise ValueError(f"--weights {config.weights} does not go with two networks: they come with their own")

@@ -191,6 +191,8 @@ class FeatureCache(FeatureSource):
             here = draws == draw
             missing[here], features[here] = self._read(self._table(kind, draw), rows[here])
         places, same = np.flatnonzero(missing), np.full(len(indices), -1)
+        if not len(places):
+            return Request(kind, indices, draws, places, features, same)
         views = np.stack([rows[places], draws[places]])
         _, first, same[places] = np.unique(views, axis=1, return_index=True, return_inverse=True)
         return Request(kind, indices, draws, places[first], features, same)
@@ -463,11 +465,11 @@ class Inputs:
             for batch in fresh_batches(schedule, labels, self.views, start, stop, num_workers=num_workers, pin=pin):
                 yield batch.to(self.device, self.encode)
 
-    def average(self, rows: np.ndarray, n_views: int, weak_weight: int = 3) -> torch.Tensor:
-        """The mean of each image's features over ``n_views`` weak and as many strong views [n, D], the weak ones
-        more."""
+    def average(self, rows: np.ndarray, n_views: int) -> torch.Tensor:
+        """The mean of each image's features over the image itself, ``n_views`` weak and as many strong views [n, D],
+        the strong ones less."""
         views = range(n_views)
-        wanted = [("weak", v, weak_weight) for v in views] + [("strong", v, 1) for v in views]
+        wanted = [("plain", 0, 3), *(("weak", v, 3) for v in views), *(("strong", v, 1) for v in views)]
 
         def mean(rows: np.ndarray) -> list[torch.Tensor]:
             parts = np.array_split(rows, -(-len(rows) // AT_ONCE))

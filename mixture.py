@@ -30,7 +30,7 @@ from data import Data
 from utils import first_few, uncompiled
 
 MOST_IMAGES = 5_000  # to estimate from, to be neighbours and to hold at once, whatever the folder's size
-AVERAGED_VIEWS = 4  # weak and strong ones each of an image, if each step has new ones
+AVERAGED_VIEWS = 2  # weak and strong ones each of an image, if each step has new ones
 CHUNK = 1024  # images whose neighbours are sought at once
 EPSILON = 1e-3  # added to activations before their root is taken
 DIMENSIONS = 512  # principal ones that are kept at most, and as many as a third of the images, or twice the classes

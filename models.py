@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import distributed
-from args import made_for
+from args import size_of
 from utils import (
     CheckpointError,
     ResourceError,
@@ -254,7 +254,7 @@ def build_backbone(model_name: str, weights: str, img_size: int, seed: int) -> B
         CheckpointError: the weights are not on disk and cannot be downloaded, or do not fit.
     """
     if "+" in model_name:
-        parts = [build_backbone(name, weights, made_for(name), seed) for name in model_name.split("+")]
+        parts = [build_backbone(name, weights, size_of(name), seed) for name in model_name.split("+")]
         if len({part.name for part in parts}) < len(parts):
             raise UsageError(f"--model_name {model_name}: both are {parts[0].name}; name two different networks")
         name = "+".join(part.name for part in parts)

@@ -22,8 +22,9 @@ from data import Batch, Schedule, Source, Split
 from models import Architecture, Learner, checkpoint_activations
 from utils import Bar, DivergedError, Signals, seed_torch
 
-VERSION = 6  # raised whenever the same options, images and seed come to train otherwise; then no run goes on
+VERSION = 7  # raised whenever the same options, images and seed come to train otherwise; then no run goes on
 ALIGNMENT_RATE = 0.1  # of the ascent: some ten batches are averaged over
+FEW_PRODUCTS = 2**24  # in a pass of a head over a step's views, which takes one thread a millisecond or less
 
 Measurements = dict[str, torch.Tensor]
 Step = Callable[..., Measurements]
@@ -423,6 +424,20 @@ def after_warmup(warmup_steps: int, *, aim: Aim, settings: Settings) -> Step:
         return learn(teacher, student, batch, number, aim=aim, settings=settings)
 
     return step
+
+
+def by_one_thread(step: Step) -> Step:
+    """The step, computed by one thread: of a small network several would wait for each other longer than they work."""
+
+    def alone(*inputs: Any) -> Measurements:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return step(*inputs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return alone
 
 
 def count_updates(roles: Roles, *, epochs: int, warmup_epochs: int, steps_per_epoch: int) -> dict[str, int]:

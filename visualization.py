@@ -20,7 +20,7 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-from PIL import Image
+from PIL import Image, ImageChops
 
 import metrics
 import mixture
@@ -55,6 +55,7 @@ STYLE = {
 }
 PLAIN = STYLE | {"axes.grid": False}
 MARGIN = 0.12  # inches around what is drawn
+LINE = 0.18  # inches of a line of a figure's title
 FONT = "DejaVu Sans"  # which comes with matplotlib
 BOXES = "Last Resort"  # this one too: it has a box for every character there is
 TITLES = {
@@ -193,9 +194,12 @@ def draw_curves(history: list[dict[str, str]], title: str, path: Path) -> Path:
     networks = list(dict.fromkeys(row["network"] for row in history))
     of_role = [row for row in history if row["role"] != "student" or len(networks) == 1]
     has_mpl = any(row["loss_u"] for row in history)
-    figure = new_figure(10, 6.5) if has_mpl else new_figure(12, 3.4)
-    axes = figure.subplots(2, 2) if has_mpl else figure.subplots(1, 3)
-    axes = dict(zip(("losses", "accuracy", "rates", "feedback"), axes.flat, strict=False))
+    if has_mpl:
+        grid = drawing(10, 6.5, 2, 2, left=0.95, right=0.75, between=1.1, above=0.75, below=0.55, under=0.8)
+    else:
+        grid = drawing(12, 3.4, 1, 3, left=0.75, right=0.2, between=1.0, above=0.75, below=0.55)
+    figure = grid.flat[0].figure
+    axes = dict(zip(("losses", "accuracy", "rates", "feedback"), grid.flat, strict=False))
 
     for (key, label), color in zip(LOSSES.items(), COLORS, strict=False):
         x, y = _series(history if key == "loss_s" else of_role, key)
@@ -245,36 +249,60 @@ def draw_curves(history: list[dict[str, str]], title: str, path: Path) -> Path:
     return _save(figure, path)
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
     """A figure of so many inches. pyplot, which would take half a second to import, is not needed for it."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
 
+def drawing(
+    width: float,
+    height: float,
+    rows: int,
+    columns: int,
+    *,
+    left: float,
+    right: float,
+    above: float,
+    below: float,
+    between: float = 0.0,
+    under: float = 0.0,
+    sharey: bool = False,
+) -> np.ndarray:
+    """The axes [rows, columns] of a new figure with so many inches beside, above and below them, ``between`` two
+    columns and ``under`` each row but the last. To find these room by looking at every text, as constrained layout
+    does, would take as long as to draw it."""
+    figure = new_figure(width, height, None)
+    wide = (width - left - right - (columns - 1) * between) / columns
+    high = (height - above - below - (rows - 1) * under) / rows
+    margins = {"left": left / width, "right": 1 - right / width, "bottom": below / height, "top": 1 - above / height}
+    figure.subplots_adjust(**margins, wspace=between / wide, hspace=under / high)
+    return figure.subplots(rows, columns, sharey=sharey, squeeze=False)
+
+
 def rendered(figure: Figure) -> Image.Image:
     """A figure as an image, cut to what is on it and a narrow margin. ``savefig`` draws twice to know where that ends;
-    here a figure is drawn again only if something reaches beyond its edges, as a long name may."""
+    here a figure is drawn again only if something reaches its edges, as a long name may."""
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
     canvas.draw()
     sheet = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    box = figure.get_tightbbox(canvas.get_renderer())  # inches
-    left, lower, right, upper = np.multiply(box.extents, figure.dpi)
-    if min(left, lower) < 0 or right > sheet.width or upper > sheet.height:
+    box = ImageChops.invert(sheet).getbbox() or (0, 0, *sheet.size)  # of what is not white
+    left, upper, right, lower = box
+    if min(left, upper) == 0 or right == sheet.width or lower == sheet.height:
         content = io.BytesIO()
         figure.savefig(content, bbox_inches="tight", pad_inches=MARGIN)
         return Image.open(content).convert("RGB")
-    margin = MARGIN * figure.dpi
-    size = round(right - left + 2 * margin), round(upper - lower + 2 * margin)
-    cut = Image.new("RGB", size, "white")
-    cut.paste(sheet, (round(margin - left), round(margin + upper) - sheet.height))
+    margin = round(MARGIN * figure.dpi)
+    cut = Image.new("RGB", (right - left + 2 * margin, lower - upper + 2 * margin), "white")
+    cut.paste(sheet.crop(box), (margin, margin))
     return cut
 
 
 def _save(figure: Figure, path: Path) -> Path:
     content = io.BytesIO()
-    rendered(figure).save(content, "PNG", compress_level=4)  # half the time of the usual 6, for one per cent more bytes
+    rendered(figure).save(content, "PNG", compress_level=1)  # a third of the time of the usual 6
     utils.write_atomically(path, content.getvalue())
     return path
 
@@ -308,28 +336,36 @@ def draw_confusion(
     longest = max(map(_width, names))
     cell = 0.62 if n <= 20 else 0.24
     side = max(3.2, cell * n)
-    margin = 0.085 * longest * (1.0 if n <= 20 else 0.75)
     font = 9 if n <= 20 else 6.5
-    wide = 0.085 * longest * font / 9  # inches of the longest name
-    figure = new_figure(side + margin + 1.6, side + margin + 0.9)
-    ax = figure.subplots()
+    named = 0.085 * longest * font / 9  # inches of the longest name
+    upright = named > 0.9 * side / n
+    accuracy = np.trace(counts) / max(counts.sum(), 1)
+    heading, score = f"{title}:", f"{accuracy:.2%} of {counts.sum()} {kind}"
+    width = max(30, int(side * 11))
+    fits = len(heading) + 1 + len(score) <= width
+    heading = f"{heading} {score}" if fits else f"{textwrap.fill(heading, width)}\n{score}"
+    left, right = 0.5 + named, 1.4
+    above, below = 0.3 + LINE * (heading.count("\n") + 1), 0.5 + (named if upright else 0.15)
+    wide, high = left + side + right, above + side + below
+    ax = drawing(wide, high, 1, 1, left=left, right=right, above=above, below=below)[0, 0]
+    figure = ax.figure
     shades = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    ax.set_xticks(range(n), names, rotation=90 if wide > 0.9 * side / n else 0)
+    ax.set_xticks(range(n), names, rotation=90 if upright else 0)
     ax.set_yticks(range(n), names)
     for i, j in zip(*np.nonzero(counts), strict=True):
         text = f"{counts[i, j]}" + (f"\n{shares[i, j]:.0%}" if n <= 20 else "")
         ax.text(
             j, i, text, ha="center", va="center", fontsize=font - 1, color="white" if shares[i, j] > 0.55 else "black"
         )
-    accuracy = np.trace(counts) / max(counts.sum(), 1)
-    heading, score = f"{title}:", f"{accuracy:.2%} of {counts.sum()} {kind}"
-    width = max(30, int(side * 11))
-    fits = len(heading) + 1 + len(score) <= width
-    ax.set_title(f"{heading} {score}" if fits else f"{textwrap.fill(heading, width)}\n{score}", fontsize=10)
+    ax.set_title(heading, fontsize=10)
     ax.set(xlabel=f"predicted{key}", ylabel="true")
     ax.tick_params(labelsize=font)
     ax.grid(False)
-    figure.colorbar(shades, ax=ax, label="share of the true class", shrink=min(1.0, 5 / side), aspect=30)
+    bar = min(side, 5.0)  # inches
+    scale = figure.add_axes(
+        ((left + side + 0.2) / wide, (below + (side - bar) / 2) / high, bar / 30 / wide, bar / high)
+    )
+    figure.colorbar(shades, cax=scale, label="share of the true class")
     return _save(figure, path)
 
 
@@ -353,8 +389,13 @@ def draw_calibration(
     versions = {"As predicted": probabilities}
     if temperature is not None:
         versions[f"Divided by temperature {temperature:.2f}"] = metrics.sharpened(probabilities, temperature)
-    figure = new_figure(4.3 * len(versions), 4.2)
-    axes = figure.subplots(1, len(versions), sharey=True, squeeze=False)[0]
+    title = textwrap.fill(f"Calibration on {kind}, {title}", 50 * len(versions))
+    above = 0.45 + LINE * (title.count("\n") + 1)
+    columns = len(versions)
+    axes = drawing(
+        4.3 * columns, 4.4, 1, columns, left=0.6, right=0.2, above=above, below=0.9, between=0.3, sharey=True
+    )[0]
+    figure = axes[0].figure
     edges = np.linspace(0, 1, bins + 1)
     for ax, (name, p) in zip(axes, versions.items(), strict=True):
         confidence, correct = p.max(1), p.argmax(1) == labels
@@ -371,8 +412,8 @@ def draw_calibration(
         ax.set(title=f"{name}: ECE {error:.3f}", xlabel="confidence", xlim=(0, 1), ylim=(0, 1.02))
     axes[0].set_ylabel("share")
     handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8)  # where no curve runs
-    figure.suptitle(textwrap.fill(f"Calibration on {kind}, {title}", 50 * len(versions)))
+    figure.legend(*handles, loc="lower center", ncols=3, fontsize=8)  # where no curve runs
+    figure.suptitle(title)
     return _save(figure, path)
 
 
@@ -381,20 +422,24 @@ def draw_images(images: np.ndarray, captions: Sequence[str], title: str, path: P
     """A grid of images [N, S, S, 3] uint8, each with a caption of lines of up to ``CAPTION`` characters."""
     columns = min(columns, max(len(images), 4))  # four are as wide as a title
     rows = -(-len(images) // columns)
-    title, *captions = _lettered(title, *captions)
+    title, *captions = _lettered(textwrap.fill(title, 15 * columns), *captions)
     side, width = 1.5, 1.6  # inches of an image, and from one to the next
-    height = side + 0.22 + 0.14 * max(caption.count("\n") + 1 for caption in captions)
-    figure = new_figure(width * columns, height * rows + 0.4)
-    ax = figure.subplots()
-    smooth = images.shape[1] >= 64
+    above = 0.15 + LINE * (title.count("\n") + 1)
+    high = side + 0.22 + 0.14 * max(caption.count("\n") + 1 for caption in captions)  # of one with its caption
+    wide, height = width * columns, above + high * rows
+    figure = new_figure(wide, height, None)
+    ax = figure.add_axes((0, 0, 1, 1))  # one for all: those of their own would take longer to make than all else
+    pixels = round(side * figure.dpi)
+    kind = Image.Resampling.LANCZOS if images.shape[1] >= 64 else Image.Resampling.NEAREST
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        left, bottom = i % columns * width, (i // columns + 1) * height
-        ax.imshow(image, interpolation=None if smooth else "nearest", extent=(left, left + side, bottom, bottom - side))
-        ax.text(left + side / 2, bottom - side - 0.03, caption, ha="center", va="bottom", fontsize=7)
-    ax.set(xlim=(0, columns * width - (width - side)), ylim=(rows * height, 0.18))
-    ax.axis("off")  # one for all: those of their own would take longer to make than all else
+        left, lower = i % columns * width + (width - side) / 2, above + (i // columns + 1) * high - (width - side) / 2
+        shown = Image.fromarray(image).resize((pixels, pixels), kind)
+        ax.imshow(shown, interpolation="nearest", extent=(left, left + side, lower, lower - side))
+        ax.text(left + side / 2, lower - side - 0.03, caption, ha="center", va="bottom", fontsize=7)
+    ax.set(xlim=(0, wide), ylim=(height, 0))
+    ax.axis("off")
     _fit(ax.texts, side)
-    figure.suptitle(textwrap.fill(title, 15 * columns))
+    figure.suptitle(title, y=1 - 0.08 / height)
     return _save(figure, path)
 
 

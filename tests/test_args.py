@@ -45,7 +45,7 @@ def test_defaults_are_the_originals():
     ("options", "expected"),
     [
         ({}, {"model_name": "wrn_10_1", "lambda_u": 1.0, "weights": "none", "trainable": "all", "views": 8}),
-        ({"data_dir": "d"}, {"weights": "default", "trainable": "head", "views": 4, "augmentation": "transfer"}),
+        ({"data_dir": "d"}, {"weights": "default", "trainable": "head", "views": 2, "augmentation": "transfer"}),
         ({"data_dir": "d", "weights": "none"}, {"trainable": "all", "views": 0}),
         ({"data_dir": "d"}, {"targets": "mixture", "alignment": "labels", "lambda_u": 3.0}),
         ({"data_dir": "d", "targets": "teacher"}, {"alignment": "labels", "lambda_u": 0.27}),
@@ -97,6 +97,7 @@ def test_the_original_experiment_is_the_published_algorithm_with_its_own_network
     assert {key: original[key] for key in published if published[key] != original[key]} == {
         "recipe": "original",
         "model_name": "vgg16",
+        "img_size": 224,
         "views": 0,
     }
     assert (original["weights"], original["trainable"], original["img_size"]) == ("default", "head", 224)
@@ -383,7 +384,7 @@ def test_the_description_is_of_what_was_given_and_what_follows_in_a_few_lines():
     given, *implied = text.splitlines()
     assert given.split() == ["given", "data_dir=flowers", "lr=0.01", "switch_mode=True"]
     assert " ".join(implied).split() == [
-        *("implied", "recipe=best", "model_name=efficientnet_lite0", "img_size=224", "num_labels_percent=3.0"),
+        *("implied", "recipe=best", "model_name=efficientnet_lite0", "img_size=256", "num_labels_percent=3.0"),
         *("targets=mixture", "num_epochs=100"),
     ]
     assert max(map(len, text.splitlines())) <= 80
@@ -410,8 +411,9 @@ def test_a_rank_in_the_environment_silences_no_run_that_torchrun_did_not_start(t
     assert args.speaks()
 
 
-def test_networks_see_images_of_the_size_that_they_were_made_for():
-    for name, size in (("resnet18", 224), ("efficientnet_lite2", 260), ("vgg16+efficientnet_lite1", 240)):
+def test_networks_see_images_of_the_size_that_suits_them():
+    sizes = {"resnet18": 224, "efficientnet_lite0": 256, "efficientnet_lite2": 260, "vgg16+efficientnet_lite1": 240}
+    for name, size in sizes.items():
         assert args.configure(data_dir="d", model_name=name).img_size == size
     assert args.configure(data_dir="d", model_name="efficientnet_lite2", img_size=128).img_size == 128
     both = args.configure(data_dir="d", model_name="vgg16+efficientnet_lite1", img_size=240)  # as in its config.json

@@ -118,7 +118,7 @@ def test_both_engines_give_the_same_features_whatever_else_is_in_the_batch(name,
 
 
 def test_two_backbones_side_by_side_see_their_own_sizes_and_count_the_same(monkeypatch):
-    monkeypatch.setattr(models, "made_for", {"resnet": 64, "resnet18": 64, "wrn_10_1": 32}.get)
+    monkeypatch.setattr(models, "size_of", {"resnet": 64, "resnet18": 64, "wrn_10_1": 32}.get)
     both = models.build_backbone("resnet+wrn_10_1", "none", 64, seed=0)
     assert (both.name, both.n_features, both.img_size) == ("resnet18+wrn_10_1", 512 + 64, 64)
     x = images(5, 64)
