@@ -11,7 +11,7 @@ which no image was chosen is wrong throughout. In rounds of 25 the images of eac
 the networks trained on the earlier ones are least sure of. Options after -- go to every training.
 
 Each seed of each curve is a task, of which --jobs run at a time; those that are in --out are not done again. With
---table NAME docs/results/NAME.csv is made anew, and docs/NAME.png drawn from it.
+--table NAME docs/results/NAME.csv is made anew, and from growth.csv docs/growth.png drawn.
 """
 
 import argparse
@@ -142,6 +142,7 @@ class Curve(NamedTuple):
 
 
 ROUND = 25
+PICTURED = "growth"  # the table in README's picture
 CURVES = (
     Curve("at random", "the labels alone", "--finetune_mode"),
     Curve("at random", "MPL as published", "--recipe mpl"),
@@ -172,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--seeds", default="200-209", help="first-last")
-    parser.add_argument("--curves", help="those of these labels, separated by semicolons [all]")
+    parser.add_argument("--curves", help="LABELS or LABELS: LEARNED BY, separated by semicolons [all]")
     parser.add_argument("--budgets", default="10,25,50,75,100,200,400,800", help="numbers of labels, comma-separated")
     parser.add_argument("--most_chosen", type=int, default=100, help="larger ones are drawn at random only")
     parser.add_argument("--out", type=Path, default=Path("choosing"), help="where the runs are kept")
@@ -184,7 +185,7 @@ def main() -> None:
     first, last = map(int, options.seeds.split("-"))
     seeds = range(first, last + 1)
     wanted = options.curves.split(";") if options.curves else [curve.labels for curve in CURVES]
-    curves = [curve for curve in CURVES if curve.labels in wanted]
+    curves = [each for each in CURVES if each.labels in wanted or f"{each.labels}: {each.learned_by}" in wanted]
     rest = command().partition(" -- ")[2]  # without this machine's
     keep_apart(options.out, data_dir=options.data_dir, options=rest)
 
@@ -223,20 +224,21 @@ def main() -> None:
     if options.table:
         source = {"hardware": options.hardware, "command": command()}
         write_csv(options.table, [row | source for row in rows])
-        draw(options.table)
+        if options.table == PICTURED:
+            draw()
 
 
-def draw(table: str) -> None:
-    """The curves of a table, as docs/TABLE.png."""
+def draw() -> None:
+    """The curves of README's picture."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    labels = set()
+    labels, table = set(), read_csv(PICTURED)
     for curve, marker in zip(CURVES, "vsoD^", strict=True):
-        rows = [row for row in read_csv(table) if (row["which"], row["learned by"]) == (curve.labels, curve.learned_by)]
+        rows = [row for row in table if (row["which"], row["learned by"]) == (curve.labels, curve.learned_by)]
         if rows:
             x = [int(row["labels"]) for row in rows]
             mean, sd = np.array([[float(part) for part in row["right"].split(" ± ")] for row in rows]).T
@@ -251,7 +253,7 @@ def draw(table: str) -> None:
     axes.set_ylabel("right of the images without one, %")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    figure.savefig(ROOT / "docs" / f"{table}.png", dpi=120)
+    figure.savefig(ROOT / "docs" / f"{PICTURED}.png", dpi=120)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from results import command, markdown, spread, write_csv
+from study import interval
 
 import args
 import images
@@ -64,14 +65,15 @@ def main() -> None:
                 labels = np.where(np.isin(found.index.labels, unknown), images.UNKNOWN, found.index.labels)
                 measured.append(measure(x, plain, labels, distinct, share, percent, rng))
         of_unlabelled, of_test, off, below, noticed, without, noticing = np.array(measured).T
+        gain = interval(noticing - without, "mean", "low", "high")
         rows.append(
             {
                 **{"labels": f"{percent:g} %", "strangers": f"{share:.0%}", "n": len(measured)},
-                "AUROC, unlabelled": f"{of_unlabelled.mean():.2f}" if share else "–",
-                "AUROC, test": f"{of_test.mean():.2f}" if share else "–",
+                "AUROC, unlabelled": spread(of_unlabelled) if share else "–",
+                "AUROC, test": spread(of_test) if share else "–",
                 **{"share off": spread(off, "+"), "known below 0.5": spread(below), "noticed": f"{noticed.mean():.0%}"},
                 **{"right, not noticing": spread(without), "right, noticing": spread(noticing)},
-                "difference": spread(noticing - without, "+"),
+                "difference [95 %]": "{mean} [{low}, {high}]".format(**gain),
             }
         )
         print("| " + " | ".join(map(str, rows[-1].values())) + " |", flush=True)
