@@ -853,7 +853,7 @@ def _check_network(config: Config) -> None:
     if len(names) > 1:
         if len(names) > 2 or not all(names) or any(name.startswith("wrn_") for name in names):
             raise ValueError(f"--model_name {config.model_name}: A+B takes two pretrained networks")
-        if config.img_size != max(map(size_of, names)):
+        if "img_size" in config.given and config.img_size != max(map(size_of, names)):
             raise ValueError("--img_size does not go with two networks: each sees images of its own size")
         if config.weights != "default":
             raise ValueError(f"--weights {config.weights} does not go with two networks: they come with their own")

@@ -217,8 +217,9 @@ class Backbone:
     normalization: Normalization
 
     def fingerprint(self) -> str:
-        """A hash of the name, the image size and every weight."""
-        digest = hashlib.sha256(f"{self.name} {self.img_size}".encode())
+        """A hash of the name, the image size, or those of both networks, and every weight."""
+        sizes = self.body.sizes if isinstance(self.body, SideBySide) else ()
+        digest = hashlib.sha256(" ".join(map(str, (self.name, self.img_size, *sizes))).encode())
         for key, tensor in self.body.state_dict().items():
             digest.update(key.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -723,9 +724,10 @@ def open_architecture(
         kept = backbone.body.state_dict()
     fingerprint = backbone.fingerprint() if frozen else None
     if earlier and frozen and earlier.fingerprint != fingerprint:
-        raise CheckpointError(
-            f"the frozen weights of {model_name} are not those the checkpoint was trained on: give the same --weights"
+        other = (
+            ": give the same --weights" if "+" not in model_name else ", or it saw images of other sizes: train anew"
         )
+        raise CheckpointError(f"the frozen weights of {model_name} are not those the checkpoint was trained on{other}")
     origin = Origin(backbone.name, seed, fingerprint, kept)
     return Architecture(backbone, origin, frozen, source != "none", n_classes)
 

@@ -130,6 +130,8 @@ def test_two_backbones_side_by_side_see_their_own_sizes_and_count_the_same(monke
             assert torch.allclose(torch.nn.functional.normalize(found), torch.nn.functional.normalize(alone), atol=1e-5)
             assert found.square().mean(1) == pytest.approx(0.25, rel=1e-4)
     assert both.fingerprint() != models.build_backbone("wrn_10_1+resnet", "none", 64, seed=0).fingerprint()
+    monkeypatch.setattr(models, "size_of", {"resnet": 64, "resnet18": 64, "wrn_10_1": 48}.get)
+    assert both.fingerprint() != models.build_backbone("resnet+wrn_10_1", "none", 64, seed=0).fingerprint()
 
 
 class Choice:
