@@ -53,10 +53,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 # frozen backbone.
 DIGITS_DEFAULTS = {"model_name": "wrn_10_1", "img_size": 16, "augmentation": "randaugment", "amp": "off"}
 SMALL_DEFAULTS = {"img_size": 12, "lr": 0.005}  # of digits with a wrn_DEPTH_WIDTH
-FOLDER_DEFAULTS = {"model_name": "efficientnet_lite0", "img_size": 224, "augmentation": "transfer", "amp": "auto"}
-# Image sizes other than 224. The first was trained at 224: what it learned from crops, in which things are large, it
-# sees better in whole images that are larger (Touvron et al., arXiv 1906.06423).
-SIZES = {"efficientnet_lite0": 256, "efficientnet_lite1": 240, "efficientnet_lite2": 260}
+FOLDER_DEFAULTS = {"model_name": "efficientnet_lite0", "augmentation": "transfer", "amp": "auto"}
+MADE_FOR = {"efficientnet_lite1": 240, "efficientnet_lite2": 260}  # image sizes other than 224
+# What a network has learned from crops, in which things are large, it sees better in whole images that are larger
+# (Touvron et al., arXiv 1906.06423), as long as it learns no more.
+SHOWN_FROZEN = {"efficientnet_lite0": 256}
 
 
 def option(default: Any, group: str, text: str, **spec: Any) -> Any:
@@ -218,7 +219,7 @@ class Config:
         low=8,
         high=2048,
         unit="pixels",
-        shown="256 pixels; most other networks: 224; digits: 12",
+        shown="256 pixels; other networks, and one that learns as a whole: mostly 224; digits: 12",
     )
     augmentation: str = option(
         None,
@@ -234,7 +235,7 @@ class Config:
         "at every step",
         low=0,
         high=1024,
-        shown="2 with a frozen backbone, else 0; digits: 8",
+        shown="2 with a frozen backbone, else 0, of digits 8",
     )
     cache_dir: str | None = option(
         None,
@@ -730,20 +731,22 @@ def _check_range(name: str, value: Any, meta: Any) -> None:
 def _resolve(config: Config) -> Config:
     """Fill in what was not given: what the recipe says, then the data set, then what follows from other options."""
     digits, recipe = config.data_dir == "digits", RECIPES[config.recipe]
-    defaults = DIGITS_DEFAULTS if digits else FOLDER_DEFAULTS
-    config = _filled(config, model_name=recipe.get("model_name", defaults["model_name"]))
-    if config.model_name in SIZES or "+" in config.model_name:
+    if config.model_name is not None and "+" in config.model_name:
         config = _filled(config, img_size=max(map(size_of, config.model_name.split("+"))))
     config = _filled(config, **{key: value for key, value in recipe.items() if key != "warmup_epoch_num"})
+    defaults = DIGITS_DEFAULTS if digits else FOLDER_DEFAULTS
+    config = _filled(config, model_name=defaults["model_name"])
     if digits and config.model_name.startswith("wrn_"):
         config = _filled(config, **SMALL_DEFAULTS)
+    config = _filled(config, weights="none" if config.model_name.startswith("wrn_") else "default")
+    config = _filled(config, trainable="all" if config.weights == "none" and "+" not in config.model_name else "head")
+    frozen = config.trainable == "head"
+    if not digits:
+        config = _filled(config, img_size=size_of(config.model_name, frozen=frozen))
     config = _filled(config, **defaults, lr=LR)
     turns = 2 if config.switch_mode else 1  # role playing's two teachers share the warm-up
     warmup_epochs = min(recipe.get("warmup_epoch_num", 20 * turns), config.num_epochs // 5 * turns)
     config = _filled(config, warmup_epoch_num=warmup_epochs)
-    config = _filled(config, weights="none" if config.model_name.startswith("wrn_") else "default")
-    config = _filled(config, trainable="all" if config.weights == "none" and "+" not in config.model_name else "head")
-    frozen = config.trainable == "head"
     config = _filled(config, targets="mixture" if frozen and config.weights != "none" else "teacher")
     mixture = config.targets == "mixture"
     labels_percent = config.num_labels_percent or (100.0 if config.chosen_labels else 3.0)
@@ -765,9 +768,10 @@ def _resolve(config: Config) -> Config:
     )
 
 
-def size_of(model_name: str) -> int:
-    """The size of the images that a network sees, also beside another, in pixels."""
-    return SIZES.get(model_name, 224)
+def size_of(model_name: str, *, frozen: bool = True) -> int:
+    """The size of the images that a network sees if no other is asked for, in pixels; one of two is always frozen."""
+    sizes = MADE_FOR | (SHOWN_FROZEN if frozen else {})
+    return sizes.get(model_name, 224)
 
 
 def _filled(config: Config, **values: Any) -> Config:

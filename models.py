@@ -217,8 +217,8 @@ class Backbone:
     normalization: Normalization
 
     def fingerprint(self) -> str:
-        """A hash of the name, the image size, or those of both networks, and every weight."""
-        sizes = self.body.sizes if isinstance(self.body, SideBySide) else ()
+        """A hash of the name, the image size, of two networks also one that sees another, and every weight."""
+        sizes = [n for n in self.body.sizes if n != self.img_size] if isinstance(self.body, SideBySide) else ()
         digest = hashlib.sha256(" ".join(map(str, (self.name, self.img_size, *sizes))).encode())
         for key, tensor in self.body.state_dict().items():
             digest.update(key.encode())

@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-from PIL import Image, ImageChops
+from PIL import Image
 
 import metrics
 import mixture
@@ -195,7 +195,7 @@ def draw_curves(history: list[dict[str, str]], title: str, path: Path) -> Path:
     of_role = [row for row in history if row["role"] != "student" or len(networks) == 1]
     has_mpl = any(row["loss_u"] for row in history)
     if has_mpl:
-        grid = drawing(10, 6.5, 2, 2, left=0.95, right=0.75, between=1.1, above=0.75, below=0.55, under=0.8)
+        grid = drawing(10, 6.5, 2, 2, left=0.95, right=1.0, between=1.1, above=0.75, below=0.55, under=0.8)
     else:
         grid = drawing(12, 3.4, 1, 3, left=0.75, right=0.2, between=1.0, above=0.75, below=0.55)
     figure = grid.flat[0].figure
@@ -283,20 +283,21 @@ def drawing(
 
 def rendered(figure: Figure) -> Image.Image:
     """A figure as an image, cut to what is on it and a narrow margin. ``savefig`` draws twice to know where that ends;
-    here a figure is drawn again only if something reaches its edges, as a long name may."""
+    here a figure is drawn again only if something reaches beyond its edges, as a long name may."""
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
     canvas.draw()
     sheet = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    box = ImageChops.invert(sheet).getbbox() or (0, 0, *sheet.size)  # of what is not white
-    left, upper, right, lower = box
-    if min(left, upper) == 0 or right == sheet.width or lower == sheet.height:
+    box = figure.get_tightbbox(canvas.get_renderer())  # inches; what is wholly outside leaves no trace on the sheet
+    left, lower, right, upper = np.multiply(box.extents, figure.dpi)
+    if min(left, lower) < 0 or right > sheet.width or upper > sheet.height:
         content = io.BytesIO()
         figure.savefig(content, bbox_inches="tight", pad_inches=MARGIN)
         return Image.open(content).convert("RGB")
-    margin = round(MARGIN * figure.dpi)
-    cut = Image.new("RGB", (right - left + 2 * margin, lower - upper + 2 * margin), "white")
-    cut.paste(sheet.crop(box), (margin, margin))
+    margin = MARGIN * figure.dpi
+    size = round(right - left + 2 * margin), round(upper - lower + 2 * margin)
+    cut = Image.new("RGB", size, "white")
+    cut.paste(sheet, (round(margin - left), round(margin + upper) - sheet.height))
     return cut
 
 

@@ -59,8 +59,7 @@ def of_the_step_before(*given):
 train.estimate_feedback = of_the_step_before
 """,  # as large, but about other labels than those that the teacher hears it of
 }
-# The weights of vgg16 would be a download.
-ORIGINAL = "--recipe original --model_name efficientnet_lite0 --img_size 224 --views 4"
+ORIGINAL = "--recipe original --model_name efficientnet_lite0 --views 4"  # vgg16's weights would be a download
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "labels only": ("--finetune_mode", ("student",)),
     "all labels": ("--finetune_mode --num_labels_percent 100", ("student",)),

@@ -100,6 +100,7 @@ def test_the_original_experiment_is_the_published_algorithm_with_its_own_network
         "img_size": 224,
         "views": 0,
     }
+    assert options(data_dir="d", recipe="original", model_name="efficientnet_lite0")["img_size"] == 224
     assert (original["weights"], original["trainable"], original["img_size"]) == ("default", "head", 224)
 
 
@@ -415,6 +416,9 @@ def test_networks_see_images_of_the_size_that_suits_them():
     sizes = {"resnet18": 224, "efficientnet_lite0": 256, "efficientnet_lite2": 260, "vgg16+efficientnet_lite1": 240}
     for name, size in sizes.items():
         assert args.configure(data_dir="d", model_name=name).img_size == size
+    for whole in ({"trainable": "all"}, {"weights": "none"}):
+        assert args.configure(data_dir="d", **whole).img_size == 224
+    assert args.configure(model_name="efficientnet_lite0").img_size == 16  # of the digits
     assert args.configure(data_dir="d", model_name="efficientnet_lite2", img_size=128).img_size == 128
     both = args.configure(data_dir="d", model_name="vgg16+efficientnet_lite1", img_size=240)  # as in its config.json
     assert (both.trainable, both.img_size) == ("head", 240)
