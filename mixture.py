@@ -7,10 +7,12 @@ are propagated between neighbours in the space whitened by its covariance (Zhou 
 Consistency, NIPS 2003). Throughout, the classes keep given shares: those among the labels, or an estimate of those
 among the unlabelled images, which need not be the same (label shift).
 
-That estimate is the mean of two that fail on different images. Each unlabelled image counts for the labelled one that
-is nearest to it, however many labels a class has: this needs one of each class, but knows little where classes meet.
-And the confidence of a classifier of the labelled images is calibrated on those that it was not trained on; then the
-shares are sought under which its predictions for all the others are the likeliest.
+That estimate begins with the mean of two that fail on different images. Each unlabelled image counts for the labelled
+one that is nearest to it, however many labels a class has: this needs one of each class, but knows little where classes
+meet. And the confidence of a classifier of the labelled images is calibrated on those that it was not trained on; then
+the shares are sought under which its predictions for all the others are the likeliest. With these the mixture is
+fitted; what it says of all images, before that is brought to any shares, has shares that are nearer to the truth; and
+so again.
 """
 
 import copy
@@ -48,6 +50,7 @@ INVERSE_PENALTY = 10.0  # of the classifier's squared weights, against the sum o
 MOST_LABELLED = 1_000  # images that the classifier learns from
 SHARE_ROUNDS = 300
 BIAS_PENALTY = 0.02
+MIXTURE_ROUNDS = 3
 
 PENALTY, HEAD_ROUNDS = 1e-4, 100  # of a head's squared weights; of its search
 
@@ -187,8 +190,7 @@ def posterior(
         labels: [N] int64 of labelled and unlabelled images, negative where unknown; each class has at least one.
         shares: [C] float32, the classes' shares among the images that are to be kept; None: any.
     """
-    known = torch.from_numpy(labels >= 0)
-    y = F.one_hot(torch.from_numpy(labels).clamp_min(0), n_classes).float() * known[:, None]
+    known, y = torch.from_numpy(labels >= 0), one_hot(labels, n_classes)
     if known.all():
         return y
     order = torch.from_numpy(in_order_of_use(labels, n_classes, seed))
@@ -201,7 +203,7 @@ def posterior(
     scores = torch.empty(len(labels), n_classes)
     weights, neighbours = torch.empty(len(labels), k), torch.empty(len(labels), k, dtype=torch.int64)
     scores[used] = log_densities(z, means, root)
-    weights[used], places = nearest(sources, sources, k, own=torch.arange(len(used)))
+    weights[used], places = nearest_each(sources, k)
     neighbours[used] = used[places]
     for rows in others.split(MOST_IMAGES) if len(others) else ():
         z = space(rows.numpy())
@@ -220,6 +222,11 @@ def in_order_of_use(labels: np.ndarray, n_classes: int, seed: int) -> np.ndarray
     rank[[np.flatnonzero(labels == c)[0] for c in range(n_classes) if (labels == c).any()]] = 0
     order = np.random.default_rng(seed).permutation(len(labels))
     return order[np.argsort(rank[order], kind="stable")]
+
+
+def one_hot(labels: np.ndarray, n: int) -> torch.Tensor:
+    """[N, n] float32 of labels [N] int64; zero where they are negative."""
+    return F.one_hot(torch.from_numpy(labels).clamp_min(0), n).float() * torch.from_numpy(labels >= 0)[:, None]
 
 
 def whitened(z: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
@@ -301,6 +308,11 @@ def nearest(
     return torch.cat(weights), torch.cat(places)
 
 
+def nearest_each(z: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``k`` nearest others of each of ``z`` [n, D]: see :func:`nearest`."""
+    return nearest(z, z, k, own=torch.arange(len(z)))
+
+
 def propagate(p: torch.Tensor, weights: torch.Tensor, neighbours: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     """Probabilities [N, C] mixed with those of each image's ``neighbours`` [N, k] again and again; those of ``known``
     images [N] stay."""
@@ -328,16 +340,29 @@ def estimated_shares(space: Space, labels: np.ndarray, n_classes: int, *, seed: 
     if not unknown.any():
         return torch.from_numpy(np.bincount(labels, minlength=n_classes) / len(labels)).float()
     z = space(some)
-    found = nearest_shares(z, labels, n_classes)
+    shares = at_least_half_an_image(nearest_shares(z, labels, n_classes), unknown)
+    if np.bincount(labels[~unknown]).min() > 1 and 2 * n_classes <= MOST_LABELLED:  # some of each class can be held out
+        held_out, truth, logits = classifier_logits(z, labels, seed)
+        scale, bias = calibration(held_out, truth)
+        likeliest = likeliest_shares(softmax(scale * logits + bias))
+        shares = (shares + torch.from_numpy(likeliest).float()) / 2
+    known = torch.from_numpy(~unknown)
+    y = one_hot(labels, n_classes)
+    k = min(NEIGHBOURS, len(z) - 1)
+    for _ in range(MIXTURE_ROUNDS):
+        means, root = fit_mixture(z, y, shares)
+        weights, neighbours = nearest_each(whitened(z, root), k)
+        p = torch.where(known[:, None], y, log_densities(z, means, root).softmax(-1))
+        found = propagate(p, weights, neighbours, known)[~known].mean(0)
+        shares = at_least_half_an_image(found, unknown)
+    return shares
+
+
+def at_least_half_an_image(shares: torch.Tensor, unknown: np.ndarray) -> torch.Tensor:
+    """Shares [C] of which none is 0: of a class that seems to have none of the ``unknown`` images [N] there may be one
+    all the same."""
     least = 0.5 / int(unknown.sum())
-    if bool((found < least).any()):  # a class that no image is nearest to may have some all the same
-        found = found.clamp_min(least) / found.clamp_min(least).sum()
-    if np.bincount(labels[~unknown]).min() < 2 or 2 * n_classes > MOST_LABELLED:  # none of a class could be held out
-        return found
-    held_out, truth, logits = classifier_logits(z, labels, seed)
-    scale, bias = calibration(held_out, truth)
-    likeliest = likeliest_shares(softmax(scale * logits + bias))
-    return (found + torch.from_numpy(likeliest).float()) / 2
+    return shares if bool((shares >= least).all()) else shares.clamp_min(least) / shares.clamp_min(least).sum()
 
 
 def nearest_shares(z: torch.Tensor, labels: np.ndarray, n_classes: int) -> torch.Tensor:
@@ -566,8 +591,7 @@ def with_others(z: torch.Tensor, known: np.ndarray, shares: torch.Tensor, centre
     images [n, D] that are unlabelled where ``known`` [n] is negative. The classes keep their ``shares`` [C] of what is
     theirs."""
     n_classes, n_others = len(shares), len(centres)
-    labels = torch.from_numpy(known)
-    y = F.one_hot(labels.clamp_min(0), n_classes + n_others).float() * (labels >= 0)[:, None]
+    y = one_hot(known, n_classes + n_others)
     prior = torch.cat([shares / 2, torch.full((n_others,), 0.5 / n_others)])
 
     def assign(scores: torch.Tensor) -> torch.Tensor:
