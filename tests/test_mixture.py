@@ -222,6 +222,19 @@ def test_a_classifier_corrects_what_the_nearest_labels_say(monkeypatch):
     assert np.abs(estimated.numpy() - truly).max() < 0.7 * np.abs(lost - truly).max()
 
 
+def test_what_the_mixture_says_of_all_images_brings_the_shares_nearer_to_the_truth(monkeypatch):
+    off = {}
+    for rounds in (0, mixture.MIXTURE_ROUNDS):
+        monkeypatch.setattr(mixture, "MIXTURE_ROUNDS", rounds)
+        for seed in range(8):
+            features, truth = groups(seed=seed)
+            labels = some_labels(truth, (3, 3, 3))
+            found = mixture.estimated_shares(seen(features, labels, 3), labels, 3).numpy()
+            truly = np.bincount(truth[labels < 0]) / (labels < 0).sum()
+            off.setdefault(rounds, []).append(np.abs(found - truly).max())
+    assert np.mean(off[mixture.MIXTURE_ROUNDS]) < 0.8 * np.mean(off[0])
+
+
 def test_one_label_of_a_class_is_too_few_to_hold_out_and_the_nearest_labels_alone_are_believed(monkeypatch):
     features, truth = groups()
     labels = some_labels(truth, (5, 3, 1))
