@@ -50,7 +50,7 @@ INVERSE_PENALTY = 10.0  # of the classifier's squared weights, against the sum o
 MOST_LABELLED = 1_000  # images that the classifier learns from
 SHARE_ROUNDS = 300
 BIAS_PENALTY = 0.02
-MIXTURE_ROUNDS = 3
+MIXTURE_ROUNDS, SHARES_IN = 3, 256  # the latter: dimensions, the first of all
 
 PENALTY, HEAD_ROUNDS = 1e-4, 100  # of a head's squared weights; of its search
 
@@ -346,12 +346,12 @@ def estimated_shares(space: Space, labels: np.ndarray, n_classes: int, *, seed: 
         scale, bias = calibration(held_out, truth)
         likeliest = likeliest_shares(softmax(scale * logits + bias))
         shares = (shares + torch.from_numpy(likeliest).float()) / 2
-    known = torch.from_numpy(~unknown)
-    y = one_hot(labels, n_classes)
-    k = min(NEIGHBOURS, len(z) - 1)
-    for _ in range(MIXTURE_ROUNDS):
+    known, y = torch.from_numpy(~unknown), one_hot(labels, n_classes)
+    z = z[:, :SHARES_IN]
+    for i in range(MIXTURE_ROUNDS):
         means, root = fit_mixture(z, y, shares)
-        weights, neighbours = nearest_each(whitened(z, root), k)
+        if i == 0:  # later they are hardly others
+            weights, neighbours = nearest_each(whitened(z, root), min(NEIGHBOURS, len(z) - 1))
         p = torch.where(known[:, None], y, log_densities(z, means, root).softmax(-1))
         found = propagate(p, weights, neighbours, known)[~known].mean(0)
         shares = at_least_half_an_image(found, unknown)
