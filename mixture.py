@@ -50,7 +50,7 @@ INVERSE_PENALTY = 10.0  # of the classifier's squared weights, against the sum o
 MOST_LABELLED = 1_000  # images that the classifier learns from
 SHARE_ROUNDS = 300
 BIAS_PENALTY = 0.02
-MIXTURE_ROUNDS, SHARES_IN = 3, 256  # the latter: dimensions, the first of all
+MIXTURE_ROUNDS, SHARES_IN = 3, 256  # the latter: dimensions, the first of all, or twice as many as there are classes
 
 PENALTY, HEAD_ROUNDS = 1e-4, 100  # of a head's squared weights; of its search
 
@@ -347,7 +347,7 @@ def estimated_shares(space: Space, labels: np.ndarray, n_classes: int, *, seed: 
         likeliest = likeliest_shares(softmax(scale * logits + bias))
         shares = (shares + torch.from_numpy(likeliest).float()) / 2
     known, y = torch.from_numpy(~unknown), one_hot(labels, n_classes)
-    z = z[:, :SHARES_IN]
+    z = z[:, : max(SHARES_IN, 2 * n_classes)]
     for i in range(MIXTURE_ROUNDS):
         means, root = fit_mixture(z, y, shares)
         if i == 0:  # later they are hardly others
