@@ -303,7 +303,7 @@ def rendered(figure: Figure) -> Image.Image:
 
 def _save(figure: Figure, path: Path) -> Path:
     content = io.BytesIO()
-    rendered(figure).save(content, "PNG", compress_level=1)  # a third of the time of the usual 6
+    rendered(figure).save(content, "PNG", compress_level=1)  # a third of the time of the usual 6, for 6 % more bytes
     utils.write_atomically(path, content.getvalue())
     return path
 
