@@ -7,12 +7,12 @@ are propagated between neighbours in the space whitened by its covariance (Zhou 
 Consistency, NIPS 2003). Throughout, the classes keep given shares: those among the labels, or an estimate of those
 among the unlabelled images, which need not be the same (label shift).
 
-That estimate begins with the mean of two that fail on different images. Each unlabelled image counts for the labelled
-one that is nearest to it, however many labels a class has: this needs one of each class, but knows little where classes
-meet. And the confidence of a classifier of the labelled images is calibrated on those that it was not trained on; then
-the shares are sought under which its predictions for all the others are the likeliest. With these the mixture is
-fitted; what it says of all images, before that is brought to any shares, has shares that are nearer to the truth; and
-so again.
+That estimate is a mean of four that fail on different images. Each unlabelled image counts for the labelled one that is
+nearest to it, however many labels a class has: this needs one of each class, but knows little where classes meet. And
+the confidence of a classifier of the labelled images is calibrated on those that it was not trained on; then the shares
+are sought under which its predictions for all the others are the likeliest. With the mean of these two the mixture is
+fitted. Of its predictions the likeliest shares are sought as well, which leave too little to small classes, and these
+predictions, as if all classes had the same share, are propagated between neighbours, which leaves them too much.
 """
 
 import copy
@@ -50,7 +50,7 @@ INVERSE_PENALTY = 10.0  # of the classifier's squared weights, against the sum o
 MOST_LABELLED = 1_000  # images that the classifier learns from
 SHARE_ROUNDS = 300
 BIAS_PENALTY = 0.02
-MIXTURE_ROUNDS, SHARES_IN = 3, 256  # the latter: dimensions, the first of all, or twice as many as there are classes
+SHARES_IN = 256  # dimensions, the first of all, or twice as many as there are classes
 
 PENALTY, HEAD_ROUNDS = 1e-4, 100  # of a head's squared weights; of its search
 
@@ -267,21 +267,23 @@ def maximised(
     n_l, sum_l = LABEL_WEIGHT * y.sum(0), LABEL_WEIGHT * y.T @ z_l  # [K], [K, d]
     scatter = LABEL_WEIGHT * z_l.T @ z_l + z_u.T @ z_u  # about the origin
     total = n_l.sum() + len(z_u)
+    least = 1e-3 * float(scatter.trace() / total / len(scatter))  # of a variance, in all classes together
     root = torch.linalg.cholesky(shrunk(scatter / total, len(z)))
     for _ in range(EM_ROUNDS):
         p = assign(log_densities(z_u, means, root))
         n = (n_l + p.sum(0))[:, None].clamp_min(1e-6)  # [K, 1]
         means = (sum_l + p.T @ z_u) / n
-        root = torch.linalg.cholesky(shrunk((scatter - (n * means).T @ means) / total, len(z)))
+        root = torch.linalg.cholesky(shrunk((scatter - (n * means).T @ means) / total, len(z), least))
     return means, root
 
 
-def shrunk(covariance: torch.Tensor, n: int) -> torch.Tensor:
+def shrunk(covariance: torch.Tensor, n: int, least: float = 0.0) -> torch.Tensor:
     """A covariance [D, D] of ``n`` images drawn towards a sphere of the same trace, the more the fewer images there are
-    for so many features: in most directions that of few images is chance."""
+    for so many features: in most directions that of few images is chance. Where images of a class are all the same, the
+    sphere's variance is the ``least``."""
     d = len(covariance)
     share = PRIOR_WEIGHT * d / (n + PRIOR_WEIGHT * d)
-    scale = (covariance.trace() / d).clamp_min(1e-12)  # not 0 where all features are the same
+    scale = (covariance.trace() / d).clamp_min(max(least, 1e-12))  # not 0 where all features are the same
     return (1 - share) * covariance + share * scale * torch.eye(d)
 
 
@@ -340,28 +342,26 @@ def estimated_shares(space: Space, labels: np.ndarray, n_classes: int, *, seed: 
     if not unknown.any():
         return torch.from_numpy(np.bincount(labels, minlength=n_classes) / len(labels)).float()
     z = space(some)
-    shares = at_least_half_an_image(nearest_shares(z, labels, n_classes), unknown)
+    least = 0.5 / int(unknown.sum())  # of a class that seems to have none of them there may be one all the same
+    first = raised(nearest_shares(z, labels, n_classes), least)
     if np.bincount(labels[~unknown]).min() > 1 and 2 * n_classes <= MOST_LABELLED:  # some of each class can be held out
         held_out, truth, logits = classifier_logits(z, labels, seed)
         scale, bias = calibration(held_out, truth)
         likeliest = likeliest_shares(softmax(scale * logits + bias))
-        shares = (shares + torch.from_numpy(likeliest).float()) / 2
+        first = (first + torch.from_numpy(likeliest).float()) / 2
+
     known, y = torch.from_numpy(~unknown), one_hot(labels, n_classes)
     z = z[:, : max(SHARES_IN, 2 * n_classes)]
-    for i in range(MIXTURE_ROUNDS):
-        means, root = fit_mixture(z, y, shares)
-        if i == 0:  # later they are hardly others
-            weights, neighbours = nearest_each(whitened(z, root), min(NEIGHBOURS, len(z) - 1))
-        p = torch.where(known[:, None], y, log_densities(z, means, root).softmax(-1))
-        found = propagate(p, weights, neighbours, known)[~known].mean(0)
-        shares = at_least_half_an_image(found, unknown)
-    return shares
+    means, root = fit_mixture(z, y, first)
+    p = log_densities(z, means, root).softmax(-1)
+    likeliest = likeliest_shares(p[~known].numpy())
+    weights, neighbours = nearest_each(whitened(z, root), min(NEIGHBOURS, len(z) - 1))
+    propagated = propagate(torch.where(known[:, None], y, p), weights, neighbours, known)[~known].mean(0)
+    return raised((first + torch.from_numpy(likeliest).float() + propagated) / 3, least)
 
 
-def at_least_half_an_image(shares: torch.Tensor, unknown: np.ndarray) -> torch.Tensor:
-    """Shares [C] of which none is 0: of a class that seems to have none of the ``unknown`` images [N] there may be one
-    all the same."""
-    least = 0.5 / int(unknown.sum())
+def raised(shares: torch.Tensor, least: float) -> torch.Tensor:
+    """Shares [C], none of them less than about ``least``."""
     return shares if bool((shares >= least).all()) else shares.clamp_min(least) / shares.clamp_min(least).sum()
 
 
