@@ -808,6 +808,9 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
         else:
             margins = None if p is None else selection.margins(p)
             strange = None if belongs is None else belongs < mixture.BELONGS
+            if not architecture.frozen and config.weights != "none":  # which its pretrained features tell apart
+                architecture = models.frozen_like(architecture, config.weights)
+                inputs = inputs_for(config, decoded, architecture, device, precision)
             seen = functools.partial(compared_by, architecture, inputs, n_averaged(config))
             rows, counts = selection.choose(
                 seen, labeled, unlabeled, index.contents, n, margins=margins, strange=strange, seed=config.seed
@@ -848,12 +851,12 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
 def compared_by(
     architecture: models.Architecture, inputs: features.Inputs, n_views: int, places: np.ndarray
 ) -> torch.Tensor:
-    """What images are compared by when some are chosen to be labelled, [n, D]: their features or, for a network that is
-    yet to learn, their pixels, 8 by 8 and grey."""
+    """What images are compared by when some are chosen to be labelled, [n, D]: their features or, where no network has
+    been pretrained, their pixels, 8 by 8 and grey."""
     if architecture.frozen:
         return inputs.average(places, n_views)
     pixels = inputs.source("plain", places, np.zeros(len(places), dtype=np.int64))
-    return torch.nn.functional.adaptive_avg_pool2d(pixels.float().mean(1, keepdim=True), 8).flatten(1)
+    return torch.nn.functional.adaptive_avg_pool2d(pixels.float().mean(1, keepdim=True), 8).flatten(1).cpu()
 
 
 def training_on_labels(config: Config) -> str:

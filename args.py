@@ -248,8 +248,8 @@ class Config:
     num_workers: int | None = option(
         None,
         "data",
-        "how many threads read images ahead of the networks and, with --views 0, how many processes augment them; 0: "
-        "the training process does it",
+        "how many threads read images ahead of the networks and, with --views 0, how many processes augment them, but "
+        "where CUDA does it; 0: the training process",
         low=0,
         high=256,
         auto=True,

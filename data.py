@@ -23,7 +23,7 @@ import sys
 import threading
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
@@ -1291,7 +1291,7 @@ def _send(batch: Batch | Failure) -> dict[str, torch.Tensor] | dict[str, np.ndar
 
 def fresh_batches(
     schedule: Schedule, labels: np.ndarray, views: Views, start: int, stop: int, *, num_workers: int, pin: bool
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """The batches of steps ``start`` to ``stop``, as uint8 images prepared by ``num_workers`` processes."""
     if num_workers:
         atexit.register(_end_workers)  # before multiprocessing's own, which asks them to end and waits

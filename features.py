@@ -438,9 +438,10 @@ def _remove(folder: Path) -> None:
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """Where a run's network inputs come from: ``source(kind, indices, draws)`` gives them on the device, ``encode``
-    makes them of [B, 3, S, S] uint8 views there."""
+    makes them of [B, 3, S, S] uint8 views there. ``views`` are made on the CPU, ``device_views`` on a CUDA device."""
 
     views: Views
+    device_views: Views
     source: Source
     encode: Callable[[torch.Tensor], torch.Tensor]
     device: torch.device
@@ -454,15 +455,21 @@ class Inputs:
     def batches(
         self, schedule: Schedule, labels: np.ndarray, start: int, stop: int, *, num_workers: int
     ) -> Iterator[Batch]:
-        """The batches of steps ``start`` to ``stop``: kept features, or fresh views from the loader's workers."""
+        """The batches of steps ``start`` to ``stop``: kept features, or fresh views, made on a CUDA device while the
+        networks use those before them, or else by the loader's workers."""
         if schedule.views and isinstance(self.source, FeatureCache):
             for step in range(start, stop):
                 yield schedule.batch(step, labels, self.source).labels_to(self.device)
+            return
+        if isinstance(self.encode, Encoder):
+            self.encode.expect(stop * (schedule.batch_size + 2 * schedule.unlabeled_batch_size))
+        if self.device.type == "cuda":
+            made = ahead(schedule.batch(step, labels, self.device_views) for step in range(start, stop))
         else:
-            if isinstance(self.encode, Encoder):
-                self.encode.expect(stop * (schedule.batch_size + 2 * schedule.unlabeled_batch_size))
-            pin = self.device.type in ("cuda", "xpu")
-            for batch in fresh_batches(schedule, labels, self.views, start, stop, num_workers=num_workers, pin=pin):
+            pin = self.device.type == "xpu"
+            made = fresh_batches(schedule, labels, self.views, start, stop, num_workers=num_workers, pin=pin)
+        with contextlib.closing(made):
+            for batch in made:
                 yield batch.to(self.device, self.encode)
 
     def average(self, rows: np.ndarray, n_views: int) -> torch.Tensor:
@@ -520,12 +527,13 @@ def open_inputs(
     """
     fingerprint = architecture.origin.fingerprint  # None if the backbone learns
     made = Views(images, keep=fingerprint is None and views > 0)
+    # On CUDA views are made there, in a thread of their own; Apple's devices are not made for two threads.
+    there = Views(images, keep=made.most > 0, device=device) if device.type == "cuda" else made
     if fingerprint is None:
-        return Inputs(made, lambda *wanted: made(*wanted).to(device), lambda views: views, device, precision)
+        return Inputs(made, there, lambda *wanted: there(*wanted).to(device), lambda views: views, device, precision)
     encoder = Encoder(architecture.backbone, device, precision, cache_folder(cache_dir))
     source, note = open_features(
-        # On CUDA views are made there, in a thread of their own; Apple's devices are not made for two threads.
-        Views(images, device=device if device.type == "cuda" else "cpu"),
+        there,
         encoder,
         fingerprint,
         n_views=n_kept,
@@ -534,4 +542,4 @@ def open_inputs(
         bounded=bounded,
     )
     source.expect(np.arange(len(images)), 1)  # as every run ends
-    return Inputs(made, source, encoder, device, precision, note)
+    return Inputs(made, there, source, encoder, device, precision, note)

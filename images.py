@@ -1086,6 +1086,7 @@ class Images(Dataset):
         size = prepare.size
         self._store: tuple[np.ndarray, np.ndarray] | None = None  # the pixels, and whether they are there yet
         self._loaded: dict[int, torch.Tensor] = {}  # in place of a store
+        self._asking = threading.Lock()
         n_bytes = len(index) * 3 * size * size
         if n_bytes <= min(STORE_BYTES, psutil.virtual_memory().available / 4):
             pixels = np.frombuffer(mmap.mmap(-1, n_bytes), np.uint8).reshape(len(index), 3, size, size)
@@ -1095,19 +1096,24 @@ class Images(Dataset):
         return len(self.index)
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_store": None, "_loaded": {}}
+        return self.__dict__ | {"_store": None, "_loaded": {}, "_asking": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__ |= state | {"_asking": threading.Lock()}
 
     def __getitem__(self, i: int) -> torch.Tensor:
         return self.batch([i])[0]
 
     def batch(self, rows: Rows) -> torch.Tensor:
-        """Images, [B, 3, size, size]. Those that are not there yet are decoded in threads; only one thread at a time
-        may ask.
+        """Images, [B, 3, size, size]. Those that are not there yet are decoded in threads.
 
         Raises:
             DataError: one cannot be read as an image.
         """
-        rows = np.asarray(rows)
+        with self._asking:
+            return self._batch(np.asarray(rows))
+
+    def _batch(self, rows: np.ndarray) -> torch.Tensor:
         if self._store is not None:
             pixels, present = self._store
             for i, image in self._decoded(rows[present[rows] == 0]):

@@ -162,8 +162,8 @@ def reading_threads(asked: int | None, device: torch.device) -> int:
 
 def loader_processes(asked: int | None, device: torch.device) -> int:
     """How many processes make views at every step: those asked for, or none where they would take the cores that
-    compute."""
-    return asked if asked is not None else 0 if device.type == "cpu" else reading_threads(None, device)
+    compute. A CUDA device makes them itself."""
+    return asked if asked is not None else 0 if device.type in ("cpu", "cuda") else reading_threads(None, device)
 
 
 def compute_alike() -> None:

@@ -1,4 +1,4 @@
-"""What a run on an accelerator costs: python benchmarks/gpu.py [--batch_size 64 --unlabeled_batch_size 448 --rounds 10]
+"""What a run on an accelerator costs: python benchmarks/gpu.py [--batch_size 64 --unlabeled_batch_size 192 --rounds 10]
 
 For ResNet-50 at 224 pixels and WRN-28-2 at 32, all of their weights learning: seconds of a step of the original's way
 (``reference.py``, float32), of ours in float32 and in the precision that runs here by default, with and without
@@ -70,7 +70,7 @@ def whole(name: str, size: int, device: torch.device, options: argparse.Namespac
         return made
 
     theirs = reference(backbone.body.to(device), backbone.n_features, whole=True, device=device)
-    encoder = models.Encoder(backbone, device, precision)
+    encoder = models.Encoder(copy.deepcopy(backbone), device, precision)  # which freezes what it is given
     pictures = torch.cat([batch.x_l, batch.x_uw, batch.x_us])
     actions: dict[str, Callable[[], object]] = {
         "reference": lambda: theirs(batch),
@@ -158,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--unlabeled_batch_size", type=int, default=448)
+    parser.add_argument("--unlabeled_batch_size", type=int, default=192)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--networks", default="resnet50,wrn_28_2")
     options = parser.parse_args()

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -410,6 +411,18 @@ def test_batches_do_not_depend_on_the_number_of_workers(colours):
     assert len(runs[0]) == 4
     for one, other in zip(*runs, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one[:4], other[:4], strict=True))
+
+
+@pytest.mark.parametrize("room", [images.STORE_BYTES, 8 * 4 * 3 * 16 * 16])
+def test_threads_may_ask_for_images_at_once(colours, monkeypatch, room):
+    monkeypatch.setattr(images, "STORE_BYTES", room)  # for all, or for a few at a time
+    index = images.find_images(str(colours))
+    expected = images.Images(index, images.Preparation(16, 18)).batch(range(60))
+    asked = images.Images(index, images.Preparation(16, 18))
+    wanted = [np.random.default_rng(seed).integers(0, 60, 20) for seed in range(200)]
+    with ThreadPoolExecutor(8) as threads:
+        for rows, found in zip(wanted, threads.map(asked.batch, wanted), strict=True):
+            assert torch.equal(found, expected[rows])
 
 
 @pytest.mark.parametrize("how", ["spawned", "without shared memory"])

@@ -291,7 +291,7 @@ def many(tmp_path_factory):
 
 
 def inputs_of(source):
-    return features.Inputs(source.views, source, source.encoder, torch.device("cpu"), None)
+    return features.Inputs(source.views, source.views, source, source.encoder, torch.device("cpu"), None)
 
 
 def test_many_requests_give_what_each_gives_alone_whatever_is_kept(many, tmp_path):

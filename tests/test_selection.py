@@ -14,6 +14,7 @@ from test_folders import picture, pictures
 
 import args
 import images
+import MPL
 import report
 import selection
 from utils import csv_bytes, read_csv
@@ -309,6 +310,21 @@ def test_the_digits_are_chosen_by_their_pixels(cli):
     rows = read_csv(cli.cwd / "results/s/to_label.csv")
     assert len({row["path"].split("/")[0] for row in rows}) > 7
     assert about_page(cli.cwd / "results/s/to_label.html")["images"][0]["picture"].startswith("data:image/jpeg")
+
+
+def test_images_are_told_apart_by_pretrained_features_also_for_a_network_that_learned_as_a_whole(cli, tmp_path):
+    root = make_folder(tmp_path / "d", classes=2, images=10)
+    whole = ["--model_name", "efficientnet_lite0", "--img_size", "32", "--trainable", "all", "--num_epochs", "1"]
+    cli.inside("--name", "e", "--data_dir", root, *whole, "--batch_size", "4", "--num_labels_percent", "30")
+    kinds, compared_by = [], MPL.compared_by
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            MPL, "compared_by", lambda network, *rest: kinds.append(network.frozen) or compared_by(network, *rest)
+        )
+        cli.inside("--name", "s", "--select", "4", "--load_path", "e")
+    assert kinds
+    assert all(kinds)
+    assert len(read_csv(cli.cwd / "results/s/to_label.csv")) == 4
 
 
 def test_a_filled_in_table_survives_another_selection_of_the_name(cli, tmp_path):
