@@ -86,6 +86,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "best, no feedback": ("--feedback none", BOTH),
     "best, cosine feedback": ("--feedback cosine", BOTH),
     "best, fresh views": ("--views 0", BOTH),
+    "best, whole network": ("--trainable all --targets mixture --lr 1e-4 --num_epochs 20", BOTH),
     "best, estimated shares": ("--alignment estimated", BOTH),
     "best, role playing": ("--switch_mode", MODELS),
     "best, other augmentation": ("--augmentation OTHER", BOTH),
@@ -122,6 +123,7 @@ PAIRS = (  # what a part of a method is worth: the method with it and without
     ("best, cosine feedback", "best, no feedback"),
     ("best, estimated shares", "best"),
     ("best, fresh views", "best"),
+    ("best, whole network", "best"),
     ("best, other augmentation", "best"),
     ("best, then finetuned", "best"),
     ("original, cosine", "original, classic"),
@@ -152,6 +154,7 @@ EACH = (
     "mpl, no feedback, soft labels;mpl, cosine consistency;best;best, no feedback;best, not aligned;"
     "best, mixture alone;best, then finetuned"
 )
+FOUR = ("labels only", "classic", "cosine", "role playing", "role playing and cosine")  # the last is two at once
 STUDIES = {
     "flowers5": Study(True, "710-719", "1,3,10", MAIN, "--test_percent 20"),
     "flowers5_seconds": Study(True, "720-722", "3", MAIN, "--test_percent 20"),  # with --jobs 1 and nothing else
@@ -164,8 +167,10 @@ STUDIES = {
     "flowers5_fresh_views": Study(
         *(True, "500-504", "3", "best;best, fresh views", "--test_percent 20 --num_epochs 40"),
     ),
+    "flowers5_whole": Study(True, "740-743", "3", "labels only;best;best, whole network", "--test_percent 20"),
     "brightness": Study(True, "600-609", "3", "labels only;mpl;best;best, mixture alone", "--test_percent 20"),
     "original": Study(True, "730-739", "3", ";".join(name for name in METHODS if name.startswith("original"))),
+    "original_fresh": Study(True, "730-730", "3", ";".join(f"original, {name}" for name in FOUR), "--views 0"),
     "digits": Study(False, "70-79", "3", "labels only;all labels;best"),
 }
 
@@ -456,7 +461,7 @@ def summary(rows: list[dict]) -> list[dict]:
             **{"dataset": own[0]["dataset"], "images": images, "labels_percent": percent},
             **{"n_labels": own[0]["n_labels"]},
             **{"method": method, "network": network, "n": len(values)},
-            **{"mean": f"{np.mean(values):.2f}", "sd": f"{np.std(values, ddof=1):.2f}"},
+            **{"mean": f"{np.mean(values):.2f}", "sd": f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else ""},
             **dict.fromkeys(("gain", "gain_low", "gain_high", "worst", "gap_closed_percent"), ""),
             "seconds": f"{statistics.median(row['seconds'] for row in own):.0f}",
         }
@@ -475,8 +480,10 @@ def baseline_of(method: str) -> str:
 
 
 def interval(differences: np.ndarray, *keys: str) -> dict[str, str]:
-    """Mean and 95 % confidence interval (Student's t)."""
+    """Mean and 95 % confidence interval (Student's t); of a single one none."""
     n, mean = len(differences), differences.mean()
+    if n < 2:
+        return dict.fromkeys(keys, "") | {keys[0]: f"{mean:+.2f}"}
     half = student_t.ppf(0.975, n - 1) * differences.std(ddof=1) / n**0.5
     return {key: f"{value:+.2f}" for key, value in zip(keys, (mean, mean - half, mean + half), strict=True)}
 
