@@ -51,9 +51,15 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 # The embedded digits train a small network from scratch at their own size; a folder of photographs gets a pretrained,
 # frozen backbone.
-DIGITS_DEFAULTS = {"model_name": "wrn_10_1", "img_size": 16, "augmentation": "randaugment", "amp": "off"}
+DIGITS_DEFAULTS = {
+    "model_name": "wrn_10_1",
+    "img_size": 16,
+    "batch_size": 32,
+    "augmentation": "randaugment",
+    "amp": "off",
+}
 SMALL_DEFAULTS = {"img_size": 12, "lr": 0.005}  # of digits with a wrn_DEPTH_WIDTH
-FOLDER_DEFAULTS = {"model_name": "efficientnet_lite0", "augmentation": "transfer", "amp": "auto"}
+FOLDER_DEFAULTS = {"model_name": "efficientnet_lite0", "augmentation": "transfer", "amp": "auto", "batch_size": 64}
 MADE_FOR = {"efficientnet_lite1": 240, "efficientnet_lite2": 260}  # image sizes other than 224
 # What a network has learned from crops, in which things are large, it sees better in whole images that are larger
 # (Touvron et al., arXiv 1906.06423), as long as it learns no more.
@@ -288,13 +294,13 @@ class Config:
     )
 
     num_epochs: int = option(100, "training", "length of the training; see --steps_per_epoch", low=1, unit="epochs")
-    batch_size: int = option(64, "training", "labelled images per step", low=1)
+    batch_size: int = option(None, "training", "labelled images per step", low=1, shown="64; digits: 32")
     unlabeled_batch_size: int = option(
         None,
         "training",
         "unlabelled images per step",
         low=1,
-        shown="the same as --batch_size; digits: twice as many",
+        shown="the same as --batch_size; digits: three times as many",
     )
     steps_per_epoch: int | None = option(
         None,
@@ -759,7 +765,7 @@ def _resolve(config: Config) -> Config:
         val_percent=0.0 if all_to_learn_from else 0.8,
         test_percent=0.0 if all_to_learn_from else 6.0,
         views=2 if frozen else 8 if digits else 0,
-        unlabeled_batch_size=config.batch_size * (2 if digits else 1),
+        unlabeled_batch_size=config.batch_size * (3 if digits else 1),
         alignment=unknown_shares if config.chosen_labels else "labels",
         trial_seeds=2 if digits else 3,
         lambda_u=3.0 if mixture else 1.0 if digits else 0.27,

@@ -7,12 +7,12 @@ are propagated between neighbours in the space whitened by its covariance (Zhou 
 Consistency, NIPS 2003). Throughout, the classes keep given shares: those among the labels, or an estimate of those
 among the unlabelled images, which need not be the same (label shift).
 
-That estimate is a mean of four that fail on different images. Each unlabelled image counts for the labelled one that is
-nearest to it, however many labels a class has: this needs one of each class, but knows little where classes meet. And
-the confidence of a classifier of the labelled images is calibrated on those that it was not trained on; then the shares
-are sought under which its predictions for all the others are the likeliest. With the mean of these two the mixture is
-fitted. Of its predictions the likeliest shares are sought as well, which leave too little to small classes, and these
-predictions, as if all classes had the same share, are propagated between neighbours, which leaves them too much.
+That estimate begins with the mean of two that fail on different images. Each unlabelled image counts for the labelled
+one that is nearest to it, however many labels a class has: this needs one of each class, but knows little where classes
+meet. And the confidence of a classifier of the labelled images is calibrated on those that it was not trained on; then
+the shares are sought under which its predictions for all the others are the likeliest. With these the mixture is fitted
+and predicts; what is left of each class when its predictions have been propagated is the estimate. Once: a second round
+is nearer to shares that are alike, and further from others.
 """
 
 import copy
@@ -353,11 +353,9 @@ def estimated_shares(space: Space, labels: np.ndarray, n_classes: int, *, seed: 
     known, y = torch.from_numpy(~unknown), one_hot(labels, n_classes)
     z = z[:, : max(SHARES_IN, 2 * n_classes)]
     means, root = fit_mixture(z, y, first)
-    p = log_densities(z, means, root).softmax(-1)
-    likeliest = likeliest_shares(p[~known].numpy())
+    p = torch.where(known[:, None], y, (log_densities(z, means, root) + first.log()).softmax(-1))
     weights, neighbours = nearest_each(whitened(z, root), min(NEIGHBOURS, len(z) - 1))
-    propagated = propagate(torch.where(known[:, None], y, p), weights, neighbours, known)[~known].mean(0)
-    return raised((first + torch.from_numpy(likeliest).float() + propagated) / 3, least)
+    return raised(propagate(p, weights, neighbours, known)[~known].mean(0), least)
 
 
 def raised(shares: torch.Tensor, least: float) -> torch.Tensor:

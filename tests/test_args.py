@@ -57,7 +57,7 @@ def test_defaults_are_the_originals():
         ({"model_name": "resnet18"}, {"img_size": 16, "lr": 0.00263}),
         ({"feedback": "exact"}, {"pseudo_label": "soft"}),
         ({"pseudo_label": "soft"}, {"feedback": "exact"}),
-        ({"batch_size": 7}, {"unlabeled_batch_size": 14}),
+        ({"batch_size": 7}, {"unlabeled_batch_size": 21}),
         ({"batch_size": 7, "data_dir": "d"}, {"unlabeled_batch_size": 7}),
     ],
 )
