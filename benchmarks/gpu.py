@@ -5,7 +5,8 @@ For ResNet-50 at 224 pixels and WRN-28-2 at 32, all of their weights learning: s
 --grad_checkpointing, and of the limit, one inference pass over the step's images in that precision; then the operations
 that ours spends its time in. Last, for a frozen ResNet-50, the images a second of each stage of the first pass:
 decoding JPEG files in as many threads as a run takes here, making views on the device, and the backbone. Each figure is
-the median of interleaved rounds, in one run. ``--device cpu`` with small batches tries all of it on the processor.
+the median of interleaved rounds, in one run. --table gpu replaces docs/results/gpu.csv; ``--device cpu`` with small
+batches tries all of it on the processor.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from results import command, write_csv
 from speed import CLASSES, mpl_step, photographs, reference
 
 import data
@@ -48,8 +50,8 @@ def interleaved(device: torch.device, rounds: int, actions: dict[str, Callable[[
     return {name: statistics.median(each[2:]) for name, each in times.items()}
 
 
-def whole(name: str, size: int, device: torch.device, options: argparse.Namespace) -> None:
-    """A network that learns as a whole."""
+def whole(name: str, size: int, device: torch.device, options: argparse.Namespace) -> list[dict]:
+    """A network that learns as a whole: a row for each way to train it."""
     n_l, n_u = options.batch_size, options.unlabeled_batch_size
     precision = utils.pick_precision("auto", device)
     index = photographs(max(128, n_l, n_u), size)
@@ -84,12 +86,16 @@ def whole(name: str, size: int, device: torch.device, options: argparse.Namespac
         f"\n{name} at {size} px, {n_l} labelled and {n_u} unlabelled images a step, precision {precision or 'float32'}"
     )
     print("| way | ms a step | steps a second | images a second | peak GiB |\n|---|---|---|---|---|")
+    rows = []
     for way, each in seconds.items():
         peak = peak_gib(device, actions[way])
         print(f"| {way} | {1000 * each:.1f} | {1 / each:.2f} | {len(pictures) / each:.0f} | {peak} |", flush=True)
+        about = {"what": f"a step of {name} at {size} px", "way": way, "milliseconds": f"{1000 * each:.1f}"}
+        rows.append(about | {"images_a_second": f"{len(pictures) / each:.0f}", "peak_gib": peak})
     print(f"reference_over_ours_{name}={seconds['reference'] / seconds['ours']:.2f}")
     print(f"ours_over_limit_{name}={seconds['ours'] / seconds['limit']:.2f}")
     where_it_goes(device, actions["ours"])
+    return rows
 
 
 def peak_gib(device: torch.device, action: Callable[[], object]) -> str:
@@ -114,8 +120,8 @@ def where_it_goes(device: torch.device, action: Callable[[], object], most: int 
     print(profile.key_averages().table(sort_by=key, row_limit=most, max_name_column_width=60))
 
 
-def first_pass(device: torch.device, options: argparse.Namespace, n: int = 256) -> None:
-    """The stages of filling the feature cache, each by itself and all together."""
+def first_pass(device: torch.device, options: argparse.Namespace, n: int = 256) -> list[dict]:
+    """The stages of filling the feature cache, each by itself and all together: a row for each."""
     precision, threads = utils.pick_precision("auto", device), utils.reading_threads(None, device)
     backbone = models.build_backbone("resnet50", "none", 224, seed=0)
     rng = np.random.default_rng(0)
@@ -150,8 +156,12 @@ def first_pass(device: torch.device, options: argparse.Namespace, n: int = 256) 
         }
         print(f"\nfirst pass, frozen ResNet-50 at 224 px, {n} JPEG files of 640 x 480")
         print("| stage | images a second |\n|---|---|")
+        rows = []
         for stage, seconds in interleaved(device, options.rounds, actions).items():
             print(f"| {stage} | {n / seconds:.0f} |", flush=True)
+            about = {"what": "the first pass of a frozen resnet50 at 224 px", "way": stage, "milliseconds": ""}
+            rows.append(about | {"images_a_second": f"{n / seconds:.0f}", "peak_gib": ""})
+        return rows
 
 
 def main() -> None:
@@ -161,14 +171,19 @@ def main() -> None:
     parser.add_argument("--unlabeled_batch_size", type=int, default=192)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--networks", default="resnet50,wrn_28_2")
+    parser.add_argument("--table", help="name of the file in docs/results to replace [print only]")
+    parser.add_argument("--hardware", default="", help="what it ran on, for that file")
     options = parser.parse_args()
     device = utils.pick_device(options.device)
     print(utils.versions(device))
     if device.type == "cpu" and options.device == "auto":
         parser.error("no accelerator here; --device cpu tries this on the processor, with small batches")
+    rows = []
     for name in options.networks.split(","):
-        whole(name, 32 if name.startswith("wrn_") else 224, device, options)
-    first_pass(device, options)
+        rows += whole(name, 32 if name.startswith("wrn_") else 224, device, options)
+    rows += first_pass(device, options)
+    if options.table:
+        write_csv(options.table, [row | {"hardware": options.hardware, "command": command()} for row in rows])
 
 
 if __name__ == "__main__":
