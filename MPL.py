@@ -371,7 +371,8 @@ def make_ready(start: Start, found: data.Data, device: torch.device, precision: 
         and config.mode not in ("finetune", "test")
         and (config.targets == "mixture" or config.alignment == "estimated")
     ):
-        frozen = inputs_for(config, decoded, models.frozen_like(architecture, config.weights), device, precision)
+        before = models.frozen_like(architecture, config.weights)
+        frozen = inputs_for(config, decoded, before, device, precision, averaged=True)
     notes = [*found.notes]
     if preparation.value_range:
         low, high = preparation.value_range
@@ -392,14 +393,18 @@ def inputs_for(
     architecture: models.Architecture,
     device: torch.device,
     precision: torch.dtype | None,
+    *,
+    averaged: bool = False,
 ) -> features.Inputs:
+    """The inputs of a run's networks; ``averaged``: of a frozen one of which only means over views are asked for."""
+    averaged = averaged or bool(config.views) or config.targets == "mixture"
     return features.open_inputs(
         decoded,
         architecture,
         device,
         precision,
         views=config.views,
-        n_kept=n_averaged(config) if config.views or config.targets == "mixture" else 0,
+        n_kept=n_averaged(config) if averaged else 0,
         cache_dir=config.cache_dir,
         cache_gb=config.cache_gb,
         bounded="cache_gb" in config.given,
@@ -792,6 +797,13 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
         architecture, preparation = open_networks(start, there, device, precision)
         decoded = images.Images(index, preparation, utils.reading_threads(config.num_workers, device))
         inputs = inputs_for(config, decoded, architecture, device, precision)
+        compared = architecture, inputs
+        if not (architecture.frozen or config.at_random or config.weights == "none"):
+            try:
+                frozen = models.frozen_like(architecture, config.weights)
+                compared = frozen, inputs_for(config, decoded, frozen, device, precision, averaged=True)
+            except Failure as error:
+                print(f"images are told apart by pixels, for want of what the network was before it learned: {error}")
         for line in (f"{index.name}: {len(labeled)} labelled and {len(unlabeled)} unlabelled images", *index.notes):
             print(line)
         p = belongs = None
@@ -808,10 +820,7 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
         else:
             margins = None if p is None else selection.margins(p)
             strange = None if belongs is None else belongs < mixture.BELONGS
-            if not architecture.frozen and config.weights != "none":  # which its pretrained features tell apart
-                architecture = models.frozen_like(architecture, config.weights)
-                inputs = inputs_for(config, decoded, architecture, device, precision)
-            seen = functools.partial(compared_by, architecture, inputs, n_averaged(config))
+            seen = functools.partial(compared_by, *compared, n_averaged(config))
             rows, counts = selection.choose(
                 seen, labeled, unlabeled, index.contents, n, margins=margins, strange=strange, seed=config.seed
             )
@@ -855,8 +864,12 @@ def compared_by(
     been pretrained, their pixels, 8 by 8 and grey."""
     if architecture.frozen:
         return inputs.average(places, n_views)
-    pixels = inputs.source("plain", places, np.zeros(len(places), dtype=np.int64))
-    return torch.nn.functional.adaptive_avg_pool2d(pixels.float().mean(1, keepdim=True), 8).flatten(1).cpu()
+
+    def small(rows: np.ndarray) -> torch.Tensor:
+        pixels = inputs.source("plain", rows, np.zeros(len(rows), dtype=np.int64)).float().mean(1, keepdim=True)
+        return torch.nn.functional.adaptive_avg_pool2d(pixels, 8).flatten(1).cpu()
+
+    return torch.cat([small(rows) for rows in np.array_split(places, max(1, -(-len(places) // features.AT_ONCE)))])
 
 
 def training_on_labels(config: Config) -> str:

@@ -31,6 +31,7 @@ GROUPS = {
 MODES = ("switch_mode", "finetune_mode", "test_mode", "optuna_mode")
 
 LR = 0.00263
+BATCH_SIZE = 64
 
 # What an option is when it is not given. The first that says something about it counts: the recipe, the data set, and
 # last what follows from the other options (`_resolve`).
@@ -47,19 +48,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lambda_u": 0.27,
         "warmup_epoch_num": 20,
         "lr": LR,
+        "batch_size": BATCH_SIZE,
     },
 }
 # The embedded digits train a small network from scratch at their own size; a folder of photographs gets a pretrained,
 # frozen backbone.
-DIGITS_DEFAULTS = {
-    "model_name": "wrn_10_1",
-    "img_size": 16,
-    "batch_size": 32,
-    "augmentation": "randaugment",
-    "amp": "off",
-}
-SMALL_DEFAULTS = {"img_size": 12, "lr": 0.005}  # of digits with a wrn_DEPTH_WIDTH
-FOLDER_DEFAULTS = {"model_name": "efficientnet_lite0", "augmentation": "transfer", "amp": "auto", "batch_size": 64}
+DIGITS_DEFAULTS = {"model_name": "wrn_10_1", "img_size": 16, "augmentation": "randaugment", "amp": "off"}
+SMALL_DEFAULTS = {"img_size": 12, "lr": 0.005, "batch_size": 32}  # of digits with a wrn_DEPTH_WIDTH
+FOLDER_DEFAULTS = {"model_name": "efficientnet_lite0", "augmentation": "transfer", "amp": "auto"}
 MADE_FOR = {"efficientnet_lite1": 240, "efficientnet_lite2": 260}  # image sizes other than 224
 # What a network has learned from crops, in which things are large, it sees better in whole images that are larger
 # (Touvron et al., arXiv 1906.06423), as long as it learns no more.
@@ -254,8 +250,8 @@ class Config:
     num_workers: int | None = option(
         None,
         "data",
-        "how many threads read images ahead of the networks and, with --views 0, how many processes augment them, but "
-        "where CUDA does it; 0: the training process",
+        "how many threads read images ahead of the networks and, with --views 0 but on CUDA, how many processes "
+        "augment them; 0: the training process does it",
         low=0,
         high=256,
         auto=True,
@@ -742,14 +738,15 @@ def _resolve(config: Config) -> Config:
     config = _filled(config, **{key: value for key, value in recipe.items() if key != "warmup_epoch_num"})
     defaults = DIGITS_DEFAULTS if digits else FOLDER_DEFAULTS
     config = _filled(config, model_name=defaults["model_name"])
-    if digits and config.model_name.startswith("wrn_"):
+    small = digits and config.model_name.startswith("wrn_")
+    if small:
         config = _filled(config, **SMALL_DEFAULTS)
     config = _filled(config, weights="none" if config.model_name.startswith("wrn_") else "default")
     config = _filled(config, trainable="all" if config.weights == "none" and "+" not in config.model_name else "head")
     frozen = config.trainable == "head"
     if not digits:
         config = _filled(config, img_size=size_of(config.model_name, frozen=frozen))
-    config = _filled(config, **defaults, lr=LR)
+    config = _filled(config, **defaults, lr=LR, batch_size=BATCH_SIZE)
     turns = 2 if config.switch_mode else 1  # role playing's two teachers share the warm-up
     warmup_epochs = min(recipe.get("warmup_epoch_num", 20 * turns), config.num_epochs // 5 * turns)
     config = _filled(config, warmup_epoch_num=warmup_epochs)
@@ -765,7 +762,7 @@ def _resolve(config: Config) -> Config:
         val_percent=0.0 if all_to_learn_from else 0.8,
         test_percent=0.0 if all_to_learn_from else 6.0,
         views=2 if frozen else 8 if digits else 0,
-        unlabeled_batch_size=config.batch_size * (3 if digits else 1),
+        unlabeled_batch_size=config.batch_size * (3 if small else 2 if digits else 1),
         alignment=unknown_shares if config.chosen_labels else "labels",
         trial_seeds=2 if digits else 3,
         lambda_u=3.0 if mixture else 1.0 if digits else 0.27,

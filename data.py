@@ -841,8 +841,8 @@ class Draws:
 
 
 def parts(images: torch.Tensor) -> Iterator[slice]:
-    """A batch in parts that a processor's cache holds; on another device as it is."""
-    at_once = len(images)
+    """A batch in parts that a processor's cache holds; on another device in larger ones."""
+    at_once = 256
     if images.device.type == "cpu":
         at_once = max(torch.get_num_threads(), 2**17 // images.shape[-1] ** 2)
     return (slice(start, start + at_once) for start in range(0, len(images), at_once))

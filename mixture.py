@@ -11,8 +11,8 @@ That estimate begins with the mean of two that fail on different images. Each un
 one that is nearest to it, however many labels a class has: this needs one of each class, but knows little where classes
 meet. And the confidence of a classifier of the labelled images is calibrated on those that it was not trained on; then
 the shares are sought under which its predictions for all the others are the likeliest. With these the mixture is fitted
-and predicts; what is left of each class when its predictions have been propagated is the estimate. Once: a second round
-is nearer to shares that are alike, and further from others.
+and predicts the unlabelled images; how much of each class there is when its predictions have been propagated between
+these is the estimate. Once: a second round is nearer to shares that are alike, and further from others.
 """
 
 import copy
@@ -188,7 +188,7 @@ def posterior(
 
     Args:
         labels: [N] int64 of labelled and unlabelled images, negative where unknown; each class has at least one.
-        shares: [C] float32, the classes' shares among the images that are to be kept; None: any.
+        shares: [C] float32, the classes' shares among the unlabelled images that are to be kept; None: any.
     """
     known, y = torch.from_numpy(labels >= 0), one_hot(labels, n_classes)
     if known.all():
@@ -210,9 +210,11 @@ def posterior(
         scores[rows] = log_densities(z, means, root)
         weights[rows], places = nearest(whitened(z, root), sources, k)
         neighbours[rows] = used[places]
-    p = torch.where(known[:, None], y, balanced(scores.softmax(-1), shares))
+    p = y.clone()
+    p[~known] = balanced(scores[~known].softmax(-1), shares)
     p = propagate(p, weights, neighbours, known)
-    return torch.where(known[:, None], y, balanced(p, shares))
+    p[~known] = balanced(p[~known], shares)
+    return p
 
 
 def in_order_of_use(labels: np.ndarray, n_classes: int, seed: int) -> np.ndarray:
@@ -350,12 +352,13 @@ def estimated_shares(space: Space, labels: np.ndarray, n_classes: int, *, seed: 
         likeliest = likeliest_shares(softmax(scale * logits + bias))
         first = (first + torch.from_numpy(likeliest).float()) / 2
 
-    known, y = torch.from_numpy(~unknown), one_hot(labels, n_classes)
     z = z[:, : max(SHARES_IN, 2 * n_classes)]
-    means, root = fit_mixture(z, y, first)
-    p = torch.where(known[:, None], y, (log_densities(z, means, root) + first.log()).softmax(-1))
-    weights, neighbours = nearest_each(whitened(z, root), min(NEIGHBOURS, len(z) - 1))
-    return raised(propagate(p, weights, neighbours, known)[~known].mean(0), least)
+    means, root = fit_mixture(z, one_hot(labels, n_classes), first)
+    z = z[torch.from_numpy(unknown)]  # alone: labelled ones have other shares, and would lend them to their neighbours
+    p = (log_densities(z, means, root) + first.log()).softmax(-1)
+    if k := min(NEIGHBOURS, len(z) // 10):  # of few images each would have all for neighbours
+        p = propagate(p, *nearest_each(whitened(z, root), k), torch.zeros(len(z), dtype=torch.bool))
+    return raised(p.mean(0), least)
 
 
 def raised(shares: torch.Tensor, least: float) -> torch.Tensor:

@@ -60,11 +60,13 @@ def keep_apart(out: Path, **about: object) -> None:
     """Make the folder of a benchmark's runs, which are not repeated, or check that it is of the same.
 
     Raises:
-        SystemExit: its runs were made of other images or with other options.
+        SystemExit: its runs were made of other images, with other options or by a version that trained otherwise.
     """
+    from train import VERSION  # here: who makes tables of files does without torch
+
     file = out / "about.json"
     out.mkdir(parents=True, exist_ok=True)
-    said = json.dumps(about, indent=1)
+    said = json.dumps(about | {"version": VERSION}, indent=1)
     if not file.exists():
         file.write_text(said, encoding="utf-8")
     elif file.read_text(encoding="utf-8") != said:

@@ -86,7 +86,6 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "best, no feedback": ("--feedback none", BOTH),
     "best, cosine feedback": ("--feedback cosine", BOTH),
     "best, fresh views": ("--views 0", BOTH),
-    "best, whole network": ("--trainable all --targets mixture --lr 1e-4 --num_epochs 20", BOTH),
     "best, estimated shares": ("--alignment estimated", BOTH),
     "best, role playing": ("--switch_mode", MODELS),
     "best, other augmentation": ("--augmentation OTHER", BOTH),
@@ -123,7 +122,6 @@ PAIRS = (  # what a part of a method is worth: the method with it and without
     ("best, cosine feedback", "best, no feedback"),
     ("best, estimated shares", "best"),
     ("best, fresh views", "best"),
-    ("best, whole network", "best"),
     ("best, other augmentation", "best"),
     ("best, then finetuned", "best"),
     ("original, cosine", "original, classic"),
@@ -167,7 +165,6 @@ STUDIES = {
     "flowers5_fresh_views": Study(
         *(True, "500-504", "3", "best;best, fresh views", "--test_percent 20 --num_epochs 40"),
     ),
-    "flowers5_whole": Study(True, "740-743", "3", "labels only;best;best, whole network", "--test_percent 20"),
     "brightness": Study(True, "600-609", "3", "labels only;mpl;best;best, mixture alone", "--test_percent 20"),
     "original": Study(True, "730-739", "3", ";".join(name for name in METHODS if name.startswith("original"))),
     "original_fresh": Study(True, "730-730", "3", ";".join(f"original, {name}" for name in FOUR), "--views 0"),

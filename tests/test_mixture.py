@@ -222,7 +222,7 @@ def test_a_classifier_corrects_what_the_nearest_labels_say(monkeypatch):
     assert np.abs(estimated.numpy() - truly).max() < 0.7 * np.abs(lost - truly).max()
 
 
-@pytest.mark.parametrize(("labelled", "off"), [((90, 10), 0.07), ((20, 20), 0.2)])
+@pytest.mark.parametrize(("labelled", "off"), [((90, 10), 0.09), ((20, 20), 0.18)])
 def test_a_rare_class_that_overlaps_a_frequent_one_stays_rare(labelled, off):
     rng = np.random.default_rng(0)
     truth = np.repeat([0, 1], [900, 100])
@@ -231,6 +231,19 @@ def test_a_rare_class_that_overlaps_a_frequent_one_stays_rare(labelled, off):
     unknown = labels < 0
     estimated = mixture.estimated_shares(seen(features, labels, 2), labels, 2).numpy()
     assert abs(estimated[1] - (truth[unknown] == 1).mean()) < off
+
+
+def test_many_labels_in_other_shares_than_the_few_others_do_not_change_what_these_are():
+    rng = np.random.default_rng(0)
+    truth = np.repeat([0, 1], [490, 310])
+    features = torch.from_numpy(np.exp(0.3 * (0.8 * np.eye(2, 32)[truth] * 3 + rng.normal(size=(800, 32))))).float()
+    labels = some_labels(truth, (300, 300))
+    unknown = labels < 0
+    estimated = mixture.estimated_shares(seen(features, labels, 2), labels, 2)
+    assert estimated[1] == pytest.approx((truth[unknown] == 1).mean(), abs=0.03)
+    p = mixture.posterior(seen(features, labels, 2), labels, 2, estimated)
+    assert p[torch.from_numpy(unknown), 1].mean() == pytest.approx(float(estimated[1]), abs=1e-3)
+    assert (p.argmax(1).numpy() == truth)[unknown].mean() > 0.93
 
 
 def test_classes_whose_images_are_all_the_same_are_no_trouble():

@@ -14,6 +14,7 @@ from test_folders import picture, pictures
 
 import args
 import images
+import models
 import MPL
 import report
 import selection
@@ -325,6 +326,18 @@ def test_images_are_told_apart_by_pretrained_features_also_for_a_network_that_le
     assert kinds
     assert all(kinds)
     assert len(read_csv(cli.cwd / "results/s/to_label.csv")) == 4
+
+
+def test_without_the_weights_that_a_network_began_with_its_pixels_tell_images_apart(cli, tmp_path):
+    root, file = make_folder(tmp_path / "d", classes=2, images=10), tmp_path / "weights.pth"
+    torch.save(models.build_backbone("wrn_10_1", "none", 16, seed=1).body[1].state_dict(), file)
+    cli.inside("--name", "e", "--data_dir", root, *TINY, "--trainable", "all", "--weights", file, "--num_epochs", "1")
+    assert "pixels" not in cli.inside("--name", "s", "--select", "4", "--load_path", "e").stdout
+    file.unlink()
+    said = cli.inside("--name", "t", "--select", "4", "--load_path", "e").stdout
+    assert "told apart by pixels" in said
+    assert "weights.pth: no such file" in said
+    assert len(read_csv(cli.cwd / "results/t/to_label.csv")) == 4
 
 
 def test_a_filled_in_table_survives_another_selection_of_the_name(cli, tmp_path):
