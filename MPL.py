@@ -586,9 +586,9 @@ def guided(work: Work) -> Work:
         belonging=work.guide.belonging,
         trust=work.trust,
     )
-    if config.alignment == "estimated" and guide.prior is not None:
+    if guide.shares is not None and len(found.split.unlabeled):
         given = mixture.label_shares(found.known, len(found.classes))
-        print(mixture.describe_shares(guide.prior, given, found.classes))
+        print(mixture.describe_shares(guide.shares, given, found.classes))
     if not work.architecture.frozen:  # then no features are there when something is to be told by them
         guide = guide._replace(belonging=None)
     return work._replace(guide=guide)
@@ -1078,6 +1078,7 @@ def figures_of(
     rows = {part: each.rows for part, each in predicted.items()}
     final = {part: train.final(each.probabilities).numpy() for part, each in predicted.items()}
     about = {part: (final[part], labels[rows[part]]) for part in final}
+    weights = None if held_out is None else held_out.weights
     if held_out is not None:
         about |= dict.fromkeys(("val", "test"), (held_out.probabilities, labels[held_out.rows]))
     tested = saved if config.mode == "test" else None
@@ -1105,7 +1106,7 @@ def figures_of(
         **({} if defaults is None else {"defaults": defaults}),
         "classes": list(work.data.classes),
         "per_class": metrics.per_class(*about["test"]),
-        "temperature": metrics.fit_temperature(*about["val"]),
+        "temperature": metrics.fit_temperature(*about["val"], weights),
         "seconds": dict(seconds),
         "notes": work.notes,
         "commands": commands(config, work.data),

@@ -106,18 +106,18 @@ def sharpened(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     return scaled / scaled.sum(1, keepdims=True)
 
 
-def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float | None:
+def fit_temperature(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float | None:
     """The temperature under which the labels are most likely (Guo et al., arXiv 1706.04599, section 4.2).
 
     None where that says little: of fewer than ``ENOUGH_FOR_A_TEMPERATURE`` images, or at a bound of the search, where
-    images that are all predicted rightly would lead.
+    images that are all predicted rightly would lead. ``weights`` [N]: how much each image counts; None: all the same.
     """
     if len(labels) < ENOUGH_FOR_A_TEMPERATURE:
         return None
 
     def loss(temperature: float) -> float:
         p = sharpened(probabilities, temperature)[np.arange(len(labels)), labels]
-        return -np.log(np.clip(p, 1e-12, None)).mean()
+        return float(np.average(-np.log(np.clip(p, 1e-12, None)), weights=weights))
 
     best = float(min(TEMPERATURES, key=loss))
     return None if best in TEMPERATURES[[0, -1]] else best

@@ -218,11 +218,12 @@ def posterior(
 
 
 def in_order_of_use(labels: np.ndarray, n_classes: int, seed: int) -> np.ndarray:
-    """The images' places [N] in the order in which they are used while there is room: one of each class, labelled ones,
-    the others, shuffled."""
-    rank = np.where(labels >= 0, 1, 2)
-    rank[[np.flatnonzero(labels == c)[0] for c in range(n_classes) if (labels == c).any()]] = 0
+    """The images' places [N] in the order in which they are used while there is room: one of each class, labelled ones
+    up to half of ``MOST_IMAGES``, the others, what is left of the labelled ones, all shuffled."""
     order = np.random.default_rng(seed).permutation(len(labels))
+    rank = np.where(labels >= 0, 1, 2)
+    rank[order[labels[order] >= 0][MOST_IMAGES // 2 :]] = 3
+    rank[[np.flatnonzero(labels == c)[0] for c in range(n_classes) if (labels == c).any()]] = 0
     return order[np.argsort(rank[order], kind="stable")]
 
 
@@ -680,6 +681,7 @@ class Guide(NamedTuple):
     targets: np.ndarray | None = None  # [N, C] float32, what the teacher aims at; None: its own prediction
     prior: torch.Tensor | None = None  # [C] float32, the classes' shares that labels are aligned to; None: they are not
     belonging: Belonging | None = None  # to a class or to none; None: unknown
+    shares: torch.Tensor | None = None  # [C] float32, estimated ones of the unlabelled images
 
 
 def guide(
@@ -704,7 +706,7 @@ def guide(
         rows: [n] int64, the training images.
         trust: the mixture's share in a target of its own; the rest is what a classifier of the labels alone says.
     """
-    shares = label_shares(known, n_classes)
+    shares = prior = label_shares(known, n_classes)
     if targets != "mixture" and alignment != "estimated":
         return Guide(None, None if alignment == "none" else shares, belonging)
     assert space is not None, "there are features of all that has targets or estimated shares"
@@ -717,8 +719,11 @@ def guide(
     of_class = belongs >= BELONGS
     kept = rows[of_class]
     of_kept = space.of(kept)
+    estimated = None
     if alignment == "estimated":
-        shares = estimated_shares(of_kept, known[kept], n_classes)
+        shares = estimated = estimated_shares(of_kept, known[kept], n_classes)
+        n_known = int((known[kept] >= 0).sum())  # a training sees these too, unlabelled
+        prior = (n_known * prior + (len(kept) - n_known) * shares) / len(kept)
     p = None
     if targets == "mixture":
         p = np.zeros((len(known), n_classes), dtype=np.float32)
@@ -730,13 +735,13 @@ def guide(
             alone = labels_only(of_kept, known[kept], n_classes)
             found[unknown] = trust * found[unknown] + (1 - trust) * alone[unknown]
         p[kept] = certain * found + (1 - certain) * shares.numpy()
-    return Guide(p, None if alignment == "none" else shares, belonging)
+    return Guide(p, None if alignment == "none" else prior, belonging, estimated)
 
 
 def labels_only(space: Space, known: np.ndarray, n_classes: int) -> np.ndarray:
     """What a linear head that learns the labels alone says of all images, [n, C] float32."""
-    order = in_order_of_use(known, n_classes, 0)[:MOST_IMAGES]
-    labeled = np.sort(order[known[order] >= 0])
+    order = in_order_of_use(known, n_classes, 0)
+    labeled = np.sort(order[known[order] >= 0][:MOST_IMAGES])
     head = fit_head(space(labeled), F.one_hot(torch.from_numpy(known[labeled]), n_classes).float())
     parts = np.split(np.arange(len(known)), range(MOST_IMAGES, len(known), MOST_IMAGES))
     return np.concatenate([head(space(part)).softmax(-1).detach().numpy() for part in parts])

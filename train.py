@@ -24,6 +24,7 @@ from utils import Bar, DivergedError, Signals, seed_torch
 
 VERSION = 8  # raised whenever the same options, images and seed come to train otherwise; then no run goes on
 ALIGNMENT_RATE = 0.1  # of the ascent: some ten batches are averaged over
+RAREST = 1e-3  # share that a class is aligned to: less cannot be told from none in a batch
 FEW_PRODUCTS = 2**24  # in a pass of a head over a step's views, which takes one thread a millisecond or less
 
 Measurements = dict[str, torch.Tensor]
@@ -311,8 +312,8 @@ def target_aim(prior: torch.Tensor | None = None) -> Aim:
 
 
 def align(teacher: Learner, logits_uw: torch.Tensor, prior: torch.Tensor | None) -> None:
-    """Move the teacher's offset so that, from the next step on, what it says of unlabelled images lies a little nearer
-    to the classes' shares: then a rare style of one class is not lost to another class that resembles it more.
+    """Move the teacher's offset so that, from the next step on, what it says of these images lies a little nearer to
+    the classes' shares: then a rare style of one class is not lost to another class that resembles it more.
 
     The offset is added where a label is given, soft or hard, and never to the prediction that is pulled there, so that
     the network itself learns the shares. Distribution alignment (ReMixMatch, arXiv 1911.09785, section 3.1) by optimal
@@ -327,7 +328,8 @@ def align(teacher: Learner, logits_uw: torch.Tensor, prior: torch.Tensor | None)
         return
     share = (logits_uw.detach() + teacher.offset).softmax(-1).mean(0)
     distributed.average([share])
-    teacher.offset = teacher.offset + ALIGNMENT_RATE * (prior.to(share.device) / share.clamp_min(1e-3)).log()
+    wanted = prior.to(share.device).clamp_min(RAREST)
+    teacher.offset = teacher.offset + ALIGNMENT_RATE * (wanted / share.clamp_min(RAREST)).log()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -92,9 +92,9 @@ class Oracle:
         everything = np.zeros((len(others), len(self.index.classes)), dtype=np.float32)
         everything[:, present] = p
         off = np.nan
-        if work.guide.prior is not None:
+        if work.guide.shares is not None:
             shares = np.zeros(len(self.index.classes))
-            shares[present] = work.guide.prior.numpy()
+            shares[present] = work.guide.shares.numpy()
             truly = np.bincount(self.truth[others], minlength=len(shares)) / len(others)
             off = 100 * float(np.abs(shares - truly).max())
         belonging = work.guide.belonging

@@ -67,6 +67,13 @@ def test_no_temperature_is_chosen_by_few_images_or_by_such_as_bound_none():
     assert metrics.fit_temperature(sure.repeat(60, 0), wrong) == pytest.approx(2, rel=0.01)  # 9 = 3 ** 2
 
 
+def test_a_temperature_counts_an_image_as_often_as_it_weighs():
+    sure, wrong, twice = np.array([[0.9, 0.1]]), np.repeat([0, 1], [45, 15]), np.repeat([1, 2], 30)
+    many = metrics.fit_temperature(sure.repeat(90, 0), np.repeat(wrong, twice))
+    assert metrics.fit_temperature(sure.repeat(60, 0), wrong, twice) == many
+    assert metrics.fit_temperature(sure.repeat(60, 0), wrong) != many
+
+
 def test_an_image_that_counts_twice_is_as_two():
     rng = np.random.default_rng(0)
     p, labels = rng.dirichlet(np.ones(3), 40), rng.integers(0, 3, 40)

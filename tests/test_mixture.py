@@ -265,6 +265,29 @@ def test_one_label_of_a_class_is_too_few_to_hold_out(monkeypatch):
     assert estimated.min() > 0
 
 
+def test_there_is_room_for_unlabelled_images_however_many_labels_there_are(monkeypatch):
+    features, truth = groups()
+    monkeypatch.setattr(mixture, "MOST_IMAGES", 60)
+    labels = some_labels(truth, (10, 10, 60))
+    some = mixture.in_order_of_use(labels, 3, 0)[:60]
+    assert (labels[some] >= 0).sum() in range(30, 34)  # half, and one of each class
+    estimated = mixture.estimated_shares(seen(features, labels, 3), labels, 3)
+    truly = np.bincount(truth[labels < 0], minlength=3) / (labels < 0).sum()
+    assert estimated.numpy() == pytest.approx(truly, abs=0.15)
+    assert (labels[mixture.in_order_of_use(truth, 3, 0)[:60]] >= 0).any()  # where there are no others all are used
+    assert len(set(mixture.in_order_of_use(truth, 3, 0))) == len(truth)
+
+
+def test_labels_are_aligned_to_the_shares_of_all_that_a_training_sees():
+    features, truth = groups()
+    labels = some_labels(truth, (40, 10, 10))
+    found = mixture.guide(
+        seen(features, labels), labels, np.arange(len(truth)), 3, targets="mixture", alignment="estimated"
+    )
+    assert found.prior.numpy() == pytest.approx(found.targets.mean(0), abs=1e-3)
+    assert found.shares.numpy() == pytest.approx(found.targets[labels < 0].mean(0), abs=1e-3)
+
+
 def test_with_every_label_known_the_shares_are_counted():
     features, truth = groups(20)
     shares = mixture.estimated_shares(seen(features, truth), truth, 3)

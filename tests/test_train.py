@@ -448,6 +448,14 @@ def test_a_step_of_the_alignment_by_hand():
     assert torch.allclose(teacher.offset, train.ALIGNMENT_RATE * (3 * prior).log())
 
 
+def test_a_class_that_no_image_is_of_is_not_pushed_down_for_ever():
+    teacher, prior = learner("teacher"), torch.tensor([2e-4, 0.3, 0.6998])
+    for _ in range(2000):
+        train.align(teacher, torch.zeros(200, C), prior)
+    assert teacher.offset.min() > -10
+    assert (torch.zeros(C) + teacher.offset).softmax(-1)[0] == pytest.approx(train.RAREST, rel=0.2)
+
+
 def test_the_shares_follow_the_network_to_its_device():
     teacher = types.SimpleNamespace(offset=torch.zeros((), device="meta"))  # which holds no values: any accelerator
     train.align(teacher, torch.zeros(5, C, device="meta"), torch.tensor([0.2, 0.3, 0.5]))
