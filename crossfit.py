@@ -117,7 +117,7 @@ class Labels:
         order = np.arange(0)
         if self.usable:
             order = mixture.in_order_of_use(known[split.train], n_classes, seed)[: mixture.MOST_IMAGES]
-        self.some = np.sort(split.train[order])  # the labelled ones first of all
+        self.some = np.sort(split.train[order])
         self.known = known[self.some]
         self.space = space
         self.belonging = belonging if belonging is not None and belonging.noticed else None  # else it changes nothing

@@ -121,7 +121,7 @@ class _Fitted(NamedTuple):
 class Space:
     """Images as the mixture sees them, ``space(places)`` [n, d]: normalised, in the principal dimensions of some.
 
-    These are ``MOST_IMAGES`` of all, labelled ones first. Nothing is computed before it is needed.
+    These are ``MOST_IMAGES`` of all, see :func:`in_order_of_use`. Nothing is computed before it is needed.
     """
 
     def __init__(
