@@ -801,9 +801,10 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
         if not (architecture.frozen or config.at_random or config.weights == "none"):
             try:
                 frozen = models.frozen_like(architecture, config.weights)
-                compared = frozen, inputs_for(config, decoded, frozen, device, precision, averaged=True)
-            except Failure as error:
+            except CheckpointError as error:
                 print(f"images are told apart by pixels, for want of what the network was before it learned: {error}")
+            else:
+                compared = frozen, inputs_for(config, decoded, frozen, device, precision, averaged=True)
         for line in (f"{index.name}: {len(labeled)} labelled and {len(unlabeled)} unlabelled images", *index.notes):
             print(line)
         p = belongs = None

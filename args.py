@@ -250,7 +250,7 @@ class Config:
     num_workers: int | None = option(
         None,
         "data",
-        "how many threads read images ahead of the networks and, with --views 0 but on CUDA, how many processes "
+        "how many threads read images ahead of the networks and, with --views 0, except on CUDA, how many processes "
         "augment them; 0: the training process does it",
         low=0,
         high=256,
@@ -290,13 +290,13 @@ class Config:
     )
 
     num_epochs: int = option(100, "training", "length of the training; see --steps_per_epoch", low=1, unit="epochs")
-    batch_size: int = option(None, "training", "labelled images per step", low=1, shown="64; digits: 32")
+    batch_size: int = option(None, "training", "labelled images per step", low=1, shown="64; digits with a wrn_D_K: 32")
     unlabeled_batch_size: int = option(
         None,
         "training",
         "unlabelled images per step",
         low=1,
-        shown="the same as --batch_size; digits: three times as many",
+        shown="the same as --batch_size; digits: twice, with a wrn_D_K three times as many",
     )
     steps_per_epoch: int | None = option(
         None,
@@ -359,7 +359,7 @@ class Config:
     alignment: str = option(
         None,
         "mpl",
-        "make the predictions for all unlabelled images together have these class shares: those of the labels, shares "
+        "make the predictions for all training images together have these class shares: those of the labels, shares "
         "estimated from the images, or none (predictions stay as they are, as published; the targets of a mixture "
         "have the labels' shares all the same)",
         choices=("labels", "estimated", "none"),

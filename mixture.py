@@ -41,6 +41,8 @@ PRIOR_WEIGHT = 3.0  # how many images, for each feature, the sphere counts as th
 LABEL_WEIGHT = 10.0  # how many unlabelled images a labelled one counts as
 EM_ROUNDS = 15
 
+FEW_EACH = 10  # unlabelled images for each class; fewer need not have the classes' shares
+
 NEIGHBOURS, SHARPNESS = 10, 0.1  # of an image; their weights are softmax(cosine / SHARPNESS)
 PROPAGATED = 0.8  # the share of an image's label that comes from its neighbours
 PROPAGATION_ROUNDS = 15
@@ -188,7 +190,8 @@ def posterior(
 
     Args:
         labels: [N] int64 of labelled and unlabelled images, negative where unknown; each class has at least one.
-        shares: [C] float32, the classes' shares among the unlabelled images that are to be kept; None: any.
+        shares: [C] float32, the classes' shares among the unlabelled images that are to be kept, if these are not few;
+            None: any.
     """
     known, y = torch.from_numpy(labels >= 0), one_hot(labels, n_classes)
     if known.all():
@@ -196,8 +199,9 @@ def posterior(
     order = torch.from_numpy(in_order_of_use(labels, n_classes, seed))
     used, others = (part.sort().values for part in (order[:MOST_IMAGES], order[MOST_IMAGES:]))
 
+    kept = None if int((~known).sum()) < FEW_EACH * n_classes else shares  # of few images shares are only likely
     z = space(used.numpy())
-    means, root = fit_mixture(z, y[used], shares)
+    means, root = fit_mixture(z, y[used], kept)
     sources = whitened(z, root)  # whose labels are propagated, [L, d]
     k = min(NEIGHBOURS, len(used) - 1)
     scores = torch.empty(len(labels), n_classes)
@@ -210,10 +214,12 @@ def posterior(
         scores[rows] = log_densities(z, means, root)
         weights[rows], places = nearest(whitened(z, root), sources, k)
         neighbours[rows] = used[places]
+    if shares is not None and kept is None:
+        scores = scores + shares.log()
     p = y.clone()
-    p[~known] = balanced(scores[~known].softmax(-1), shares)
+    p[~known] = balanced(scores[~known].softmax(-1), kept)
     p = propagate(p, weights, neighbours, known)
-    p[~known] = balanced(p[~known], shares)
+    p[~known] = balanced(p[~known], kept)
     return p
 
 
@@ -345,7 +351,9 @@ def estimated_shares(space: Space, labels: np.ndarray, n_classes: int, *, seed: 
     if not unknown.any():
         return torch.from_numpy(np.bincount(labels, minlength=n_classes) / len(labels)).float()
     z = space(some)
-    least = 0.5 / int(unknown.sum())  # of a class that seems to have none of them there may be one all the same
+    least = (
+        0.5 / int(unknown.sum()) / n_classes
+    )  # of classes that seem to have none of them one may have one all the same
     first = raised(nearest_shares(z, labels, n_classes), least)
     if np.bincount(labels[~unknown]).min() > 1 and 2 * n_classes <= MOST_LABELLED:  # some of each class can be held out
         held_out, truth, logits = classifier_logits(z, labels, seed)
@@ -722,8 +730,8 @@ def guide(
     estimated = None
     if alignment == "estimated":
         shares = estimated = estimated_shares(of_kept, known[kept], n_classes)
-        n_known = int((known[kept] >= 0).sum())  # a training sees these too, unlabelled
-        prior = (n_known * prior + (len(kept) - n_known) * shares) / len(kept)
+        n_known = int((known[rows] >= 0).sum())  # a training sees these too, unlabelled
+        prior = (n_known * prior + (len(rows) - n_known) * shares) / len(rows)
     p = None
     if targets == "mixture":
         p = np.zeros((len(known), n_classes), dtype=np.float32)
