@@ -351,9 +351,7 @@ def estimated_shares(space: Space, labels: np.ndarray, n_classes: int, *, seed: 
     if not unknown.any():
         return torch.from_numpy(np.bincount(labels, minlength=n_classes) / len(labels)).float()
     z = space(some)
-    least = (
-        0.5 / int(unknown.sum()) / n_classes
-    )  # of classes that seem to have none of them one may have one all the same
+    least = 0.5 / (int(unknown.sum()) * n_classes)  # one image may be of a class that seems to have none of them
     first = raised(nearest_shares(z, labels, n_classes), least)
     if np.bincount(labels[~unknown]).min() > 1 and 2 * n_classes <= MOST_LABELLED:  # some of each class can be held out
         held_out, truth, logits = classifier_logits(z, labels, seed)
