@@ -234,7 +234,6 @@ EXPERIMENTS = (
     *("labels only", "classic", "cosine"),
     *("role playing", "role playing, twice the warm-up", "role playing and cosine"),
 )
-FIRST_EPOCHS = "digits: seconds after the start at which the first epochs are printed"
 HEADLINE = {
     "labels only": "the labels alone (`--finetune_mode`)",
     "mpl": "Meta Pseudo Labels as published (`--recipe mpl`)",
@@ -270,7 +269,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "original": lambda: methods_table("original", "test", "3", [f"original, {name}" for name in EXPERIMENTS]),
     "label_shares": lambda: whole_table("label_shares", without=("mpl", "labels only")),
     "strangers": lambda: whole_table("strangers"),
-    "seconds": lambda: whole_table("seconds", without=(FIRST_EPOCHS, "`--help`")),
+    "seconds": lambda: whole_table("seconds"),
 }
 
 

@@ -1,15 +1,17 @@
 """Seconds a step: the original's way, ours with fresh views, ours with kept features, and the limit.
 
-python benchmarks/speed.py
+python benchmarks/speed.py [--processor "EPYC, bf16"]
 
-The limit is one inference pass over the step's images by the fastest engine of all that we know: PyTorch in float32 or,
-where the processor is fast in it, bf16, and ONNX Runtime in float32. It is the least that fresh views can cost.
+With --processor its rows in docs/results/speed.csv are replaced. The limit is one inference pass over the step's images
+by the fastest engine of all that we know: PyTorch in float32 or, where the processor is fast in it, bf16, and ONNX
+Runtime in float32. It is the least that fresh views can cost.
 Everything is measured in one run, interleaved, and the medians are compared, so that a noisy machine disturbs all
 alike. The reference has a process of its own, as its users would have: the memory that ours keeps for itself
 (``utils.keep_freed_memory``) would make it faster or slower by chance. What does not need the reference is measured
 when it has ended, for a neighbour with 15 GiB makes a step and the limit faster or slower by chance too.
 """
 
+import argparse
 import contextlib
 import copy
 import functools
@@ -31,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from reference import reference_step
+from results import read_csv, write_csv
 
 import data
 import features
@@ -220,14 +223,32 @@ def from_scratch(rounds: int) -> dict[str, float]:
         return interleaved(rounds, reference=theirs, fresh=lambda: mpl_step(*learners, batch, 0))
 
 
+def row(network: str, processor: str, times: dict[str, float]) -> dict[str, str]:
+    """Of docs/results/speed.csv."""
+    ours, limit = times["fresh"], times.get("limit")
+    return {
+        **{"network": f"`{network}`", "processor": processor, "reference": f"{times['reference']:.1f}"},
+        **{"fresh views": f"{ours:.2f}", "kept features": f"{times['cached']:.4f}" if limit else ""},
+        **{"limit": f"{limit:.2f}" if limit else "", "reference / ours": f"{times['reference'] / ours:.1f}"},
+        **{"ours / limit": f"{ours / limit:.2f}" if limit else "", "command": "python benchmarks/speed.py"},
+    }
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processor", help="whose rows in docs/results/speed.csv to replace [print only]")
+    processor = parser.parse_args().processor
     utils.keep_freed_memory()
     lite0 = frozen("efficientnet_lite0", "default", rounds=5)
     resnet18 = frozen("resnet18", "none", rounds=5)
     wrn = from_scratch(rounds=5)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; median seconds a step")
     print(f"\n{'':20} {'reference':>10} {'ours, fresh':>12} {'ours, kept':>11} {'limit':>7}")
-    for name, times in (("efficientnet_lite0", lite0), ("resnet18", resnet18), ("wrn_28_2", wrn)):
+    measured = {"efficientnet_lite0": lite0, "resnet18": resnet18, "wrn_28_2": wrn}
+    if processor:
+        others = [other for other in read_csv("speed") if other["processor"] != processor]
+        write_csv("speed", [*others, *(row(name, processor, times) for name, times in measured.items())])
+    for name, times in measured.items():
         kept, limit = (f"{times[key]:.4f}" if key in times else "" for key in ("cached", "limit"))
         print(f"{name:20} {times['reference']:10.2f} {times['fresh']:12.2f} {kept:>11} {limit[:6]:>7}")
     print(

@@ -90,6 +90,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "best, role playing": ("--switch_mode", MODELS),
     "best, other augmentation": ("--augmentation OTHER", BOTH),
     "best, then finetuned": ("--finetune_mode --load_path best", ("student",)),
+    "best, tuned": ("--params SEARCH", BOTH),
     "original, labels only": (f"{ORIGINAL} --finetune_mode", ("student",)),
     "original, classic": (ORIGINAL, BOTH),
     "original, cosine": (f"{ORIGINAL} --unsupervised cos", BOTH),
@@ -124,6 +125,7 @@ PAIRS = (  # what a part of a method is worth: the method with it and without
     ("best, fresh views", "best"),
     ("best, other augmentation", "best"),
     ("best, then finetuned", "best"),
+    ("best, tuned", "best"),
     ("original, cosine", "original, classic"),
     ("original, cosine", "original, cosine, its loss without gradient"),
     ("original, classic", "original, cosine, its loss without gradient"),
@@ -165,6 +167,7 @@ STUDIES = {
     "flowers5_fresh_views": Study(
         *(True, "500-504", "3", "best;best, fresh views", "--test_percent 20 --num_epochs 40"),
     ),
+    "tuning": Study(True, "750-759", "3", "best;best, tuned", "--test_percent 20"),
     "brightness": Study(True, "600-609", "3", "labels only;mpl;best;best, mixture alone", "--test_percent 20"),
     "original": Study(True, "730-739", "3", ";".join(name for name in METHODS if name.startswith("original"))),
     "original_fresh": Study(True, "730-730", "3", ";".join(f"original, {name}" for name in FOUR), "--views 0"),
@@ -278,6 +281,8 @@ def run(options: argparse.Namespace, method: str, extra: list[str], start: str, 
         extra = [*extra, "--load_path", str(out / "checkpoints" / dataset / run_name(start, budget, seed))]
     elif "--num_labels_percent" not in extra:
         given += ["--num_labels_percent", str(budget)]
+    if "SEARCH" in extra:
+        extra = [search(options, budget) if option == "SEARCH" else option for option in extra]
     other = "transfer" if options.data_dir == "digits" else "randaugment"
     given += [other if option == "OTHER" else option for option in extra]
     if method in SHALLOW:
@@ -287,16 +292,32 @@ def run(options: argparse.Namespace, method: str, extra: list[str], start: str, 
         file.write_text(json.dumps(metrics))
         return metrics
     program = ["-c", PATCHED.format(CHANGES[method]), ROOT] if method in CHANGES else [ROOT / "MPL.py"]
-    words = [sys.executable, *program, "--name", name, "--overwrite", "--output_dir", out, *given, *options.rest]
-    subprocess.run(list(map(str, words)), check=True, stdout=subprocess.DEVNULL)
+    call(options, name, program, *given)
     return json.loads(file.read_text())
+
+
+def call(options: argparse.Namespace, name: str, program: list, *given: str) -> None:
+    words = [sys.executable, *program, "--name", name, "--overwrite", "--output_dir", options.out, *given]
+    subprocess.run(list(map(str, [*words, *options.rest])), check=True, stdout=subprocess.DEVNULL)
+
+
+def search(options: argparse.Namespace, budget: float) -> str:
+    """The file of the best options of a search on a split of its own, which is made if it is not there."""
+    name = f"search-{budget:g}"
+    file = Path(options.out) / "results" / name / "best_params.json"
+    with ONE_AT_A_TIME:
+        if not file.exists():
+            given = ("--seed", str(SEARCHED), "--num_labels_percent", str(budget), "--data_dir", options.data_dir)
+            call(options, name, [ROOT / "MPL.py"], *given, "--optuna_mode", "--n_trials", "60")
+    return str(file)
 
 
 SHALLOW = (
     *("logistic regression", "label spreading", "self-training", "like FixMatch", "like FlexMatch"),
     "all labels, out of fold",
 )
-ONE_AT_A_TIME = threading.Lock()  # torch's seed is the process's
+ONE_AT_A_TIME = threading.Lock()  # torch's seed is the process's; there is one search
+SEARCHED = 749  # the seed of the split on which options are searched for
 SURE = 0.95  # the threshold of FixMatch (Sohn et al., arXiv 2001.07685) and FlexMatch (Zhang et al., arXiv 2110.08263)
 SLOWLY = 0.02  # how fast FlexMatch's estimates of what is learned of each class move
 
