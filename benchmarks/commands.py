@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from results import command, read_csv, write_csv
+from results import read_csv, write_csv
 
 KEPT = {  # what is asked for when features are kept
     "train, features kept": [],
@@ -55,7 +55,6 @@ def main() -> None:
         if times := seconds.get(row["whole command"]):
             least, most = f"{min(times):.0f}", f"{max(times):.0f}"
             row[options.column] = least if least == most else f"{least}–{most}"
-        row["command"] = command().partition(" --column")[0]
     write_csv("seconds", [{key: row.get(key, "–") for key in (*rows[0], options.column)} for row in rows])
 
 

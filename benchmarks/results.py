@@ -178,14 +178,14 @@ def main_table(name: str, methods: Sequence[str], percent: str = "3") -> str:
     return markdown(["method", *head, f"sd, {n}", *(f"{text}, {n}" for text in GAINED), "seconds"], rows)
 
 
-def worth(right: float) -> str:
+def worth(right: float, name: str = "flowers5_alone") -> str:
     """How many labels, drawn as the study draws them, a head that learns these alone needs to be right of so many of
     the others, in percent: by straight lines between its figures over the logarithm of the labels."""
-    curve = [row for row in read_csv("flowers5_alone") if row["images"] == "unlabelled"]
+    curve = [row for row in read_csv(name) if row["images"] == "unlabelled"]
     labels = [int(row["n_labels"]) for row in curve]
     reached = [float(row["mean"]) for row in curve]
     if labels != sorted(labels) or reached != sorted(reached):
-        raise ValueError("docs/results/flowers5_alone.csv: more labels are not better")
+        raise ValueError(f"docs/results/{name}.csv: more labels are not better")
     if not reached[0] <= right <= reached[-1]:
         return f"< {labels[0]}" if right < reached[0] else f"> {labels[-1]}"
     n = np.exp(np.interp(right, reached, np.log(labels)))

@@ -172,6 +172,7 @@ STUDIES = {
     "original": Study(True, "730-739", "3", ";".join(name for name in METHODS if name.startswith("original"))),
     "original_fresh": Study(True, "730-730", "3", ";".join(f"original, {name}" for name in FOUR), "--views 0"),
     "digits": Study(False, "70-79", "3", "labels only;all labels;best"),
+    "digits_alone": Study(False, "70-74", "3,10,25,50", "labels only"),
 }
 
 
