@@ -226,10 +226,11 @@ def from_scratch(rounds: int) -> dict[str, float]:
 def row(network: str, processor: str, times: dict[str, float]) -> dict[str, str]:
     """Of docs/results/speed.csv."""
     ours, limit = times["fresh"], times.get("limit")
+    ratio = times.get("ratio", times["reference"] / ours)  # where it is there of rounds in which both took turns
     return {
-        **{"network": f"`{network}`", "processor": processor, "reference": f"{times['reference']:.1f}"},
+        **{"network": f"`{network}`", "processor": processor, "reference": f"{times['reference']:.3g}"},
         **{"fresh views": f"{ours:.2f}", "kept features": f"{times['cached']:.4f}" if limit else ""},
-        **{"limit": f"{limit:.2f}" if limit else "", "reference / ours": f"{times['reference'] / ours:.1f}"},
+        **{"limit": f"{limit:.2f}" if limit else "", "reference / ours": f"{ratio:.1f}"},
         **{"ours / limit": f"{ours / limit:.2f}" if limit else "", "command": "python benchmarks/speed.py"},
     }
 
@@ -246,8 +247,10 @@ def main() -> None:
     print(f"\n{'':20} {'reference':>10} {'ours, fresh':>12} {'ours, kept':>11} {'limit':>7}")
     measured = {"efficientnet_lite0": lite0, "resnet18": resnet18, "wrn_28_2": wrn}
     if processor:
-        others = [other for other in read_csv("speed") if other["processor"] != processor]
-        write_csv("speed", [*others, *(row(name, processor, times) for name, times in measured.items())])
+        rows = {(old["network"], old["processor"]): old for old in read_csv("speed")}
+        for name, times in measured.items():
+            rows[f"`{name}`", processor] = row(name, processor, times)
+        write_csv("speed", [*rows.values()])
     for name, times in measured.items():
         kept, limit = (f"{times[key]:.4f}" if key in times else "" for key in ("cached", "limit"))
         print(f"{name:20} {times['reference']:10.2f} {times['fresh']:12.2f} {kept:>11} {limit[:6]:>7}")

@@ -103,8 +103,11 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
 PHOTOGRAPHS_ONLY = [
     method
     for method in METHODS
-    if method.startswith(("best, not aligned", "best, estimated", "best, mixture", "all labels, out", "original"))
+    if method.startswith(
+        ("best, not aligned", "best, estimated", "best, mixture", "best, tuned", "all labels, out", "original")
+    )
 ]
+CHEAP = [method for method in METHODS if method != "best, tuned"]  # which would search first
 PAIRS = (  # what a part of a method is worth: the method with it and without
     ("mpl", "mpl, no feedback"),
     ("mpl, dot feedback", "mpl, no feedback"),
@@ -165,7 +168,7 @@ STUDIES = {
     ),
     "flowers5_each": Study(True, "710-719", "3", EACH, "--test_percent 20"),
     "flowers5_fresh_views": Study(
-        *(True, "500-504", "3", "best;best, fresh views", "--test_percent 20 --num_epochs 40"),
+        *(True, "500-504", "3", "best;best, fresh views", "--test_percent 20 --num_epochs 40 --img_size 224 --views 4"),
     ),
     "tuning": Study(True, "750-759", "3", "best;best, tuned", "--test_percent 20"),
     "brightness": Study(True, "600-609", "3", "labels only;mpl;best;best, mixture alone", "--test_percent 20"),
@@ -189,7 +192,7 @@ def main() -> None:
     parser.add_argument("rest", nargs="*", help="options for every run, after --")
     options = parser.parse_args()
     of_photographs = options.data_dir != "digits"
-    study = Study(of_photographs, options.seeds, options.budgets, options.methods or ";".join(METHODS))
+    study = Study(of_photographs, options.seeds, options.budgets, options.methods or ";".join(CHEAP))
     if options.table:
         if options.table not in STUDIES:
             parser.error(f"--table {options.table}: there are {', '.join(STUDIES)}")
@@ -304,12 +307,12 @@ def call(options: argparse.Namespace, name: str, program: list, *given: str) -> 
 
 def search(options: argparse.Namespace, budget: float) -> str:
     """The file of the best options of a search on a split of its own, which is made if it is not there."""
-    name = f"search-{budget:g}"
+    name = f"search-{budget:g}-{SEARCHED}"
     file = Path(options.out) / "results" / name / "best_params.json"
     with ONE_AT_A_TIME:
         if not file.exists():
             given = ("--seed", str(SEARCHED), "--num_labels_percent", str(budget), "--data_dir", options.data_dir)
-            call(options, name, [ROOT / "MPL.py"], *given, "--optuna_mode", "--n_trials", "60")
+            call(options, name, [ROOT / "MPL.py"], *given, "--optuna_mode", "--n_trials", "60", "--timeout", "86400")
     return str(file)
 
 
