@@ -52,9 +52,9 @@ def main() -> None:
             measure("`python MPL.py`, the digits", f"digits-{number}")
     rows = [dict(row) for row in read_csv("seconds")]
     for row in rows:
-        if times := seconds.get(row["whole command"]):
-            least, most = f"{min(times):.0f}", f"{max(times):.0f}"
-            row[options.column] = least if least == most else f"{least}–{most}"
+        times = seconds.get(row["whole command"], [])
+        found = dict.fromkeys(f"{bound(times):.0f}" for bound in (min, max) if times)
+        row[options.column] = "–".join(found) or "–"  # what was not measured does not stay beside what was
     write_csv("seconds", [{key: row.get(key, "–") for key in (*rows[0], options.column)} for row in rows])
 
 
