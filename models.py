@@ -156,8 +156,19 @@ class _LiteBlock(nn.Sequential):
         return super().forward(x) + x if self.adds_input else super().forward(x)
 
 
+STAGES = 3  # the last ones, whose statistics are features of a frozen network
+OWN_LENGTH = 0.25  # of its own features among these, which know ImageNet's classes best and others less
+
+
 class EfficientNetLite(nn.Sequential):
-    """[B, 3, S, S] float32 to ImageNet's logits [B, 1000], of features [B, 1280]."""
+    """[B, 3, S, S] float32 to ImageNet's logits [B, 1000], of features [B, 1280].
+
+    With ``stages``, to what the last stages know too (Evci et al., Head2Toe, arXiv 2201.03529), as a linear layer on a
+    frozen network can use it: the means and the standard deviations over each of their maps, and the network's own
+    features, [B, 2528].
+    """
+
+    stages = False
 
     def __init__(self, width: float, depth: float) -> None:
         n, stages = 32, []
@@ -176,6 +187,29 @@ class EfficientNetLite(nn.Sequential):
             if isinstance(module, nn.Conv2d):
                 fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
                 nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.stages:
+            return super().forward(x)
+        parts: list[torch.Tensor] = []
+        for name, layer in self.named_children():
+            for i, stage in enumerate(layer.children() if name == "blocks" else [layer]):
+                x = stage(x)
+                if name == "blocks" and i >= len(LITE_STAGES) - STAGES:
+                    parts += map(of_equal_length, _statistics(x.float()))
+        return torch.cat([OWN_LENGTH * of_equal_length(x.float()), *parts], -1)
+
+
+def _statistics(maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean and the standard deviation of each map of [B, C, H, W], [B, C] each."""
+    mean = maps.mean((2, 3), keepdim=True)
+    return mean.flatten(1), (maps - mean).square().mean((2, 3)).sqrt()
+
+
+def of_equal_length(features: torch.Tensor) -> torch.Tensor:
+    """Features [B, D] of one kind, so long that those of all kinds count the same: each is 1/2 in the root mean
+    square."""
+    return features.shape[1] ** 0.5 / 2 * F.normalize(features, dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,9 +251,11 @@ class Backbone:
     normalization: Normalization
 
     def fingerprint(self) -> str:
-        """A hash of the name, the image size, of two networks also one that sees another, and every weight."""
+        """A hash of the name, the image size, of two networks also one that sees another, what features are made of,
+        and every weight."""
         sizes = [n for n in self.body.sizes if n != self.img_size] if isinstance(self.body, SideBySide) else ()
-        digest = hashlib.sha256(" ".join(map(str, (self.name, self.img_size, *sizes))).encode())
+        stages = ["stages"] if any(getattr(module, "stages", False) for module in self.body.modules()) else ()
+        digest = hashlib.sha256(" ".join(map(str, (self.name, self.img_size, *sizes, *stages))).encode())
         for key, tensor in self.body.state_dict().items():
             digest.update(key.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -228,34 +264,34 @@ class Backbone:
 
 class SideBySide(nn.Module):
     """Several backbones as one: [B, 3, S, S] uint8, of which each sees its own size, to the features of all [B, D],
-    each's of a length that makes those of all equally large."""
+    which count the same."""
 
     def __init__(self, parts: Sequence[Backbone]) -> None:
         super().__init__()
         self.bodies = nn.ModuleList(part.body for part in parts)
         self.sizes = [part.img_size for part in parts]
-        self.lengths = [part.n_features**0.5 / 2 for part in parts]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         features = []
-        for body, size, length in zip(self.bodies, self.sizes, self.lengths, strict=True):
+        for body, size in zip(self.bodies, self.sizes, strict=True):
             seen = images
             if images.shape[-1] != size:
                 seen = F.interpolate(images.float(), (size, size), mode="bilinear", align_corners=False)
-            features.append(length * F.normalize(body(seen).float(), dim=-1))
+            features.append(of_equal_length(body(seen).float()))
         return torch.cat(features, -1)
 
 
-def build_backbone(model_name: str, weights: str, img_size: int, seed: int) -> Backbone:
+def build_backbone(model_name: str, weights: str, img_size: int, seed: int, *, stages: bool = False) -> Backbone:
     """A backbone in eval mode; with ``weights`` ``none`` it is initialised from ``seed``, as those always are that
-    ``args`` knows to have no pretrained weights.
+    ``args`` knows to have no pretrained weights. With ``stages`` features are of several stages, if the network is an
+    :class:`EfficientNetLite`.
 
     Raises:
         UsageError: no such model, or it cannot take images of this size.
         CheckpointError: the weights are not on disk and cannot be downloaded, or do not fit.
     """
     if "+" in model_name:
-        parts = [build_backbone(name, weights, size_of(name), seed) for name in model_name.split("+")]
+        parts = [build_backbone(name, weights, size_of(name), seed, stages=stages) for name in model_name.split("+")]
         if len({part.name for part in parts}) < len(parts):
             raise UsageError(f"--model_name {model_name}: both are {parts[0].name}; name two different networks")
         name = "+".join(part.name for part in parts)
@@ -270,7 +306,7 @@ def build_backbone(model_name: str, weights: str, img_size: int, seed: int) -> B
         depth, width = map(int, model_name.split("_")[1:])
         body, normalization = WideResNet(depth, width), SYMMETRIC
     elif model_name in LITE:
-        body, normalization = _efficientnet_lite(model_name, pretrained), SYMMETRIC
+        body, normalization = _efficientnet_lite(model_name, pretrained, stages), SYMMETRIC
     else:
         body, normalization = _torchvision(model_name, pretrained) or _timm(model_name, pretrained, img_size)
     if weights not in ("default", "none"):
@@ -312,7 +348,7 @@ def _wrong_size(model_name: str, img_size: int, error: Exception) -> str:
     return f"--img_size {img_size}: {model_name} cannot take images of this size ({reason}){advice}"
 
 
-def _efficientnet_lite(name: str, pretrained: bool) -> nn.Module:
+def _efficientnet_lite(name: str, pretrained: bool, stages: bool) -> nn.Module:
     """The network with the tensors of its pip package, which come in the same order under other names."""
     model = EfficientNetLite(*LITE[name])
     if pretrained:
@@ -325,6 +361,7 @@ def _efficientnet_lite(name: str, pretrained: bool) -> nn.Module:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
         model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
     model.set_submodule("classifier", nn.Identity())
+    model.stages = stages
     return model
 
 
@@ -667,6 +704,7 @@ class Origin:
     seed: int  # that its initial weights were drawn from, without pretrained ones
     fingerprint: str | None = None  # of frozen weights
     weights: dict[str, torch.Tensor] | None = None  # frozen ones that came from a file
+    stages: bool = False  # whether features are of several stages; earlier versions' were not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -717,7 +755,8 @@ def open_architecture(
     # A checkpoint of a network that learned as a whole holds all its weights, and so does one whose frozen weights came
     # from a file.
     source = "none" if kept or (saved and not frozen) else weights
-    backbone = build_backbone(model_name, source, img_size, seed)
+    stages = earlier is None or earlier.stages
+    backbone = build_backbone(model_name, source, img_size, seed, stages=stages and frozen)
     if kept:
         backbone.body.load_state_dict(kept)
     elif frozen and weights not in ("default", "none"):
@@ -728,14 +767,14 @@ def open_architecture(
             ": give the same --weights" if "+" not in model_name else ", or it saw images of other sizes: train anew"
         )
         raise CheckpointError(f"the frozen weights of {model_name} are not those the checkpoint was trained on{other}")
-    origin = Origin(backbone.name, seed, fingerprint, kept)
+    origin = Origin(backbone.name, seed, fingerprint, kept, stages)
     return Architecture(backbone, origin, frozen, source != "none", n_classes)
 
 
 def frozen_like(architecture: Architecture, weights: str) -> Architecture:
     """The same backbone as it was before a run of which it learned as a whole: with its initial ``weights``, frozen."""
     backbone, origin = architecture.backbone, architecture.origin
-    backbone = build_backbone(backbone.name, weights, backbone.img_size, origin.seed)
+    backbone = build_backbone(backbone.name, weights, backbone.img_size, origin.seed, stages=origin.stages)
     origin = dataclasses.replace(origin, fingerprint=backbone.fingerprint(), weights=None)
     return dataclasses.replace(architecture, backbone=backbone, origin=origin, frozen=True)
 

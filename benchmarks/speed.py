@@ -129,7 +129,7 @@ class Frozen:
         self.rows = np.arange(len(self.index))
         self.views = data.Views(images.Images(self.index, images.Preparation(224, 256), torch.get_num_threads()))
         self.views("weak", self.rows, self.rows)  # an image is decoded, and its pixels hashed, once in a training
-        self.backbone = models.build_backbone(model_name, weights, 224, seed=0)
+        self.backbone = models.build_backbone(model_name, weights, 224, seed=0, stages=True)
         self.steps = itertools.count()
 
     def batch(self, n_views: int, source: data.Source) -> data.Batch:

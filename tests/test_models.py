@@ -76,6 +76,46 @@ def test_efficientnet_lite_is_timms_bit_for_bit(name, size):
         assert torch.equal(theirs.eval()(x), ours.eval()(x))  # with the statistics that training has left
 
 
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite2"])
+def test_a_frozen_efficientnet_lite_gives_features_of_its_last_three_stages_and_its_own(name):
+    alone, frozen = (models.build_backbone(name, "default", 64, seed=0, stages=stages) for stages in (False, True))
+    assert frozen.fingerprint() != alone.fingerprint()
+    maps: dict[int, torch.Tensor] = {}
+    network = frozen.body[1]
+    for i, stage in enumerate(network.blocks):
+        stage.register_forward_hook(lambda module, given, made, i=i: maps.update({i: made}))
+    x = images(3, 64)
+    with torch.no_grad():
+        features, own = frozen.body(x), alone.body(x)
+    expected = [own / 4]
+    for i in (4, 5, 6):
+        expected += [maps[i].mean((2, 3)), maps[i].std((2, 3), correction=0)]
+    assert features.shape == (3, frozen.n_features) == (3, 1280 + 2 * sum(maps[i].shape[1] for i in (4, 5, 6)))
+    for found, part, size in zip(
+        features.split([part.shape[1] for part in expected], 1), expected, [1 / 8] + 6 * [1 / 2], strict=True
+    ):
+        assert found.square().mean(1).sqrt() == pytest.approx(size, rel=1e-4)
+        assert torch.allclose(nn.functional.normalize(found), nn.functional.normalize(part), atol=1e-5)
+
+
+def test_features_are_of_several_stages_but_for_a_network_that_learns_or_that_earlier_versions_trained_on():
+    def opened(*, frozen=True, **earlier):
+        return models.open_architecture("efficientnet_lite0", "default", 32, 0, 2, frozen=frozen, **earlier)
+
+    new = opened()
+    assert new.backbone.n_features == 2528
+    assert opened(saved=new.origin).backbone.n_features == 2528
+    whole = opened(frozen=False)
+    assert whole.backbone.n_features == 1280
+    assert models.frozen_like(whole, "default").backbone.n_features == 2528
+    old = models.build_backbone("efficientnet_lite0", "default", 32, seed=0)
+    state = {"name": old.name, "seed": 0, "fingerprint": old.fingerprint(), "weights": None}  # as it was written then
+    for by in ("saved", "resumed"):
+        again = opened(**{by: models.Origin(**state)})
+        assert again.backbone.n_features == 1280
+        assert again.origin == models.Origin(**state)
+
+
 def test_efficientnet_lite0_begins_with_weights_that_keep_the_scale_of_what_they_see():
     weights = {name: p for name, p in models.EfficientNetLite(1.0, 1.0).named_parameters() if p.ndim == 4}
     assert len(weights) == 49
@@ -107,7 +147,7 @@ ENGINES = [
 
 @pytest.mark.parametrize(("name", "weights", "size"), ENGINES)
 def test_both_engines_give_the_same_features_whatever_else_is_in_the_batch(name, weights, size):
-    backbone = models.build_backbone(name, weights, size, seed=0)
+    backbone = models.build_backbone(name, weights, size, seed=0, stages=True)
     encode = models.Encoder(backbone, torch.device("cpu"), None)
     onnx = models.OnnxNetwork(encode.body, size)
     x = images(11, size)
