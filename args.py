@@ -246,7 +246,7 @@ class Config:
         metavar="FOLDER",
         shown="transfermpl in the system's folder for caches, such as ~/.cache",
     )
-    cache_gb: float = option(10.0, "data", "maximum size of --cache_dir; 0: features are not kept", low=0, unit="GiB")
+    cache_gb: float = option(20.0, "data", "maximum size of --cache_dir; 0: features are not kept", low=0, unit="GiB")
     num_workers: int | None = option(
         None,
         "data",

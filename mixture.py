@@ -110,7 +110,7 @@ def principal_axes(z: torch.Tensor, n_classes: int) -> torch.Tensor:
 
     n = z.shape[1]
     d = min(max(min(DIMENSIONS, len(z) // 3), 2 * n_classes), n)
-    _, axes = eigh((z.T @ z).numpy(), subset_by_index=(n - d, n - 1), check_finite=False)  # in ascending order
+    _, axes = eigh((z.T @ z).numpy(), subset_by_index=(n - d, n - 1))  # in ascending order
     return distributed.as_the_first(torch.from_numpy(axes).flip(1).contiguous())
 
 

@@ -165,7 +165,7 @@ class EfficientNetLite(nn.Sequential):
 
     With ``stages``, to what the last stages know too (Evci et al., Head2Toe, arXiv 2201.03529), as a linear layer on a
     frozen network can use it: the means and the standard deviations over each of their maps, and the network's own
-    features, [B, 2528].
+    features: [B, 2528] of the first two networks, [B, 2640] of the third.
     """
 
     stages = False
@@ -254,7 +254,8 @@ class Backbone:
         """A hash of the name, the image size, of two networks also one that sees another, what features are made of,
         and every weight."""
         sizes = [n for n in self.body.sizes if n != self.img_size] if isinstance(self.body, SideBySide) else ()
-        stages = ["stages"] if any(getattr(module, "stages", False) for module in self.body.modules()) else ()
+        of_stages = any(isinstance(module, EfficientNetLite) and module.stages for module in self.body.modules())
+        stages = ("stages", STAGES, OWN_LENGTH) if of_stages else ()
         digest = hashlib.sha256(" ".join(map(str, (self.name, self.img_size, *sizes, *stages))).encode())
         for key, tensor in self.body.state_dict().items():
             digest.update(key.encode())
@@ -491,7 +492,7 @@ class Encoder:
     ``AGREEMENT`` the same. Which it was is kept in the folder ``choices``.
 
     Raises:
-        UsageError: when called, if features are out of float16's range.
+        UsageError: when called, if features are out of float16's range or not finite.
     """
 
     def __init__(
@@ -530,8 +531,10 @@ class Encoder:
             self.onnx = self._faster_than_pytorch(images)
         features = self._in_pytorch(images) if self.onnx is None else self.onnx(images)
         self.engines.add(f"{PYTORCH} {torch.__version__}" if self.onnx is None else f"{ONNX} {self.onnx.version}")
-        if self.precision == torch.float16 and not features.isfinite().all():
-            raise UsageError("--amp: this network's features are out of float16's range; use --amp bf16 or off")
+        if not features.isfinite().all():
+            if self.precision == torch.float16:
+                raise UsageError("--amp: this network's features are out of float16's range; use --amp bf16 or off")
+            raise UsageError(f"{self.backbone.name}: features that are not finite numbers; are its --weights damaged?")
         return features
 
     def _in_pytorch(self, images: torch.Tensor) -> torch.Tensor:
@@ -704,7 +707,7 @@ class Origin:
     seed: int  # that its initial weights were drawn from, without pretrained ones
     fingerprint: str | None = None  # of frozen weights
     weights: dict[str, torch.Tensor] | None = None  # frozen ones that came from a file
-    stages: bool = False  # whether features are of several stages; earlier versions' were not
+    stages: bool = False  # whether a frozen EfficientNet-Lite gives features of several stages; it once did not
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,9 +41,9 @@ def main() -> None:
     precision = utils.pick_precision(config.amp, device)
     listing = images.Listing("--folder", options.folder)
     paths = listing.paths(0, 10**9)
-    backbone = models.build_backbone(
-        config.model_name, config.weights, config.img_size, saved.backbone.seed, stages=saved.backbone.stages
-    )
+    origin = saved.backbone
+    stages = origin.stages and origin.fingerprint is not None
+    backbone = models.build_backbone(config.model_name, config.weights, config.img_size, origin.seed, stages=stages)
     encode = models.Encoder(backbone, device, precision, utils.cache_folder(config.cache_dir))
     encode.expect(len(paths))  # as labelling them does
     prepare = images.Preparation(config.img_size, round(config.img_size * images.EVALUATION_RESIZE))

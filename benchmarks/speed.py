@@ -139,7 +139,8 @@ class Frozen:
 
 def frozen_reference(model_name: str, weights: str) -> Callable[[], None]:
     setting = Frozen(model_name, weights)
-    step = reference(setting.backbone.body, setting.backbone.n_features, whole=False)
+    theirs = models.build_backbone(model_name, weights, 224, seed=0)  # a head on the last features alone
+    step = reference(theirs.body, theirs.n_features, whole=False)
     return lambda: step(setting.batch(0, setting.views))
 
 

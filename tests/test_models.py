@@ -108,6 +108,9 @@ def test_features_are_of_several_stages_but_for_a_network_that_learns_or_that_ea
     whole = opened(frozen=False)
     assert whole.backbone.n_features == 1280
     assert models.frozen_like(whole, "default").backbone.n_features == 2528
+    for name in ("wrn_10_1", "convnext_atto"):  # of which timm calls a part stages
+        plain, same = (models.build_backbone(name, "none", 32, seed=0, stages=stages) for stages in (False, True))
+        assert same.fingerprint() == plain.fingerprint()
     old = models.build_backbone("efficientnet_lite0", "default", 32, seed=0)
     state = {"name": old.name, "seed": 0, "fingerprint": old.fingerprint(), "weights": None}  # as it was written then
     for by in ("saved", "resumed"):
@@ -137,6 +140,15 @@ def test_features_do_not_depend_on_the_rest_of_the_batch():
     together = encode(x)
     assert torch.equal(together[[39, 3, 17]], encode(x[[39, 3, 17]]))
     assert together.dtype == torch.float32
+
+
+def test_features_that_are_not_finite_are_refused():
+    backbone = models.build_backbone("wrn_10_1", "none", 16, seed=0)
+    encode = models.Encoder(backbone, torch.device("cpu"), None)
+    encode(images(2, 16))
+    next(encode.body.parameters()).fill_(torch.nan)
+    with pytest.raises(UsageError, match="wrn_10_1: features that are not finite"):
+        encode(images(2, 16))
 
 
 ENGINES = [
