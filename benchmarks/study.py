@@ -49,7 +49,14 @@ import crossfit, train
 {}
 runpy.run_path(root + "/MPL.py", run_name="__main__")
 """  # the program with a change that is no option
+LAST_ALONE = """
+import models
+build = models.build_backbone
+models.build_backbone = lambda *given, stages: build(*given)
+"""
 CHANGES = {
+    "labels only, last features alone": LAST_ALONE,
+    "best, last features alone": LAST_ALONE,
     "best, mixture alone": "crossfit.find_trust = lambda labels: None",  # which then make all of a target
     "mpl, cosine feedback, late": """
 heard, estimate = [torch.zeros(())], train.estimate_feedback
@@ -62,6 +69,7 @@ train.estimate_feedback = of_the_step_before
 ORIGINAL = "--recipe original --model_name efficientnet_lite0 --views 4"  # vgg16's weights would be a download
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "labels only": ("--finetune_mode", ("student",)),
+    "labels only, last features alone": ("--finetune_mode", ("student",)),
     "all labels": ("--finetune_mode --num_labels_percent 100", ("student",)),
     "all labels, out of fold": ("", ("student",)),
     "logistic regression": ("", ("student",)),
@@ -83,6 +91,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "best, not aligned": ("--alignment none", BOTH),
     "best": ("--recipe best", BOTH),
     "best, mixture alone": ("--recipe best", BOTH),
+    "best, last features alone": ("--recipe best", BOTH),
     "best, no feedback": ("--feedback none", BOTH),
     "best, cosine feedback": ("--feedback cosine", BOTH),
     "best, fresh views": ("--views 0", BOTH),
@@ -104,7 +113,10 @@ PHOTOGRAPHS_ONLY = [
     method
     for method in METHODS
     if method.startswith(
-        ("best, not aligned", "best, estimated", "best, mixture", "best, tuned", "all labels, out", "original")
+        (
+            *("best, not aligned", "best, estimated", "best, mixture", "best, last", "best, tuned"),
+            *("labels only, last", "all labels, out", "original"),
+        )
     )
 ]
 CHEAP = [method for method in METHODS if method != "best, tuned"]  # which would search first
@@ -122,6 +134,8 @@ PAIRS = (  # what a part of a method is worth: the method with it and without
     ("best", "mpl"),
     ("best", "best, not aligned"),
     ("best", "best, mixture alone"),
+    ("best", "best, last features alone"),
+    ("labels only", "labels only, last features alone"),
     ("best", "best, no feedback"),
     ("best, cosine feedback", "best, no feedback"),
     ("best, estimated shares", "best"),
@@ -165,6 +179,10 @@ STUDIES = {
     "flowers5_two_backbones": Study(
         *(True, "710-719", "3,10", "labels only;best;all labels, out of fold"),
         "--test_percent 20 --model_name efficientnet_lite0+efficientnet_lite2",
+    ),
+    "flowers5_stages": Study(
+        *(True, "710-719", "3,10", "labels only;labels only, last features alone;best;best, last features alone"),
+        "--test_percent 20",
     ),
     "flowers5_each": Study(True, "710-719", "3", EACH, "--test_percent 20"),
     "flowers5_fresh_views": Study(
