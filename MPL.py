@@ -1111,7 +1111,8 @@ def figures_of(
         "seconds": dict(seconds),
         "notes": work.notes,
         "commands": commands(config, work.data),
-        "settings": args.settings(config) | {"training_version": train.VERSION},
+        "settings": args.settings(config)
+        | {"training_version": train.VERSION, "features": work.architecture.backbone.n_features},
         "options": {"changed": changed, "default": usual},
         "versions": utils.versions(work.inputs.device) | (work.frozen or work.inputs).engines,
     }

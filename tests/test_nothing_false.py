@@ -389,7 +389,9 @@ def test_what_another_version_began_is_tested_and_finetuned_but_not_gone_on_with
     assert "another version" in cli.one_line_error(4, *X, "--resume")
     cli.inside("--name", "u", "--test_mode", "--load_path", "y")
     settings = json.loads((cli.cwd / "results/x/metrics.json").read_text())["settings"]
-    assert settings["training_version"] == train.VERSION  # by which comparisons tell runs apart
+    # by which comparisons tell runs apart
+    assert settings["training_version"] == train.VERSION
+    assert settings["features"] == models.build_backbone(settings["model_name"], "none", 16, seed=0).n_features
     with pytest.raises(utils.CheckpointError, match="another version"):
         optuna_search.Budget(*study)
 
