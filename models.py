@@ -446,7 +446,7 @@ def _load_weights(body: nn.Module, file: str) -> None:
     """Load a state dict (torch or safetensors) into a backbone; what belongs to the head is passed over.
 
     Raises:
-        CheckpointError: the file is missing, is no plain state dict or lacks a tensor of the backbone.
+        CheckpointError: the file is missing, is no plain state dict, or lacks a tensor of the backbone or a finite one.
     """
     path = Path(file).expanduser()
     if not path.is_file():
@@ -477,6 +477,8 @@ def _load_weights(body: nn.Module, file: str) -> None:
             f"--weights {file}: {len(lacking)} of {len(own)} tensors are missing or of another shape "
             f"(first: {lacking[0]}); is it from this --model_name?"
         )
+    if damaged := [key for key, value in fitting.items() if not value.isfinite().all()]:
+        raise CheckpointError(f"--weights {file}: {len(damaged)} tensors are not finite (first: {damaged[0]})")
     body.load_state_dict(fitting)
 
 

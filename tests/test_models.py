@@ -142,6 +142,14 @@ def test_features_do_not_depend_on_the_rest_of_the_batch():
     assert together.dtype == torch.float32
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    state = models.build_backbone("wrn_10_1", "none", 16, seed=0).body[1].state_dict()
+    next(iter(state.values()))[0] = torch.nan
+    torch.save(state, tmp_path / "nan.pth")
+    with pytest.raises(CheckpointError, match="1 tensors are not finite"):
+        models.build_backbone("wrn_10_1", str(tmp_path / "nan.pth"), 16, seed=0)
+
+
 def test_features_that_are_not_finite_are_refused():
     backbone = models.build_backbone("wrn_10_1", "none", 16, seed=0)
     encode = models.Encoder(backbone, torch.device("cpu"), None)
