@@ -60,12 +60,13 @@ SOUGHT_IN = 128  # dimensions, the first of all, in which images of no class are
 OTHERS, EACH = 8, 20  # most components without a class; unlabelled images for each
 CLUSTER_ROUNDS = 30
 FEWEST_OTHERS = 4
+STARTS = 3  # from clusters of other seeds, whose findings are averaged
 FEWEST_HELD_OUT = 10  # labelled images, to tell whether a component is of a class
 RARELY = 0.1  # how many of the labelled images that chance would bring fall among images of no class
 BELONGS = 0.5  # from here on an image seems to belong to a class
-# Images of no class are left out of the mixture if they have this share, and this many labelled images would be among
-# them if they were of a class.
-NOTICED, MISSED = 0.2, 8
+# Images of no class are left out of the mixture if they have this share, this many labelled images would be among them
+# if they were of a class, and the labels are likelier by a factor of exp(EVIDENCE) than if they were.
+NOTICED, MISSED, EVIDENCE = 0.2, 8, 4
 
 Features = Callable[[np.ndarray], torch.Tensor]  # float32 activations [n, D] of some images, by their places [n]
 
@@ -492,8 +493,9 @@ def belonging(
     To the classes' Gaussians some are added that start where images are far from all classes. What falls into such a
     component may be of a class nevertheless. Labelled images tell: if it is, those whose label was held out are found
     there as often as unlabelled ones; if it is not, next to none are. Each of them counts for the images that it is
-    nearest to, since labels that somebody chose to give are not spread as the images are. A linear classifier then
-    learns what that comes to, so that other images can be told too.
+    nearest to, since labels that somebody chose to give are not spread as the images are. Where these components come
+    to lie depends on where they start, so that this is done several times. A linear classifier then learns what that
+    comes to, so that other images can be told too.
 
     Args:
         known: [N] int64, the labels that may be learned from, negative for all other images.
@@ -513,35 +515,64 @@ def belonging(
         return None
 
     z = space(some)
-    reduced = z[:, :SOUGHT_IN]
-    centres = distant_centres(reduced, known, unlabeled, n_others, seed)
-    shares = label_shares(known, n_classes)
-    tells = fold >= 0
-    p = torch.zeros(len(z), n_classes + n_others)  # of the components
-    held_out = torch.zeros_like(p)
-    for k in range(FOLDS):
-        left = np.where(fold == k, -1, known)
-        found = with_others(reduced, left, shares, centres)
-        p += found / FOLDS
-        held_out[fold == k] = found[fold == k]
-    stands_for = nearest_place(z, z[tells])
-    belongs, n = torch.ones(len(z)), 0.0
-    for _ in range(3):  # what is of no class is nearest to images of which it says nothing
-        weights = torch.bincount(torch.from_numpy(stands_for), belongs, int(tells.sum()))
-        n = float(weights.sum().square() / weights.square().sum())  # Kish's effective sample size
-        seen = n * (weights @ held_out[tells]) / weights.sum()
-        belongs = p @ components_of_classes(p[unlabeled].mean(0), seen, p[of_none].sum(0), n, n_classes)
+    stands_for = nearest_place(z, z[fold >= 0])
+    found = [
+        told_by_components(z[:, :SOUGHT_IN], known, fold, of_none, stands_for, n_others, seed + start)
+        for start in range(STARTS)
+    ]
+    belongs = torch.stack([each for each, _, _ in found]).mean(0)
     share = float(belongs[unlabeled].mean())
-    noticed = 1 - share >= NOTICED and n * (1 - share) >= MISSED
+    n, evidence = np.mean([each for _, *each in found], 0)
+    noticed = 1 - share >= NOTICED and n * (1 - share) >= MISSED and evidence >= EVIDENCE
     belongs[labeled], belongs[of_none] = 1.0, 0.0
     head = fit_head(z, torch.stack([belongs, 1 - belongs], 1).clamp(0, 1))
     weight, bias = ((each[0] - each[1]).detach() for each in (head.weight, head.bias))
     weight = space.axes @ weight
     # Every process is to leave the same images out, though clusters may have come out otherwise elsewhere.
     numbers = torch.stack([bias, *torch.tensor([share, noticed])])
-    found = distributed.as_the_first(torch.cat([*space.normalise, weight, numbers]))
-    lowest, origin, centre, weight, (bias, *said) = found.split([len(weight)] * 4 + [len(numbers)])
+    agreed = distributed.as_the_first(torch.cat([*space.normalise, weight, numbers]))
+    lowest, origin, centre, weight, (bias, *said) = agreed.split([len(weight)] * 4 + [len(numbers)])
     return Belonging(lowest, origin, centre, weight, bias, float(said[0]), bool(said[1]))
+
+
+def told_by_components(
+    z: torch.Tensor,
+    known: np.ndarray,
+    fold: np.ndarray,
+    of_none: np.ndarray,
+    stands_for: np.ndarray,
+    n_others: int,
+    seed: int,
+) -> tuple[torch.Tensor, float, float]:
+    """How probable it is that images [n, D] belong to a class, [n], by one mixture with components of others; how many
+    labelled images tell this, in effect; and the evidence that some belong to none, the logarithm of how much likelier
+    these make that.
+
+    Args:
+        known, of_none: [n] as in :func:`belonging`.
+        fold: [n] int64, with which others a labelled image is held out; negative for those that never are.
+        stands_for: [n] int64, the place of the one nearest to each image among those that are held out.
+    """
+    unlabeled, tells = (known < 0) & ~of_none, fold >= 0
+    n_classes = int(known.max()) + 1
+    centres = distant_centres(z, known, unlabeled, n_others, seed)
+    shares = label_shares(known, n_classes)
+    p = torch.zeros(len(z), n_classes + n_others)  # of the components
+    held_out = torch.zeros_like(p)
+    for k in range(FOLDS):
+        found = with_others(z, np.where(fold == k, -1, known), shares, centres)
+        p += found / FOLDS
+        held_out[fold == k] = found[fold == k]
+    of_unlabeled, of_strangers = p[unlabeled].mean(0), p[of_none].sum(0)
+    belongs, n, evidence = torch.ones(len(z)), 0.0, 0.0
+    for _ in range(3):  # what is of no class is nearest to images of which it says nothing
+        weights = torch.bincount(torch.from_numpy(stands_for), belongs, int(tells.sum()))
+        n = float(weights.sum().square() / weights.square().sum())  # Kish's effective sample size
+        seen = n * (weights @ held_out[tells]) / weights.sum() - of_strangers
+        of_class = components_of_classes(of_unlabeled, seen, n, n_classes)
+        belongs = p @ of_class
+        evidence = float((1 - of_class) @ against(n * of_unlabeled, seen))
+    return belongs, n, evidence
 
 
 def open_space(features: Features, data: Data) -> Space:
@@ -616,26 +647,27 @@ def with_others(z: torch.Tensor, known: np.ndarray, shares: torch.Tensor, centre
     return (log_densities(z, means, root) + prior.log()).softmax(-1)
 
 
-def components_of_classes(
-    unlabeled: torch.Tensor, held_out: torch.Tensor, of_none: torch.Tensor, n: float, n_classes: int
-) -> torch.Tensor:
+def components_of_classes(unlabeled: torch.Tensor, seen: torch.Tensor, n: float, n_classes: int) -> torch.Tensor:
     """How probable it is that a component holds images of the classes, [C + K]; sure for the first C.
-
-    It is told by how many labelled images fall there, a Poisson variable: as many as chance brings among images of the
-    classes, ``RARELY`` as many among others.
 
     Args:
         unlabeled: [C + K] each component's share of the unlabelled images.
-        held_out, of_none: [C + K] how many images fall there whose label was held out, or that are said to be of none.
+        seen: [C + K] how many images fall there whose label was held out, less those that are said to be of no class.
         n: how many labels were held out.
     """
     of_class = torch.ones_like(unlabeled)
     of_class[n_classes:] = 0.5
     for _ in range(20):  # the fewer images belong to a class, the more of the labelled ones each component would have
         expected = n * unlabeled / (unlabeled @ of_class)
-        evidence = (held_out - of_none) * -math.log(RARELY) - (1 - RARELY) * expected
-        of_class[n_classes:] = evidence.sigmoid()[n_classes:]
+        of_class[n_classes:] = (-against(expected, seen)).sigmoid()[n_classes:]
     return of_class
+
+
+def against(expected: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """The evidence, for each component [K], that its images belong to no class: the logarithm of a ratio of
+    likelihoods. How many labelled images fall there is a Poisson variable: as many as are ``expected`` [K] if its
+    images are of the classes, ``RARELY`` as many if they are not, and so many are ``seen`` [K]."""
+    return (1 - RARELY) * expected + seen * math.log(RARELY)
 
 
 def fit_head(z: torch.Tensor, target: torch.Tensor, *, penalty: float = PENALTY) -> torch.nn.Linear:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.stats import multivariate_normal
+from scipy.stats import multivariate_normal, poisson
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
@@ -416,19 +416,39 @@ def test_the_mixture_takes_no_notice_of_images_of_no_class_and_makes_no_class_of
 
 def test_a_component_is_of_a_class_if_labelled_images_fall_there_as_often_as_others():
     unlabeled = torch.tensor([0.5, 0.3, 0.2])  # one class, two further components
-    nobody = torch.zeros(3)
-    of_class = mixture.components_of_classes(unlabeled, torch.tensor([25.0, 0.0, 10.0]), nobody, 40, 1)
+    of_class = mixture.components_of_classes(unlabeled, torch.tensor([25.0, 0.0, 10.0]), 40, 1)
     assert of_class[0] == 1
     assert of_class[1] < 1e-4
     assert of_class[2] > 0.999
     # by hand, with 70% of the images in components of the class: 4 expected, 1 there: log odds log(10) - 0.9 * 4
     given = torch.tensor([14 * 5 / 7, 0.0, 1.0])
-    of_class = mixture.components_of_classes(torch.tensor([0.7, 0.0, 0.3]), given, nobody, 1, 1)
+    of_class = mixture.components_of_classes(torch.tensor([0.7, 0.0, 0.3]), given, 1, 1)
     share = 0.7 + 0.3 * of_class[2]
     expected = 0.3 / share
     assert of_class[2] == pytest.approx(float(torch.sigmoid(np.log(10) - 0.9 * expected)), abs=1e-4)
-    said = mixture.components_of_classes(unlabeled, torch.tensor([25.0, 3.0, 3.0]), torch.tensor([0.0, 3, 0]), 40, 1)
-    assert said[1] < said[2]  # somebody said of three images there that they are of none
+    # somebody said of three images there that they are of none
+    said = mixture.components_of_classes(unlabeled, torch.tensor([25.0, 0.0, 3.0]), 40, 1)
+    assert said[1] < said[2]
+
+
+def test_the_evidence_against_a_component_is_the_logarithm_of_a_ratio_of_likelihoods():
+    expected, seen = torch.tensor([5.0, 3.0]), torch.tensor([0.0, 4.0])
+    found = mixture.against(expected, seen)
+    for each, mean, count in zip(found, expected.tolist(), seen.tolist(), strict=True):
+        ratio = poisson.logpmf(count, mixture.RARELY * mean) - poisson.logpmf(count, mean)
+        assert float(each) == pytest.approx(ratio, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("belonging_share", "labels", "evidence", "noticed"),
+    [(0.5, 20, 6, True), (0.5, 20, 2, False), (0.5, 10, 6, False), (0.9, 200, 6, False)],
+)
+def test_images_of_no_class_are_left_out_if_many_labels_say_so(monkeypatch, belonging_share, labels, evidence, noticed):
+    """A few labels miss whole kinds of images by chance, which then look as if they belonged to no class."""
+    features, truth = groups(600)
+    told = (torch.full((600,), belonging_share), labels, evidence)
+    monkeypatch.setattr(mixture, "told_by_components", lambda *_: told)
+    assert find_belonging(features, some_labels(truth, (8, 6, 4))).noticed == noticed
 
 
 def test_what_somebody_says_of_images_of_none_is_learned_from():
