@@ -18,6 +18,7 @@ import argparse
 import itertools
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -160,6 +161,7 @@ class Study(NamedTuple):
     budgets: str
     methods: str
     rest: str = ""  # options of every run
+    images_each: int = 0  # so many images of each class; 0: all
 
 
 MAIN = (
@@ -175,6 +177,9 @@ FOUR = ("labels only", "classic", "cosine", "role playing", "role playing and co
 STUDIES = {
     "flowers5": Study(True, "710-719", "1,3,10", MAIN, "--test_percent 20"),
     "flowers5_seconds": Study(True, "720-722", "3", MAIN, "--test_percent 20"),  # with --jobs 1 and nothing else
+    "flowers5_small": Study(
+        *(True, "710-719", "3,10", "labels only;mpl;best;all labels, out of fold", "--test_percent 20", 150)
+    ),
     "flowers5_alone": Study(True, "710-719", "1,2,3,5,10,20,40", "labels only", "--test_percent 20"),
     "flowers5_two_backbones": Study(
         *(True, "710-719", "3,10", "labels only;best;all labels, out of fold"),
@@ -221,6 +226,8 @@ def main() -> None:
     options.out = options.out or f"study-{options.table or Path(options.data_dir).name}"
     rest = [study.rest, command().partition(" -- ")[2]]  # without this machine's
     keep_apart(Path(options.out), data_dir=options.data_dir, options=rest)
+    if study.images_each:
+        options.data_dir = str(some_of_each(Path(options.data_dir), Path(options.out) / "images", study.images_each))
     os.environ["OMP_NUM_THREADS"] = "1"  # two runs of one thread are faster than one of two, one after the other
     first, last = map(int, study.seeds.split("-"))
     methods = study.methods.split(";")
@@ -242,6 +249,18 @@ def main() -> None:
             write_csv(f"{options.table}_parts", [row | source for row in differences])
     for table in filter(None, (figures, differences)):
         print("\n" + markdown(list(table[0]), [list(row.values()) for row in table]))
+
+
+def some_of_each(source: Path, folder: Path, n: int) -> Path:
+    """A folder with links to ``n`` images of each class, the same ones every time."""
+    for of_class in sorted(path for path in source.iterdir() if path.is_dir()):
+        images = sorted(path.resolve() for path in of_class.iterdir())
+        (folder / of_class.name).mkdir(parents=True, exist_ok=True)
+        for image in random.Random(n).sample(images, n):
+            link = folder / of_class.name / image.name
+            if not link.is_symlink():
+                link.symlink_to(image)
+    return folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -97,3 +97,15 @@ def test_methods_are_compared_with_their_own_baseline():
     assert found["original, classic"]["gap_closed_percent"] == ""
     assert (found["best"]["gain"], found["best"]["worst"]) == ("+11.00", "+10.0")
     assert found["best"]["gap_closed_percent"] == "55"  # 11 of 20
+
+
+def test_a_small_folder_has_as_many_of_each_class_the_same_ones_every_time(tmp_path):
+    for kind in ("cat", "dog"):
+        (tmp_path / "all" / kind).mkdir(parents=True)
+        for i in range(9):
+            (tmp_path / "all" / kind / f"{i}.png").write_text(f"{kind} {i}")
+    few = study.some_of_each(tmp_path / "all", tmp_path / "few", 4)
+    found = sorted(few.rglob("*.png"))
+    assert [sum(path.parent.name == kind for path in found) for kind in ("cat", "dog")] == [4, 4]
+    assert all(path.read_text() == f"{path.parent.name} {path.stem}" for path in found)
+    assert sorted(study.some_of_each(tmp_path / "all", tmp_path / "few", 4).rglob("*.png")) == found
