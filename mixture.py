@@ -65,8 +65,9 @@ FEWEST_HELD_OUT = 10  # labelled images, to tell whether a component is of a cla
 RARELY = 0.1  # how many of the labelled images that chance would bring fall among images of no class
 BELONGS = 0.5  # from here on an image seems to belong to a class
 # Images of no class are left out of the mixture if they have this share, this many labelled images would be among them
-# if they were of a class, and the labels are likelier by a factor of exp(EVIDENCE) than if they were.
-NOTICED, MISSED, EVIDENCE = 0.2, 8, 4
+# if they were of a class, and where these are is likelier by a factor of exp(EVIDENCE) than if they were.
+NOTICED, MISSED, EVIDENCE = 0.2, 8, 6
+MOST_FAR_APART = 128  # clusters whose first centres are far apart: that takes time with the square of their number
 
 Features = Callable[[np.ndarray], torch.Tensor]  # float32 activations [n, D] of some images, by their places [n]
 
@@ -522,7 +523,7 @@ def belonging(
     ]
     belongs = torch.stack([each for each, _, _ in found]).mean(0)
     share = float(belongs[unlabeled].mean())
-    n, evidence = np.mean([each for _, *each in found], 0)
+    n, evidence = np.median([each for _, *each in found], 0)  # what most starts say, as most of what is averaged does
     noticed = 1 - share >= NOTICED and n * (1 - share) >= MISSED and evidence >= EVIDENCE
     belongs[labeled], belongs[of_none] = 1.0, 0.0
     head = fit_head(z, torch.stack([belongs, 1 - belongs], 1).clamp(0, 1))
@@ -545,8 +546,7 @@ def told_by_components(
     seed: int,
 ) -> tuple[torch.Tensor, float, float]:
     """How probable it is that images [n, D] belong to a class, [n], by one mixture with components of others; how many
-    labelled images tell this, in effect; and the evidence that some belong to none, the logarithm of how much likelier
-    these make that.
+    labelled images tell this, in effect; and their :func:`evidence_of_strangers`.
 
     Args:
         known, of_none: [n] as in :func:`belonging`.
@@ -564,15 +564,14 @@ def told_by_components(
         p += found / FOLDS
         held_out[fold == k] = found[fold == k]
     of_unlabeled, of_strangers = p[unlabeled].mean(0), p[of_none].sum(0)
-    belongs, n, evidence = torch.ones(len(z)), 0.0, 0.0
+    belongs, of_class, seen, n = torch.ones(len(z)), torch.ones(p.shape[1]), torch.zeros(p.shape[1]), 0.0
     for _ in range(3):  # what is of no class is nearest to images of which it says nothing
         weights = torch.bincount(torch.from_numpy(stands_for), belongs, int(tells.sum()))
         n = float(weights.sum().square() / weights.square().sum())  # Kish's effective sample size
-        seen = n * (weights @ held_out[tells]) / weights.sum() - of_strangers
-        of_class = components_of_classes(of_unlabeled, seen, n, n_classes)
+        seen = n * (weights @ held_out[tells]) / weights.sum()
+        of_class = components_of_classes(of_unlabeled, seen, of_strangers, n, n_classes)
         belongs = p @ of_class
-        evidence = float((1 - of_class) @ against(n * of_unlabeled, seen))
-    return belongs, n, evidence
+    return belongs, n, evidence_of_strangers(of_unlabeled, seen, of_class)
 
 
 def open_space(features: Features, data: Data) -> Space:
@@ -620,7 +619,8 @@ def distant_centres(z: torch.Tensor, known: np.ndarray, unlabeled: np.ndarray, n
     k = min(len(chosen) + 2 * n, len(some))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of clusters that are empty, as of images that are all alike
-        found, _ = kmeans2(some, k, iter=CLUSTER_ROUNDS, minit="++", rng=seed)
+        start = "++" if k <= MOST_FAR_APART else "points"
+        found, _ = kmeans2(some, k, iter=CLUSTER_ROUNDS, minit=start, rng=seed)
     centres, n_classes = torch.from_numpy(found), len(chosen)
     for _ in range(n):
         furthest = torch.cdist(centres, chosen).amin(1).argmax()
@@ -647,27 +647,38 @@ def with_others(z: torch.Tensor, known: np.ndarray, shares: torch.Tensor, centre
     return (log_densities(z, means, root) + prior.log()).softmax(-1)
 
 
-def components_of_classes(unlabeled: torch.Tensor, seen: torch.Tensor, n: float, n_classes: int) -> torch.Tensor:
+def components_of_classes(
+    unlabeled: torch.Tensor, held_out: torch.Tensor, of_none: torch.Tensor, n: float, n_classes: int
+) -> torch.Tensor:
     """How probable it is that a component holds images of the classes, [C + K]; sure for the first C.
+
+    It is told by how many labelled images fall there, a Poisson variable: as many as chance brings among images of the
+    classes, ``RARELY`` as many among others.
 
     Args:
         unlabeled: [C + K] each component's share of the unlabelled images.
-        seen: [C + K] how many images fall there whose label was held out, less those that are said to be of no class.
-        n: how many labels were held out.
+        held_out, of_none: [C + K] how many images fall there whose label was held out, or that are said to be of none.
+        n: how many labels were held out, in effect.
     """
     of_class = torch.ones_like(unlabeled)
     of_class[n_classes:] = 0.5
     for _ in range(20):  # the fewer images belong to a class, the more of the labelled ones each component would have
         expected = n * unlabeled / (unlabeled @ of_class)
-        of_class[n_classes:] = (-against(expected, seen)).sigmoid()[n_classes:]
+        log_odds = (held_out - of_none) * -math.log(RARELY) - (1 - RARELY) * expected
+        of_class[n_classes:] = log_odds.sigmoid()[n_classes:]
     return of_class
 
 
-def against(expected: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """The evidence, for each component [K], that its images belong to no class: the logarithm of a ratio of
-    likelihoods. How many labelled images fall there is a Poisson variable: as many as are ``expected`` [K] if its
-    images are of the classes, ``RARELY`` as many if they are not, and so many are ``seen`` [K]."""
-    return (1 - RARELY) * expected + seen * math.log(RARELY)
+def evidence_of_strangers(unlabeled: torch.Tensor, held_out: torch.Tensor, of_class: torch.Tensor) -> float:
+    """The logarithm of how much likelier it is that labelled images fall into components as they do if these hold
+    images of the classes with the probabilities ``of_class`` than if all do: of two multinomial distributions, of which
+    the second has the components' shares.
+
+    Args:
+        unlabeled, held_out, of_class: [C + K] as in :func:`components_of_classes`.
+    """
+    rarer = of_class + RARELY * (1 - of_class)
+    return float(held_out @ (rarer / (unlabeled @ rarer)).log())
 
 
 def fit_head(z: torch.Tensor, target: torch.Tensor, *, penalty: float = PENALTY) -> torch.nn.Linear:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.stats import multivariate_normal, poisson
+from scipy.stats import multinomial, multivariate_normal
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
@@ -416,39 +416,75 @@ def test_the_mixture_takes_no_notice_of_images_of_no_class_and_makes_no_class_of
 
 def test_a_component_is_of_a_class_if_labelled_images_fall_there_as_often_as_others():
     unlabeled = torch.tensor([0.5, 0.3, 0.2])  # one class, two further components
-    of_class = mixture.components_of_classes(unlabeled, torch.tensor([25.0, 0.0, 10.0]), 40, 1)
+    nobody = torch.zeros(3)
+    of_class = mixture.components_of_classes(unlabeled, torch.tensor([25.0, 0.0, 10.0]), nobody, 40, 1)
     assert of_class[0] == 1
     assert of_class[1] < 1e-4
     assert of_class[2] > 0.999
     # by hand, with 70% of the images in components of the class: 4 expected, 1 there: log odds log(10) - 0.9 * 4
     given = torch.tensor([14 * 5 / 7, 0.0, 1.0])
-    of_class = mixture.components_of_classes(torch.tensor([0.7, 0.0, 0.3]), given, 1, 1)
+    of_class = mixture.components_of_classes(torch.tensor([0.7, 0.0, 0.3]), given, nobody, 1, 1)
     share = 0.7 + 0.3 * of_class[2]
     expected = 0.3 / share
     assert of_class[2] == pytest.approx(float(torch.sigmoid(np.log(10) - 0.9 * expected)), abs=1e-4)
-    # somebody said of three images there that they are of none
-    said = mixture.components_of_classes(unlabeled, torch.tensor([25.0, 0.0, 3.0]), 40, 1)
-    assert said[1] < said[2]
+    said = mixture.components_of_classes(unlabeled, torch.tensor([25.0, 3.0, 3.0]), torch.tensor([0.0, 3, 0]), 40, 1)
+    assert said[1] < said[2]  # somebody said of three images there that they are of none
 
 
-def test_the_evidence_against_a_component_is_the_logarithm_of_a_ratio_of_likelihoods():
-    expected, seen = torch.tensor([5.0, 3.0]), torch.tensor([0.0, 4.0])
-    found = mixture.against(expected, seen)
-    for each, mean, count in zip(found, expected.tolist(), seen.tolist(), strict=True):
-        ratio = poisson.logpmf(count, mixture.RARELY * mean) - poisson.logpmf(count, mean)
-        assert float(each) == pytest.approx(ratio, abs=1e-5)
+def test_the_evidence_of_strangers_is_the_logarithm_of_a_ratio_of_likelihoods():
+    unlabeled, held_out = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([12.0, 1.0, 7.0])
+    found = mixture.evidence_of_strangers(unlabeled, held_out, torch.tensor([1.0, 0.0, 1.0]))
+    rarer = np.array([0.5, 0.3 * mixture.RARELY, 0.2])
+    ratio = multinomial.logpmf([12, 1, 7], 20, rarer / rarer.sum()) - multinomial.logpmf(
+        [12, 1, 7], 20, unlabeled.numpy()
+    )
+    assert found == pytest.approx(ratio, abs=1e-4)
+    assert mixture.evidence_of_strangers(unlabeled, held_out, torch.ones(3)) == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("belonging_share", "labels", "evidence", "noticed"),
-    [(0.5, 20, 6, True), (0.5, 20, 2, False), (0.5, 10, 6, False), (0.9, 200, 6, False)],
+    ("belonging", "labels", "evidence", "noticed"),
+    [
+        *(((0.5, 0.5, 0.5), 20, (9, 9, 9), True), ((0.5, 0.5, 0.5), 20, (3, 3, 3), False)),
+        *(((0.5, 0.5, 0.5), 10, (9, 9, 9), False), ((0.9, 0.9, 0.9), 200, (9, 9, 9), False)),
+        *(((0.3, 0.9, 0.3), 20, (9, 0, 9), True), ((0.9, 0.1, 0.9), 30, (0, 30, 0), False)),  # most say so
+    ],
 )
-def test_images_of_no_class_are_left_out_if_many_labels_say_so(monkeypatch, belonging_share, labels, evidence, noticed):
+def test_images_of_no_class_are_left_out_if_many_labels_and_most_starts_say_so(
+    monkeypatch, belonging, labels, evidence, noticed
+):
     """A few labels miss whole kinds of images by chance, which then look as if they belonged to no class."""
     features, truth = groups(600)
-    told = (torch.full((600,), belonging_share), labels, evidence)
-    monkeypatch.setattr(mixture, "told_by_components", lambda *_: told)
-    assert find_belonging(features, some_labels(truth, (8, 6, 4))).noticed == noticed
+    told = [(torch.full((600,), share), labels, each) for share, each in zip(belonging, evidence, strict=True)]
+    seeds = []
+
+    def told_by_components(*given):
+        seeds.append(given[-1])
+        return told[len(seeds) - 1]
+
+    monkeypatch.setattr(mixture, "told_by_components", told_by_components)
+    found = find_belonging(features, some_labels(truth, (8, 6, 4)))
+    assert found.noticed == noticed
+    assert found.share == pytest.approx(np.mean(belonging), abs=1e-6)
+    assert len(set(seeds)) == 3
+
+
+def test_nothing_but_images_of_no_class_is_noticed():
+    """No unlabelled image is of a class, and so all labelled ones fall where hardly any of the others are."""
+    rng = np.random.default_rng(0)
+    kind = np.concatenate([np.arange(60) % 3, 3 + np.arange(400) % 6])
+    features = torch.from_numpy(np.exp(0.2 * (3.0 * np.eye(9, 64)[kind] + rng.normal(size=(460, 64))))).float()
+    found = find_belonging(features, np.where(kind < 3, kind, -1))
+    assert found.share < 0.2
+    assert found.noticed
+
+
+def test_many_classes_are_sought_among_clusters_that_start_anywhere(monkeypatch):
+    features, truth = with_strangers(600, 300)
+    monkeypatch.setattr(mixture, "MOST_FAR_APART", 0)
+    found = find_belonging(features, some_labels(truth, (40, 24, 16)))
+    assert found.noticed
+    assert roc_auc_score(truth >= 0, found(features).numpy()) > 0.95
 
 
 def test_what_somebody_says_of_images_of_none_is_learned_from():
