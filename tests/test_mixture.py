@@ -473,7 +473,7 @@ def test_nothing_but_images_of_no_class_is_noticed():
     """No unlabelled image is of a class, and so all labelled ones fall where hardly any of the others are."""
     rng = np.random.default_rng(0)
     kind = np.concatenate([np.arange(60) % 3, 3 + np.arange(400) % 6])
-    features = torch.from_numpy(np.exp(0.2 * (3.0 * np.eye(9, 64)[kind] + rng.normal(size=(460, 64))))).float()
+    features = torch.from_numpy(np.exp(0.2 * (3.0 * np.eye(9, 256)[kind] + rng.normal(size=(460, 256))))).float()
     found = find_belonging(features, np.where(kind < 3, kind, -1))
     assert found.share < 0.2
     assert found.noticed
