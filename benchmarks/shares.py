@@ -7,7 +7,8 @@ The images of a folder with a subfolder for each class are divided, by links, as
 in class folders, the others in one folder without. Each seed divides anew: *random* labels; *equal* numbers of each
 class; and *equal* ones while the images without a label are of *one* class mostly (each class has 0.6 times as many as
 the one before it). What is right is counted among the images without a label. With --estimates nothing is trained:
-the mixture alone labels them, with shares estimated in several ways.
+the mixture alone labels them, with shares estimated in several ways; and labels that --select would ask for are among
+the divisions, where *the nearest labels'* shares are the sizes of the clusters that the chosen images stand for.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import args
 import images
 import mixture
 import MPL
+import selection
 import utils
 
 N_LABELS = 100
@@ -40,6 +42,7 @@ DIVISIONS = {
     "equal": "20 of each class",
     "one": "20 of each class, one class is 43 % of the images",
 }
+CHOSEN = {f"chosen-{n}": f"{n} chosen" for n in (25, 50, 100)}  # for --estimates
 METHODS = {
     "labels only": "--finetune_mode",
     "mpl": "--recipe mpl",
@@ -52,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--seeds", default="20-24", help="first-last")
-    parser.add_argument("--divisions", default=",".join(DIVISIONS))
+    parser.add_argument("--divisions", help="separated by commas [all]")
     parser.add_argument("--out", type=Path, default=Path("shares"), help="where the divisions and runs are kept")
     parser.add_argument("--table", help="name of the file in docs/results to replace [print only]")
     parser.add_argument("--hardware", default="", help="what it ran on, for that file")
@@ -62,6 +65,7 @@ def main() -> None:
     first, last = map(int, options.seeds.split("-"))
     keep_apart(options.out, data_dir=str(options.data_dir), options=command().partition(" -- ")[2])
     seeds = range(first, last + 1)
+    options.divisions = options.divisions or ",".join(DIVISIONS | CHOSEN if options.estimates else DIVISIONS)
     rows = compare_estimates(options, seeds) if options.estimates else compare_methods(options, seeds)
     print(markdown(list(rows[0]), [list(row.values()) for row in rows]))
     if options.table:
@@ -134,11 +138,19 @@ def compare_estimates(options: argparse.Namespace, seeds: range) -> list[dict]:
     for division in options.divisions.split(","):
         off, right = {}, {}
         for seed in seeds:
-            folder = options.out / f"{division}-{seed}"
-            if not folder.is_dir():
-                divide(options.data_dir, folder, division, seed)
-            labelled, others = (sorted(folder.glob(pattern)) for pattern in ("labelled/*/*", "unlabelled/*"))
-            here = np.array([place[file.resolve()] for file in (*labelled, *others)])
+            if division in CHOSEN:
+                everyone, n = np.arange(len(index)), int(division.removeprefix("chosen-"))
+                labelled = selection.choose(x.__getitem__, everyone[:0], everyone, index.contents, n, seed=seed).rows
+                others = np.setdiff1d(everyone, labelled)
+            else:
+                folder = options.out / f"{division}-{seed}"
+                if not folder.is_dir():
+                    divide(options.data_dir, folder, division, seed)
+                labelled, others = (
+                    np.array([place[file.resolve()] for file in sorted(folder.glob(pattern))])
+                    for pattern in ("labelled/*/*", "unlabelled/*")
+                )
+            here = np.concatenate([labelled, others])
             labels = np.where(np.arange(len(here)) < len(labelled), index.labels[here], images.UNKNOWN)
             truth, unknown = index.labels[here], labels == images.UNKNOWN
             space = mixture.Space(x[here].__getitem__, labels, n_classes)
@@ -157,7 +169,7 @@ def compare_estimates(options: argparse.Namespace, seeds: range) -> list[dict]:
             gain = spread(np.subtract(right[name], right["the mixture's"]), "+")
             rows.append(
                 {
-                    **{"labels": DIVISIONS[division], "shares": name, "n": len(seeds)},
+                    **{"labels": (DIVISIONS | CHOSEN)[division], "shares": name, "n": len(seeds)},
                     **{"furthest off": spread(np.array(off[name])), "right": spread(np.array(right[name]))},
                     "− the mixture's": "" if name == "the mixture's" else gain,
                 }
