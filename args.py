@@ -7,6 +7,7 @@ read or written.
 
 import argparse
 import contextlib
+import difflib
 import json
 import math
 import os
@@ -529,6 +530,9 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose error is one line."""
 
     def error(self, message: str) -> NoReturn:
+        unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0].split("=")[0]
+        if near := difflib.get_close_matches(unknown, self._option_string_actions, n=1):
+            message += f" (do you mean {near[0]}?)"
         self.exit(2, f"{self.prog}: {message}\n" if speaks() else None)
 
 

@@ -9,6 +9,7 @@ import codecs
 import contextlib
 import csv
 import dataclasses
+import difflib
 import functools
 import hashlib
 import io
@@ -208,8 +209,20 @@ def label_by_tables(index: Index, tables: Sequence[str]) -> Index:
     for i, said in given.items():
         labels[i], none[i], drawn[i] = place[said.label], said.label == NO_CLASS, said.drawn
     labeled = index.labeled_as(labels, classes, none, drawn)
+    notes += _misspelt(classes, np.bincount(labels[labels != UNKNOWN], minlength=len(classes)))
     notes += [note for table in tables for note in _newer(table)]
     return dataclasses.replace(labeled, notes=(*notes, *index.notes))
+
+
+def _misspelt(classes: Sequence[str], sizes: np.ndarray) -> list[str]:
+    """A word about each class of one label whose name is nearly that of another with more."""
+    usual = {name.casefold(): name for name, n in zip(classes, sizes, strict=True) if n > 1}
+    notes = []
+    for name in (name for name, n in zip(classes, sizes, strict=True) if n == 1):
+        near = difflib.get_close_matches(name.casefold(), usual, n=1, cutoff=0.8)
+        if near and not re.search(r"\d", name):  # class 1 and class 2 are nearly the same too
+            notes.append(f"{name} has one label and is a class beside {usual[near[0]]}: if it is misspelt, correct it")
+    return notes
 
 
 def _newer(table: str) -> list[str]:

@@ -275,7 +275,9 @@ def test_the_options_that_are_not_at_their_default_are_told_from_the_rest():
         ("--data_dir d --unlabeled_dir d", "same folder"),
         ("--unsupervised mse", "invalid choice"),
         ("--no_such_option", "unrecognized"),
-        ("--num_epoch 3", "unrecognized"),
+        ("--num_epoch 3", "unrecognized arguments: --num_epoch 3 (do you mean --num_epochs?)"),
+        ("--lables=x.csv", "(do you mean --labels?)"),
+        ("_", "unrecognized arguments: _\n"),
     ],
 )
 def test_impossible_commands_are_refused_in_one_line(capsys, command, message):

@@ -259,6 +259,18 @@ def test_what_was_filled_in_survives_another_labelling_of_the_folder(cli, tmp_pa
         assert len(read_csv(results / "predictions.csv")) == 3
 
 
+@pytest.mark.parametrize(
+    ("rare", "usual", "asked"),
+    [("tullip", "tulip", True), ("Tulip", "tulip", True), ("rose", "tulip", False), ("kind 2", "kind 1", False)],
+)
+def test_a_class_of_one_label_that_is_called_nearly_as_another_is_pointed_out(flat, rare, usual, asked):
+    table = flat.parent / "t.csv"
+    table.write_text(f"path,label\na.png,{usual}\nb.jpg,{usual}\nin/c.png,{rare}\n")
+    notes = data.find_labeled(str(flat), None, (), [str(table)]).notes
+    expected = f"{rare} has one label and is a class beside {usual}: if it is misspelt, correct it"
+    assert [note for note in notes if "misspelt" in note] == asked * [expected]
+
+
 def test_a_newer_table_that_a_browser_saved_beside_it_is_pointed_out(flat):
     for i, name in enumerate(("t.csv", "t (1).csv", "t (2).csv", "t other.csv")):
         (flat.parent / name).write_text("path,label\na.png,x\nb.jpg,y\n")
