@@ -854,7 +854,7 @@ def select_images(start: Start, n: int, device: torch.device, precision: torch.d
         f"\n{utils.counted(len(asked), 'image')} to label, {how}. Open\n    {folder.results / report.LABEL_PAGE}\n"
         f"in a browser and save the table, then {then}\n"
         f"or fill in the column label of {report.TO_LABEL} beside it, and give\n"
-        f"    --labels {folder.results / 'labels.csv'} {folder.results / report.TO_LABEL}"
+        f"    {shlex.join(['--labels', *(str(folder.results / name) for name in ('labels.csv', report.TO_LABEL))])}"
     )
 
 

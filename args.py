@@ -530,9 +530,9 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose error is one line."""
 
     def error(self, message: str) -> NoReturn:
-        unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0].split("=")[0]
-        if near := difflib.get_close_matches(unknown, self._option_string_actions, n=1):
-            message += f" (do you mean {near[0]}?)"
+        for word in message.partition("unrecognized arguments: ")[2].split():
+            if near := difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, n=1, cutoff=0.8):
+                message += f" (do you mean {near[0]}?)"
         self.exit(2, f"{self.prog}: {message}\n" if speaks() else None)
 
 

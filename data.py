@@ -68,6 +68,7 @@ SECONDS_TO_STOP = 60.0  # that a loader's worker goes on after it is told to end
 
 PATH_COLUMNS = ("path", "file_name", "filename", "file", "image", "id")  # the first that a table has names its images
 AT_RANDOM = "at random"  # in the column stands_for: that an image was not chosen, and can be measured on
+MOST_MISSPELT = 10  # classes of one label; where they are more these are usual, and are not compared with others
 NO_CLASS, TAKEN_BACK = "-", "?"  # what may stand in place of a class: none of them; what an earlier table said
 
 
@@ -215,12 +216,13 @@ def label_by_tables(index: Index, tables: Sequence[str]) -> Index:
 
 
 def _misspelt(classes: Sequence[str], sizes: np.ndarray) -> list[str]:
-    """A word about each class of one label whose name is nearly that of another with more."""
+    """A word about classes of one label, if they are few, whose name is nearly that of another with more."""
     usual = {name.casefold(): name for name, n in zip(classes, sizes, strict=True) if n > 1}
+    rare = [name for name, n in zip(classes, sizes, strict=True) if n == 1]
     notes = []
-    for name in (name for name, n in zip(classes, sizes, strict=True) if n == 1):
-        near = difflib.get_close_matches(name.casefold(), usual, n=1, cutoff=0.8)
-        if near and not re.search(r"\d", name):  # class 1 and class 2 are nearly the same too
+    for name in rare if len(rare) <= MOST_MISSPELT else ():
+        near = difflib.get_close_matches(name.casefold(), usual, n=1, cutoff=0.9)
+        if near and not re.search(r"\d", name + near[0]):  # class 1 and class 2 are nearly the same too
             notes.append(f"{name} has one label and is a class beside {usual[near[0]]}: if it is misspelt, correct it")
     return notes
 

@@ -65,7 +65,8 @@ FEWEST_HELD_OUT = 10  # labelled images, to tell whether a component is of a cla
 RARELY = 0.1  # how many of the labelled images that chance would bring fall among images of no class
 BELONGS = 0.5  # from here on an image seems to belong to a class
 # Images of no class are left out of the mixture if they have this share, this many labelled images would be among them
-# if they were of a class, and where these are is likelier by a factor of exp(EVIDENCE) than if they were.
+# if they were of a class, and where these are is likelier by a factor of exp(EVIDENCE) than if they were, or somebody
+# said of so many that they are of none.
 NOTICED, MISSED, EVIDENCE = 0.2, 8, 6
 MOST_FAR_APART = 128  # clusters whose first centres are far apart: that takes time with the square of their number
 
@@ -524,7 +525,8 @@ def belonging(
     belongs = torch.stack([each for each, _, _ in found]).mean(0)
     share = float(belongs[unlabeled].mean())
     n, evidence = np.median([each for _, *each in found], 0)  # what most starts say, as most of what is averaged does
-    noticed = 1 - share >= NOTICED and n * (1 - share) >= MISSED and evidence >= EVIDENCE
+    sure = evidence >= EVIDENCE or of_none.sum() >= MISSED
+    noticed = 1 - share >= NOTICED and n * (1 - share) >= MISSED and sure
     belongs[labeled], belongs[of_none] = 1.0, 0.0
     head = fit_head(z, torch.stack([belongs, 1 - belongs], 1).clamp(0, 1))
     weight, bias = ((each[0] - each[1]).detach() for each in (head.weight, head.bias))
@@ -663,7 +665,7 @@ def components_of_classes(
     of_class = torch.ones_like(unlabeled)
     of_class[n_classes:] = 0.5
     for _ in range(20):  # the fewer images belong to a class, the more of the labelled ones each component would have
-        expected = n * unlabeled / (unlabeled @ of_class)
+        expected = n * unlabeled / (unlabeled @ of_class).clamp_min(1e-12)
         log_odds = (held_out - of_none) * -math.log(RARELY) - (1 - RARELY) * expected
         of_class[n_classes:] = log_odds.sigmoid()[n_classes:]
     return of_class

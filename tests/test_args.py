@@ -277,7 +277,8 @@ def test_the_options_that_are_not_at_their_default_are_told_from_the_rest():
         ("--no_such_option", "unrecognized"),
         ("--num_epoch 3", "unrecognized arguments: --num_epoch 3 (do you mean --num_epochs?)"),
         ("--lables=x.csv", "(do you mean --labels?)"),
-        ("_", "unrecognized arguments: _\n"),
+        ("--val_dir d", "unrecognized arguments: --val_dir d\n"),
+        ("-e 5 --num_epoch=3", "(do you mean --num_epochs?)"),
     ],
 )
 def test_impossible_commands_are_refused_in_one_line(capsys, command, message):

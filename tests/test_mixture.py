@@ -469,6 +469,21 @@ def test_images_of_no_class_are_left_out_if_many_labels_and_most_starts_say_so(
     assert len(set(seeds)) == 3
 
 
+def test_who_says_of_many_images_that_they_are_of_no_class_needs_no_other_evidence(monkeypatch):
+    features, truth = groups(600)
+    labels = some_labels(truth, (8, 6, 4))
+    monkeypatch.setattr(mixture, "told_by_components", lambda *_: (torch.full((600,), 0.5), 20, 0.0))
+    others = np.flatnonzero(labels < 0)
+    assert [find_belonging(features, labels, others[:n]).noticed for n in (0, 7, 8)] == [False, False, True]
+
+
+def test_components_that_hold_all_unlabelled_images_and_no_label_are_of_no_class():
+    all_in_one, labels = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([20.0, 0.0, 0.0])
+    of_class = mixture.components_of_classes(all_in_one, labels, torch.zeros(3), 20, 1)
+    assert of_class[1] < 1e-6
+    assert mixture.evidence_of_strangers(all_in_one, labels, of_class) > mixture.EVIDENCE
+
+
 def test_nothing_but_images_of_no_class_is_noticed():
     """No unlabelled image is of a class, and so all labelled ones fall where hardly any of the others are."""
     rng = np.random.default_rng(0)
