@@ -252,11 +252,11 @@ def main() -> None:
 
 
 def some_of_each(source: Path, folder: Path, n: int) -> Path:
-    """A folder with links to ``n`` images of each class, the same ones every time."""
+    """A folder with links to ``n`` images of each class, or all if there are no more, the same ones every time."""
     for of_class in sorted(path for path in source.iterdir() if path.is_dir()):
         images = sorted(path.resolve() for path in of_class.iterdir())
         (folder / of_class.name).mkdir(parents=True, exist_ok=True)
-        for image in random.Random(n).sample(images, n):
+        for image in random.Random(n).sample(images, min(n, len(images))):
             link = folder / of_class.name / image.name
             if not link.is_symlink():
                 link.symlink_to(image)
