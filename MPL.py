@@ -522,6 +522,7 @@ def told_apart(work: Work) -> Work:
             alignment=config.alignment,
             seed=config.seed,
             belonging=belonging,
+            of_none=found.index.of_none,
         )
     return work._replace(guide=mixture.Guide(belonging=belonging), labels=labels)
 

@@ -101,6 +101,7 @@ class Labels:
         alignment: str,
         seed: int,
         belonging: mixture.Belonging | None = None,
+        of_none: np.ndarray | None = None,
     ) -> None:
         """
         Args:
@@ -108,6 +109,7 @@ class Labels:
             labels, contents: [N] int64.
             alignment: the option ``--alignment``.
             belonging: what tells images of no class, if anything does.
+            of_none: [N] bool, which ones somebody said are of no class; None: none.
         """
         self.split, self.labels, self.contents, self.n_classes = split, labels, contents, n_classes
         self.alignment, self.seed = alignment, seed
@@ -121,6 +123,7 @@ class Labels:
         self.known = known[self.some]
         self.space = space
         self.belonging = belonging if belonging is not None and belonging.noticed else None  # else it changes nothing
+        self.of_none = np.zeros(len(labels), dtype=bool) if of_none is None else of_none
 
     @functools.cached_property
     def z(self) -> torch.Tensor:
@@ -157,11 +160,13 @@ class Labels:
             yield _Fold(self.some[held_out], self.z[held_out], self.z[here], known, found, held_out[here])
 
     def _belonging_among(self, rows: np.ndarray, known: np.ndarray) -> mixture.Belonging | None:
-        """What tells images of the classes from others, by some images and their labels, negative where unknown; of
-        copies one counts."""
-        places = mixture.one_of_each(self.contents[rows], known >= 0)
-        of_none = np.zeros(len(places), dtype=bool)
-        return mixture.belonging(self.space.of(rows[places]), known[places], of_none, self.n_classes)
+        """What tells images of the classes from others, by some images, their labels, negative where unknown, and those
+        that are said to be of none; of copies one counts."""
+        marked = np.flatnonzero(self.of_none)
+        rows, known = np.concatenate([rows, marked]), np.concatenate([known, np.full(len(marked), -1)])
+        places = mixture.one_of_each(self.contents[rows], (known >= 0) | self.of_none[rows])
+        rows, known = rows[places], known[places]
+        return mixture.belonging(self.space.of(rows), known, self.of_none[rows], self.n_classes)
 
     def weights(self, rows: np.ndarray) -> np.ndarray:
         """To how many images each of some labelled ones is the nearest, [n] int64, but for those of no class."""

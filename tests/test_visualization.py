@@ -8,6 +8,7 @@ import optuna
 import pytest
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
@@ -107,6 +108,13 @@ def test_characters_are_drawn_in_a_font_that_has_them(tmp_path):
     names = ["a", sign]
     assert visualization.drawable(names) == (names, "")
     visualization.draw_confusion(names, names, names, "Student", tmp_path / "c.png")
+
+
+@pytest.mark.parametrize("n", [1, 7, 24])
+def test_a_grid_of_images_is_drawn_once(tmp_path, monkeypatch, n):
+    monkeypatch.delattr(Figure, "savefig")  # which draws it again
+    captions = [f"is tulip\nnot rose (97%)\n{visualization.file_caption('W' * 99)}"] * n
+    visualization.draw_images(np.zeros((n, 80, 80, 3), np.uint8), captions, "A title", tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("letter", ["i", "W"])
