@@ -43,6 +43,7 @@ import train
 import utils
 
 CLASSES = 5
+ROUNDS = 5  # with the reference; three times as many without it
 CPU = torch.device("cpu")
 mpl_step = functools.partial(
     train.mpl_step, aim=train.own_aim(temperature=1.05, threshold=0.75), settings=train.Settings()
@@ -153,7 +154,8 @@ def engines(backbone: models.Backbone) -> dict[str, Callable[[torch.Tensor], tor
     return found
 
 
-def frozen(model_name: str, weights: str, rounds: int) -> dict[str, float]:
+def frozen(model_name: str, weights: str) -> tuple[dict[str, float], str]:
+    """Median seconds, and the images a second of every engine."""
     setting = Frozen(model_name, weights)
     encoder = models.Encoder(setting.backbone, CPU, utils.pick_precision("auto", CPU))
     encoder.expect(10**6)  # as in a training
@@ -168,7 +170,7 @@ def frozen(model_name: str, weights: str, rounds: int) -> dict[str, float]:
     pictures = setting.views("plain", setting.rows[:192], setting.rows[:192])
     passes = {name: functools.partial(engine, pictures) for name, engine in engines(setting.backbone).items()}
     with in_a_process(frozen_reference, model_name, weights) as theirs:
-        compared = interleaved(rounds, reference=theirs, fresh=fresh)
+        compared = interleaved(ROUNDS, reference=theirs, fresh=fresh)
     with tempfile.TemporaryDirectory() as folder:
         source = features.FeatureCache(setting.views, encoder, Path(folder))
         for view in range(2):
@@ -180,7 +182,7 @@ def frozen(model_name: str, weights: str, rounds: int) -> dict[str, float]:
                 mpl_step(*learners, setting.batch(2, source), 0)
 
         times = interleaved(
-            3 * rounds,
+            3 * ROUNDS,
             fresh=fresh,
             views=lambda: setting.batch(0, setting.views),
             cached=cached,
@@ -188,9 +190,9 @@ def frozen(model_name: str, weights: str, rounds: int) -> dict[str, float]:
         )
     times["cached"] /= 20
     times["limit"] = min(times[name] for name in passes)
-    rates = {name: len(pictures) / times.pop(name) for name in passes}
-    print(f"{model_name}, images a second:", *(f"{name} {rate:.1f}" for name, rate in rates.items()), sep="  ")
-    return times | {"reference": compared["reference"], "ratio": compared["reference"] / compared["fresh"]}
+    rates = "; ".join(f"{name} {len(pictures) / times[name]:.0f}" for name in passes)
+    print(f"{model_name}, images a second: {rates}")
+    return times | {"reference": compared["reference"], "ratio": compared["reference"] / compared["fresh"]}, rates
 
 
 def small_images() -> tuple[nn.Module, data.Batch]:
@@ -208,7 +210,7 @@ def whole_reference() -> Callable[[], None]:
     return lambda: step(batch)
 
 
-def from_scratch(rounds: int) -> dict[str, float]:
+def from_scratch() -> dict[str, float]:
     body, batch = small_images()
     learners = [
         models.Learner(
@@ -221,10 +223,10 @@ def from_scratch(rounds: int) -> dict[str, float]:
         for name in ("teacher", "student")
     ]
     with in_a_process(whole_reference) as theirs:
-        return interleaved(rounds, reference=theirs, fresh=lambda: mpl_step(*learners, batch, 0))
+        return interleaved(ROUNDS, reference=theirs, fresh=lambda: mpl_step(*learners, batch, 0))
 
 
-def row(network: str, processor: str, times: dict[str, float]) -> dict[str, str]:
+def row(network: str, processor: str, times: dict[str, float], rates: str) -> dict[str, str]:
     """Of docs/results/speed.csv."""
     ours, limit = times["fresh"], times.get("limit")
     ratio = times.get("ratio", times["reference"] / ours)  # where it is there of rounds in which both took turns
@@ -232,7 +234,8 @@ def row(network: str, processor: str, times: dict[str, float]) -> dict[str, str]
         **{"network": f"`{network}`", "processor": processor, "reference": f"{times['reference']:.3g}"},
         **{"fresh views": f"{ours:.2f}", "kept features": f"{times['cached']:.4f}" if limit else ""},
         **{"limit": f"{limit:.2f}" if limit else "", "reference / ours": f"{ratio:.1f}"},
-        **{"ours / limit": f"{ours / limit:.2f}" if limit else "", "command": "python benchmarks/speed.py"},
+        **{"ours / limit": f"{ours / limit:.2f}" if limit else "", "images a second by": rates},
+        **{"rounds": f"{ROUNDS}, {3 * ROUNDS}" if limit else f"{ROUNDS}", "command": "python benchmarks/speed.py"},
     }
 
 
@@ -241,18 +244,18 @@ def main() -> None:
     parser.add_argument("--processor", help="whose rows in docs/results/speed.csv to replace [print only]")
     processor = parser.parse_args().processor
     utils.keep_freed_memory()
-    lite0 = frozen("efficientnet_lite0", "default", rounds=5)
-    resnet18 = frozen("resnet18", "none", rounds=5)
-    wrn = from_scratch(rounds=5)
+    lite0, of_lite0 = frozen("efficientnet_lite0", "default")
+    resnet18, of_resnet18 = frozen("resnet18", "none")
+    wrn = from_scratch()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; median seconds a step")
     print(f"\n{'':20} {'reference':>10} {'ours, fresh':>12} {'ours, kept':>11} {'limit':>7}")
-    measured = {"efficientnet_lite0": lite0, "resnet18": resnet18, "wrn_28_2": wrn}
+    measured = {"efficientnet_lite0": (lite0, of_lite0), "resnet18": (resnet18, of_resnet18), "wrn_28_2": (wrn, "")}
     if processor:
         rows = {(old["network"], old["processor"]): old for old in read_csv("speed")}
-        for name, times in measured.items():
-            rows[f"`{name}`", processor] = row(name, processor, times)
+        for name, (times, rates) in measured.items():
+            rows[f"`{name}`", processor] = row(name, processor, times, rates)
         write_csv("speed", [*rows.values()])
-    for name, times in measured.items():
+    for name, (times, _) in measured.items():
         kept, limit = (f"{times[key]:.4f}" if key in times else "" for key in ("cached", "limit"))
         print(f"{name:20} {times['reference']:10.2f} {times['fresh']:12.2f} {kept:>11} {limit[:6]:>7}")
     print(
