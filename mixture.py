@@ -111,10 +111,13 @@ def principal_axes(z: torch.Tensor, n_classes: int) -> torch.Tensor:
     classes, twice as many as there are classes. The same on every process."""
     from scipy.linalg import eigh  # late, since some runs do without; of 2,528 it finds the last ones in half the time
 
-    n = z.shape[1]
-    d = min(max(min(DIMENSIONS, len(z) // 3), 2 * n_classes), n)
-    _, axes = eigh((z.T @ z).numpy(), subset_by_index=(n - d, n - 1))  # in ascending order
-    return distributed.as_the_first(torch.from_numpy(axes).flip(1).contiguous())
+    n_images, n = z.shape
+    d = min(max(min(DIMENSIONS, n_images // 3), 2 * n_classes), n)
+    by_image = d <= n_images < n  # the smaller of the two matrices of products has the same directions
+    products = (z @ z.T if by_image else z.T @ z).numpy()
+    _, found = eigh(products, subset_by_index=(len(products) - d, len(products) - 1))  # in ascending order
+    axes = torch.from_numpy(found).flip(1).contiguous()
+    return distributed.as_the_first(torch.linalg.qr(z.T @ axes).Q.contiguous() if by_image else axes)
 
 
 class _Fitted(NamedTuple):

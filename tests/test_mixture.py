@@ -98,6 +98,24 @@ def test_a_space_has_the_directions_in_which_images_vary_most():
     assert len(mixture.principal_axes(z[:9], 30)[0]) == 12
 
 
+@pytest.mark.parametrize("n_features", [30, 200])
+def test_principal_axes_are_those_of_a_singular_value_decomposition(n_features):
+    """Also where there are fewer images than features, and where most of them are copies."""
+    n_images = 90
+    scale = 0.9 ** torch.arange(n_features)
+    z = torch.randn(n_images, n_features, generator=torch.Generator().manual_seed(0)) * scale
+    z -= z.mean(0)
+    axes = mixture.principal_axes(z, 3)
+    assert axes.shape == (n_features, 30)
+    torch.testing.assert_close(axes.T @ axes, torch.eye(30))
+    right = torch.linalg.svd(z.double(), full_matrices=False).Vh[:20].float()
+    torch.testing.assert_close((right @ axes[:, :20]).abs(), torch.eye(20), atol=2e-3, rtol=0)
+    copies = z[:4].repeat(30, 1)
+    axes = mixture.principal_axes(copies, 3)
+    torch.testing.assert_close(axes.T @ axes, torch.eye(axes.shape[1]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(copies @ axes @ axes.T, copies, atol=1e-4, rtol=0)
+
+
 def test_a_space_gives_the_same_directions_whatever_is_asked_for_together(monkeypatch):
     monkeypatch.setattr(mixture, "MOST_IMAGES", 60)
     features, truth = groups()
