@@ -281,8 +281,8 @@ def by_half(figures: Mapping[str, Any]) -> str:
     """What more labels bring, as far as half of them tells."""
     folds = figures["cross_validation"]
     return (
-        f"half of the labels predict the others with {folds['accuracy_by_half']:.0%} right, "
-        f"{folds['folds'] - 1} in {folds['folds']} of them with {folds['accuracy']:.0%}"
+        f"as held-out labels tell, half of the labels get {folds['accuracy_by_half']:.0%} right, "
+        f"{folds['folds'] - 1} in {folds['folds']} of them {folds['accuracy']:.0%}"
     )
 
 

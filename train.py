@@ -22,7 +22,7 @@ from data import Batch, Schedule, Source, Split
 from models import Architecture, Learner, checkpoint_activations
 from utils import Bar, DivergedError, Signals, seed_torch
 
-VERSION = 11  # raised whenever the same options, images and seed come to train otherwise; then no run goes on
+VERSION = 12  # raised whenever the same options, images and seed come to train otherwise; then no run goes on
 ALIGNMENT_RATE = 0.1  # of the ascent: some ten batches are averaged over
 RAREST = 1e-3  # share that a class is aligned to: less cannot be told from none in a batch
 FEW_PRODUCTS = 2**24  # in a pass of a head over a step's views, which takes one thread a millisecond or less

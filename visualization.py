@@ -290,7 +290,8 @@ def rendered(figure: Figure) -> Image.Image:
     sheet = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     box = figure.get_tightbbox(canvas.get_renderer())  # inches; what is wholly outside leaves no trace on the sheet
     left, lower, right, upper = np.multiply(box.extents, figure.dpi)
-    if min(left, lower) < 0 or right >= sheet.width + 1 or upper >= sheet.height + 1:  # a sheet has whole pixels
+    beyond = max(-left, -lower, right - figure.bbox.width, upper - figure.bbox.height)  # a sheet has whole pixels
+    if beyond > 0.01:
         content = io.BytesIO()
         figure.savefig(content, bbox_inches="tight", pad_inches=MARGIN)
         return Image.open(content).convert("RGB")

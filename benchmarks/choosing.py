@@ -186,7 +186,12 @@ def main() -> None:
     first, last = map(int, options.seeds.split("-"))
     seeds = range(first, last + 1)
     wanted = options.curves.split(";") if options.curves else [curve.labels for curve in CURVES]
-    curves = [each for each in CURVES if each.labels in wanted or f"{each.labels}: {each.learned_by}" in wanted]
+    names = {each: {each.labels, f"{each.labels}: {each.learned_by}"} for each in CURVES}
+    curves = [each for each in CURVES if names[each] & {*wanted}]
+    if unknown := {*wanted}.difference(*names.values()):
+        parser.error(
+            f"--curves {';'.join(sorted(unknown))}: there are {'; '.join(sorted(set().union(*names.values())))}"
+        )
     rest = command().partition(" -- ")[2]  # without this machine's
     keep_apart(options.out, data_dir=options.data_dir, options=rest)
 

@@ -125,7 +125,7 @@ PHOTOGRAPHS_ONLY = [
         )
     )
 ]
-CHEAP = [method for method in METHODS if not method.endswith(("tuned", "whole network", "two backbones"))]
+CHEAP = [method for method in METHODS if not method.endswith((", tuned", "whole network", "two backbones"))]
 PAIRS = (  # what a part of a method is worth: the method with it and without
     ("mpl", "mpl, no feedback"),
     ("mpl, dot feedback", "mpl, no feedback"),
@@ -189,7 +189,7 @@ STUDIES = {
         *(True, "710-719", "3,10", "labels only;mpl;best;all labels, out of fold", "--test_percent 20", 150)
     ),
     "flowers5_whole": Study(
-        *(True, "710-714", "3", "labels only;best;best, whole network", "--test_percent 20 --img_size 224", 150)
+        *(True, "710-714", "3", "labels only;best;best, whole network", "--test_percent 20 --img_size 128", 150)
     ),
     "flowers5_alone": Study(True, "710-719", "1,2,3,5,10,20,40", "labels only", "--test_percent 20"),
     "flowers5_two_backbones": Study(

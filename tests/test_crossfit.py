@@ -154,7 +154,7 @@ def test_a_run_whose_labels_are_all_there_are_sets_none_aside(cli, tmp_path):
     rows = read_csv(cli.cwd / "results/e/cross_validation.csv")
     assert len(rows) == folds["images"] == 12
     assert 0 <= folds["accuracy"] <= 1
-    half = f"half of the labels predict the others with {folds['accuracy_by_half']:.0%} right, 4 in 5 of them with"
+    half = f"as held-out labels tell, half of the labels get {folds['accuracy_by_half']:.0%} right, 4 in 5 of them"
     assert half in out
     assert half in (cli.cwd / "results/e/report.html").read_text()
     of_truth = [float(row[f"p_{row['true_label']}"]) for row in rows]
