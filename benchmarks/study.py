@@ -156,6 +156,7 @@ PAIRS = (  # what a part of a method is worth: the method with it and without
     ("original, classic", "original, cosine, its loss without gradient"),
     ("original, role playing", "original, classic"),
     ("original, role playing, twice the warm-up", "original, classic"),
+    ("original, role playing, twice the warm-up", "original, role playing"),
     ("original, role playing and cosine", "original, cosine"),
 )
 
