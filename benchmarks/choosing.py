@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from results import command, keep_apart, markdown, read_csv, spread, write_csv
+from study import interval
 
 import args
 import data
@@ -141,8 +142,13 @@ class Curve(NamedTuple):
     options: str = ""  # of the training
     rounds: bool = False
 
+    @property
+    def name(self) -> str:
+        return f"{self.labels}: {self.learned_by}"
+
 
 ROUND = 25
+AT_RANDOM = "at random: the default"  # what chosen labels are compared with
 PICTURED = "growth"  # the table in README's picture
 CURVES = (
     Curve("at random", "the labels alone", "--finetune_mode"),
@@ -186,12 +192,9 @@ def main() -> None:
     first, last = map(int, options.seeds.split("-"))
     seeds = range(first, last + 1)
     wanted = options.curves.split(";") if options.curves else [curve.labels for curve in CURVES]
-    names = {each: {each.labels, f"{each.labels}: {each.learned_by}"} for each in CURVES}
-    curves = [each for each in CURVES if names[each] & {*wanted}]
-    if unknown := {*wanted}.difference(*names.values()):
-        parser.error(
-            f"--curves {';'.join(sorted(unknown))}: there are {'; '.join(sorted(set().union(*names.values())))}"
-        )
+    curves = [each for each in CURVES if {each.labels, each.name} & {*wanted}]
+    if unknown := {*wanted} - {word for each in curves for word in (each.labels, each.name)}:
+        parser.error(f"--curves {';'.join(sorted(unknown))}: there are {'; '.join(each.name for each in CURVES)}")
     rest = command().partition(" -- ")[2]  # without this machine's
     keep_apart(options.out, data_dir=options.data_dir, options=rest)
 
@@ -215,16 +218,21 @@ def main() -> None:
         found = dict(zip(tasks, threads.map(drawn, tasks), strict=True))
     given = args.parse(["--data_dir", options.data_dir, *options.rest])
     n_images = len(MPL.find_data(MPL.find_start(given, [])).index)
-    rows = []
+    rows, at_random = [], dict[int, np.ndarray]()  # what is right of the others, by labels drawn at random
     for curve in curves:
         for each in zip(*(found[seed, curve] for seed in seeds), strict=True):
             right = np.array([point.right for point in each])
+            if curve.name == AT_RANDOM:
+                at_random[each[0].labels] = right
+            drawn_right = at_random.get(each[0].labels) if curve.labels != "at random" else None
+            gain = {} if drawn_right is None else interval(right - drawn_right, "mean", "low", "high")
             offs = [point.share_off for point in each]
             share = each[0].labels / n_images
             rows.append(
                 {
                     **{"labels": each[0].labels, "which": curve.labels, "learned by": curve.learned_by},
                     **{"n": len(each), "right": spread(right), "worst": f"{right.min():.2f}"},
+                    "less at random [95 %]": "{mean} [{low}, {high}]".format(**gain) if gain else "",
                     "right of all": spread(100 * share + (1 - share) * right),
                     "furthest share off": "" if np.isnan(offs).all() else f"{np.nanmean(offs):.1f}",
                     "classes": f"{np.mean([point.classes for point in each]):.1f}",
@@ -252,7 +260,7 @@ def draw() -> None:
         if rows:
             x = [int(row["labels"]) for row in rows]
             mean, sd = np.array([[float(part) for part in row["right of all"].split(" ± ")] for row in rows]).T
-            (line,) = axes.plot(x, mean, marker=marker, markersize=5, label=f"{curve.labels}: {curve.learned_by}")
+            (line,) = axes.plot(x, mean, marker=marker, markersize=5, label=curve.name)
             axes.fill_between(x, mean - sd, mean + sd, color=line.get_color(), alpha=0.12, linewidth=0)
             labels |= set(x)
     axes.set_xscale("log")
