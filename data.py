@@ -1100,11 +1100,12 @@ class Views:
 
     ``kind`` is ``plain`` (for evaluation), ``weak`` or ``strong``. The same pixels, kind and draw give the same view,
     whatever else is in the batch and whatever the image is called. With ``keep``, up to ``STORE_BYTES`` of them stay in
-    memory for when they are drawn again.
+    memory for when they are drawn again: so many of an image, which are made at once while there is room, since most of
+    what small ones take is the call.
     """
 
-    def __init__(self, images: DecodedImages, *, keep: bool = False, device: torch.device | str = "cpu") -> None:
-        self.images, self.device = images, torch.device(device)
+    def __init__(self, images: DecodedImages, *, keep: int = 0, device: torch.device | str = "cpu") -> None:
+        self.images, self.device, self.keep = images, torch.device(device), keep
         self.kept: dict[tuple[str, int, int], torch.Tensor] = {}
         self.most = STORE_BYTES // (3 * images.prepare.size**2) if keep else 0
         self.digests = np.zeros((len(images), 16), np.uint8)  # of the pixels, once they are known
@@ -1115,8 +1116,11 @@ class Views:
         wanted = [(kind, int(i), int(draw)) for i, draw in zip(indices, draws, strict=True)]
         if not self.most:
             return self._made(wanted)
-        new = [each for each in dict.fromkeys(wanted) if each not in self.kept]
-        made = dict(zip(new, self._made(new), strict=True)) if new else {}
+        new = dict.fromkeys(each for each in wanted if each not in self.kept)
+        if len(self.kept) + len(new) * self.keep <= self.most:
+            new |= dict.fromkeys((kind, i, draw) for _, i, _ in [*new] for draw in range(self.keep))
+            new = dict.fromkeys(each for each in new if each not in self.kept)
+        made = dict(zip(new, self._made([*new]), strict=True)) if new else {}
         views = torch.stack([made[each] if each in made else self.kept[each] for each in wanted])
         self.kept |= itertools.islice(made.items(), self.most - len(self.kept))
         return views

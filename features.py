@@ -526,9 +526,9 @@ def open_inputs(
         bounded: whether the user gave that bound: else larger ones hold that were given before.
     """
     fingerprint = architecture.origin.fingerprint  # None if the backbone learns
-    made = Views(images, keep=fingerprint is None and views > 0)
+    made = Views(images, keep=views if fingerprint is None else 0)
     # On CUDA views are made there, in a thread of their own; Apple's devices are not made for two threads.
-    there = Views(images, keep=made.most > 0, device=device) if device.type == "cuda" else made
+    there = Views(images, keep=made.keep, device=device) if device.type == "cuda" else made
     if fingerprint is None:
         return Inputs(made, there, lambda *wanted: there(*wanted).to(device), lambda views: views, device, precision)
     encoder = Encoder(architecture.backbone, device, precision, cache_folder(cache_dir))

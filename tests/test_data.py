@@ -213,12 +213,31 @@ def test_kept_views_are_made_once_and_no_others(colours, monkeypatch):
     wanted = ("strong", [3, 5, 3, 3], [0, 1, 1, 0])
     expected = data.Views(source)(*wanted)
     monkeypatch.setattr(data, "STORE_BYTES", 2 * 3 * 16**2)
-    views = data.Views(source, keep=True)
+    views = data.Views(source, keep=2)
     assert torch.equal(views(*wanted), expected)
     views.images = None  # nothing more can be made
     assert torch.equal(views("strong", [5, 3, 3], [1, 0, 0]), expected[[1, 0, 3]])
     with pytest.raises(AttributeError):
         views("strong", [3], [1])
+
+
+def test_all_kept_views_of_an_image_are_made_at_once_and_as_each_by_itself(colours):
+    source = images.Images(images.find_images(str(colours)), images.Preparation(16, 18, augmentation="randaugment"))
+    rows, draws = np.repeat([3, 5], 4), np.tile(range(4), 2)
+    expected = {
+        kind: torch.cat([data.Views(source)(kind, [i], [draw]) for i, draw in zip(rows, draws, strict=True)])
+        for kind in ("weak", "strong")
+    }
+    views = data.Views(source, keep=4)
+    assert torch.equal(
+        views("strong", [3, 5, 3], [1, 0, 9]),
+        torch.cat([expected["strong"][[1, 4]], data.Views(source)("strong", [3], [9])]),
+    )
+    assert torch.equal(views("weak", [5], [2]), expected["weak"][6:7])
+    assert torch.equal(views("weak", [3], [0]), expected["weak"][:1])
+    views.images = None  # nothing more can be made
+    for kind in ("weak", "strong"):
+        assert torch.equal(views(kind, rows, draws), expected[kind])
 
 
 def test_evaluation_views_are_the_decoded_image(colours):
