@@ -1095,19 +1095,22 @@ AUGMENTATIONS = {"weak": weak, "transfer": transfer, "randaugment": randaugment}
 # Views
 
 
+SMALL, SIBLINGS = 32, 8  # the calls are most of what views up to so many pixels wide take: so many are made at once
+
+
 class Views:
     """The source of network inputs: ``views(kind, indices, draws)`` gives [B, 3, S, S] uint8, made on ``device``.
 
     ``kind`` is ``plain`` (for evaluation), ``weak`` or ``strong``. The same pixels, kind and draw give the same view,
-    whatever else is in the batch and whatever the image is called. With ``keep``, up to ``STORE_BYTES`` of them stay in
-    memory for when they are drawn again: so many of an image, which are made at once while there is room, since most of
-    what small ones take is the call.
+    whatever else is in the batch and whatever the image is called. ``keep`` of an image, up to ``STORE_BYTES`` in all,
+    stay in memory for when they are drawn again; small ones are made ``SIBLINGS`` at a time.
     """
 
     def __init__(self, images: DecodedImages, *, keep: int = 0, device: torch.device | str = "cpu") -> None:
         self.images, self.device, self.keep = images, torch.device(device), keep
         self.kept: dict[tuple[str, int, int], torch.Tensor] = {}
         self.most = STORE_BYTES // (3 * images.prepare.size**2) if keep else 0
+        self.at_once = SIBLINGS if images.prepare.size <= SMALL else 1
         self.digests = np.zeros((len(images), 16), np.uint8)  # of the pixels, once they are known
 
     def __call__(self, kind: str, indices: Rows, draws: Rows) -> torch.Tensor:
@@ -1117,9 +1120,12 @@ class Views:
         if not self.most:
             return self._made(wanted)
         new = dict.fromkeys(each for each in wanted if each not in self.kept)
-        if len(self.kept) + len(new) * self.keep <= self.most:
-            new |= dict.fromkeys((kind, i, draw) for _, i, _ in [*new] for draw in range(self.keep))
-            new = dict.fromkeys(each for each in new if each not in self.kept)
+        if len(self.kept) + len(new) * self.at_once <= self.most:
+            starts = ((i, draw - draw % self.at_once) for _, i, draw in [*new])
+            siblings = (
+                (kind, i, start + n) for i, start in starts for n in range(self.at_once) if start + n < self.keep
+            )
+            new |= dict.fromkeys(each for each in siblings if each not in self.kept)
         made = dict(zip(new, self._made([*new]), strict=True)) if new else {}
         views = torch.stack([made[each] if each in made else self.kept[each] for each in wanted])
         self.kept |= itertools.islice(made.items(), self.most - len(self.kept))

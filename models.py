@@ -930,7 +930,7 @@ class Learner:
     ) -> None:
         self.name = name
         self.device, self.precision = torch.device(device), precision
-        self.model = distributed.synced(model.to(self.device), self.device).train()
+        self.model = distributed.synced(model.to(self.device), self.device)
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.parameter_names, self.parameters = list(named), list(named.values())
         self.optimizer = optimizer(self.parameters, lr=lr, weight_decay=weight_decay)
@@ -957,19 +957,19 @@ class Learner:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [B, C] float32 in training mode."""
-        _switch(self.model, training=True)
+        self.model.train()
         return self._forward(self.model, x)
 
     def examine(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [B, C] float32 of the trained weights, deterministic: dropout off, batch-norm statistics frozen."""
-        _switch(self.model, training=False)
+        self.model.eval()
         return self._forward(self.model, x)
 
     @torch.no_grad()
     def infer(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [B, C] float32 of the weights that are tested: the averaged ones if there are any."""
         model = self.model if self.ema is None else self.ema
-        _switch(model, training=False)
+        model.eval()
         return self._forward(model, x)
 
     def _forward(self, model: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -979,7 +979,7 @@ class Learner:
 
     def forward_at(self, parameters: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """As calling, with these parameters in place of its own: gradients through them survive the next update."""
-        _switch(self.model, training=True)
+        self.model.train()
         named = dict(zip(self.parameter_names, parameters, strict=True))
         return self._forward(lambda x: torch.func.functional_call(self.model, named, x), x)
 
@@ -1041,8 +1041,8 @@ class Learner:
 
     def weights(self) -> dict[str, Any]:
         """What is needed to test this network: its trained and its averaged weights."""
-        ema = None if self.ema is None else _copied(self.ema.state_dict())
-        return {"model": _copied(self.model.state_dict()), "ema": ema}
+        ema = None if self.ema is None else copy.deepcopy(self.ema.state_dict())
+        return {"model": copy.deepcopy(self.model.state_dict()), "ema": ema}
 
     def load_weights(self, weights: dict[str, Any]) -> None:
         """Load what :meth:`weights` gave. A network without averaging takes the averaged weights, which were tested."""
@@ -1074,16 +1074,6 @@ class Learner:
             self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.offset = state["offset"].to(self.device)
-
-
-def _switch(network: nn.Module, *, training: bool) -> None:
-    """Into training or evaluation mode: to tell each of its modules takes as long as some of them to compute."""
-    if network.training != training:
-        network.train(training)
-
-
-def _copied(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 def describe_network(architecture: Architecture, seed: int) -> str:

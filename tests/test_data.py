@@ -221,20 +221,21 @@ def test_kept_views_are_made_once_and_no_others(colours, monkeypatch):
         views("strong", [3], [1])
 
 
-def test_all_kept_views_of_an_image_are_made_at_once_and_as_each_by_itself(colours):
+def test_small_views_of_an_image_are_made_several_at_once_and_as_each_by_itself(colours):
     source = images.Images(images.find_images(str(colours)), images.Preparation(16, 18, augmentation="randaugment"))
-    rows, draws = np.repeat([3, 5], 4), np.tile(range(4), 2)
+    fresh = data.Views(source)
+    rows, draws = np.repeat([3, 5], 11), np.tile(range(11), 2)  # eight at a time: 0 to 7, 8 to 10
     expected = {
-        kind: torch.cat([data.Views(source)(kind, [i], [draw]) for i, draw in zip(rows, draws, strict=True)])
+        kind: torch.cat([fresh(kind, [i], [draw]) for i, draw in zip(rows, draws, strict=True)])
         for kind in ("weak", "strong")
     }
-    views = data.Views(source, keep=4)
+    views = data.Views(source, keep=11)
     assert torch.equal(
-        views("strong", [3, 5, 3], [1, 0, 9]),
-        torch.cat([expected["strong"][[1, 4]], data.Views(source)("strong", [3], [9])]),
+        views("strong", [3, 5, 3], [1, 0, 19]), torch.cat([expected["strong"][[1, 11]], fresh("strong", [3], [19])])
     )
-    assert torch.equal(views("weak", [5], [2]), expected["weak"][6:7])
-    assert torch.equal(views("weak", [3], [0]), expected["weak"][:1])
+    assert len(views.kept) == 8 + 8 + 1
+    assert torch.equal(views("strong", [5, 3, 3], [9, 8, 2]), expected["strong"][[20, 8, 2]])
+    views("weak", [3, 5, 3, 5], [0, 7, 10, 8])
     views.images = None  # nothing more can be made
     for kind in ("weak", "strong"):
         assert torch.equal(views(kind, rows, draws), expected[kind])
