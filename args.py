@@ -32,6 +32,7 @@ GROUPS = {
 MODES = ("switch_mode", "finetune_mode", "test_mode", "optuna_mode")
 
 LR = 0.00263
+WHOLE_LR = 0.001  # of a pretrained network that learns as a whole
 BATCH_SIZE = 64
 
 # What an option is when it is not given. The first that says something about it counts: the recipe, the data set, and
@@ -312,7 +313,7 @@ class Config:
         "training",
         "peak learning rate of the one-cycle schedule",
         low=0,
-        shown="0.00263; digits: 0.005",
+        shown="0.00263; a pretrained network that learns as a whole: 0.001; digits with a wrn_D_K: 0.005",
     )
     weight_decay: float = option(0.097, "training", "weight decay of the optimiser, AdamW", low=0)
     ema: float = option(
@@ -355,7 +356,7 @@ class Config:
         "targets of the consistency loss: the teacher's own predictions for weakly augmented views (teacher, as "
         "published) or the predictions of a mixture model fitted to the features of all training images (mixture)",
         choices=("teacher", "mixture"),
-        shown="mixture with a frozen pretrained backbone, else teacher",
+        shown="mixture with pretrained weights, else teacher",
     )
     alignment: str = option(
         None,
@@ -747,14 +748,15 @@ def _resolve(config: Config) -> Config:
         config = _filled(config, **SMALL_DEFAULTS)
     config = _filled(config, weights="none" if config.model_name.startswith("wrn_") else "default")
     config = _filled(config, trainable="all" if config.weights == "none" and "+" not in config.model_name else "head")
-    frozen = config.trainable == "head"
+    frozen, pretrained = config.trainable == "head", config.weights != "none"
     if not digits:
         config = _filled(config, img_size=size_of(config.model_name, frozen=frozen))
-    config = _filled(config, **defaults, lr=LR, batch_size=BATCH_SIZE)
+    lr = WHOLE_LR if pretrained and not frozen else LR
+    config = _filled(config, **defaults, lr=lr, batch_size=BATCH_SIZE)
     turns = 2 if config.switch_mode else 1  # role playing's two teachers share the warm-up
     warmup_epochs = min(recipe.get("warmup_epoch_num", 20 * turns), config.num_epochs // 5 * turns)
     config = _filled(config, warmup_epoch_num=warmup_epochs)
-    config = _filled(config, targets="mixture" if frozen and config.weights != "none" else "teacher")
+    config = _filled(config, targets="mixture" if pretrained else "teacher")
     mixture = config.targets == "mixture"
     labels_percent = config.num_labels_percent or (100.0 if config.chosen_labels else 3.0)
     # Labels that are all there are cannot be spared: cross-validation says how good a head on kept features is.

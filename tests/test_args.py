@@ -46,7 +46,10 @@ def test_defaults_are_the_originals():
     [
         ({}, {"model_name": "wrn_10_1", "lambda_u": 1.0, "weights": "none", "trainable": "all", "views": 8}),
         ({"data_dir": "d"}, {"weights": "default", "trainable": "head", "views": 2, "augmentation": "transfer"}),
-        ({"data_dir": "d", "weights": "none"}, {"trainable": "all", "views": 0}),
+        ({"data_dir": "d", "weights": "none"}, {"trainable": "all", "views": 0, "targets": "teacher", "lr": 0.00263}),
+        ({"data_dir": "d", "trainable": "all"}, {"targets": "mixture", "lambda_u": 3.0, "lr": 0.001, "views": 0}),
+        ({"data_dir": "d", "trainable": "all", "recipe": "mpl"}, {"targets": "teacher", "lambda_u": 0.27, "lr": 0.001}),
+        ({"data_dir": "d", "trainable": "all", "recipe": "original"}, {"targets": "teacher", "lr": 0.00263}),
         ({"data_dir": "d"}, {"targets": "mixture", "alignment": "labels", "lambda_u": 3.0}),
         ({"data_dir": "d", "targets": "teacher"}, {"alignment": "labels", "lambda_u": 0.27}),
         ({"data_dir": "d", "unlabeled_dir": "u"}, {"num_labels_percent": 100.0, "alignment": "estimated"}),
