@@ -479,7 +479,8 @@ def _load_weights(body: nn.Module, file: str) -> None:
         )
     if damaged := [key for key, value in fitting.items() if not value.isfinite().all()]:
         raise CheckpointError(f"--weights {file}: {len(damaged)} tensors are not finite (first: {damaged[0]})")
-    body.load_state_dict(fitting)
+    own.update(fitting)  # which says of what version its tensors are: some networks refuse others
+    body.load_state_dict(own)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -367,16 +367,17 @@ def test_weights_that_cannot_be_had_are_explained(name, tried, tmp_path, monkeyp
     assert "\n" not in text
 
 
-def test_weights_come_from_a_file(tmp_path):
-    source = models.build_backbone("resnet18", "none", 64, seed=1)
-    from torchvision.models import resnet18
+@pytest.mark.parametrize("name", ["resnet18", "mnasnet0_5"])  # the latter asks of what version the tensors are
+def test_weights_come_from_a_file(name, tmp_path):
+    source = models.build_backbone(name, "none", 64, seed=1)
+    import torchvision
 
-    whole = resnet18(num_classes=7)
+    whole = getattr(torchvision.models, name)(num_classes=7)
     whole.load_state_dict(source.body[1].state_dict(), strict=False)
     torch.save(whole.state_dict(), tmp_path / "r.pth")
-    loaded = models.build_backbone("resnet18", str(tmp_path / "r.pth"), 64, seed=2)
+    loaded = models.build_backbone(name, str(tmp_path / "r.pth"), 64, seed=2)
     assert loaded.fingerprint() == source.fingerprint()
-    assert models.build_backbone("resnet18", "none", 64, seed=2).fingerprint() != source.fingerprint()
+    assert models.build_backbone(name, "none", 64, seed=2).fingerprint() != source.fingerprint()
 
 
 def test_weights_that_do_not_fit_or_are_no_state_dict_are_refused(tmp_path):
