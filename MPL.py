@@ -371,7 +371,11 @@ def make_ready(start: Start, found: data.Data, device: torch.device, precision: 
         and config.mode not in ("finetune", "test")
         and (config.targets == "mixture" or config.alignment == "estimated")
     ):
-        before = models.frozen_like(architecture, config.weights)
+        try:
+            before = models.frozen_like(architecture, config.weights)
+        except utils.Failure as error:
+            without = "--targets teacher" + " --alignment none" * (config.alignment == "estimated")
+            raise type(error)(f"{error}; {without} does without the frozen features") from error
         frozen = inputs_for(config, decoded, before, device, precision, averaged=True)
     notes = [*found.notes]
     if preparation.value_range:

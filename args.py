@@ -608,8 +608,11 @@ def defaults(data_dir: str, **given: Any) -> dict[str, Any]:
 def changed(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of a run (:meth:`Config.options`) that are not at the default that its data, network, mode and recipe
     give them, and the rest; without those that say how this one run was started."""
-    usual = defaults(**{key: options[key] for key in ("data_dir", "model_name", "recipe", *MODES)})
-    usual["recipe"] = Config.recipe
+    basis, network = {key: options[key] for key in ("data_dir", "model_name", "recipe", *MODES)}, {}
+    for key in ("weights", "trainable"):  # each follows from what is above it, and all else from both
+        network[key] = defaults(**basis)[key]
+        basis[key] = options[key]
+    usual = defaults(**basis) | network | {"recipe": Config.recipe}
     differ = {key: value for key, value in options.items() if value != usual[key] and key not in OF_ONE_RUN}
     rest = {key: value for key, value in options.items() if key not in differ and key not in OF_ONE_RUN}
     return differ, rest

@@ -1095,7 +1095,7 @@ AUGMENTATIONS = {"weak": weak, "transfer": transfer, "randaugment": randaugment}
 # Views
 
 
-SMALL, SIBLINGS = 32, 8  # the calls are most of what views up to so many pixels wide take: so many are made at once
+SMALL, SIBLINGS = 16, 8  # the calls are most of what views up to so many pixels wide take: so many are made at once
 
 
 class Views:

@@ -358,7 +358,8 @@ def helpers(config: Config, url: str) -> Iterator[None]:
     for name in config.given:
         value = getattr(config, name)
         if name not in ("storage", "workers", "resume", "overwrite", "params", "device"):
-            options.append([f"--{name}"] if value is True else [f"--{name}", str(value)])
+            values = () if value is True else value if isinstance(value, list) else (value,)
+            options.append([f"--{name}", *map(str, values)])
     if "name" not in config.given:
         options.append(["--name", str(config.name)])
     threads = str(max(1, (os.cpu_count() or 1) // config.workers))
@@ -430,7 +431,7 @@ def search(
     winner = max(finished, key=lambda trial: trial.value or 0.0)
     best = suggest(optuna.trial.FixedTrial(winner.params), config, total_steps)
     with writing(BEST_PARAMS):
-        utils.write_json(results / BEST_PARAMS, {name: getattr(best, name) for name in SPACE})
+        utils.write_json(results / BEST_PARAMS, {name: getattr(best, name) for name in ("targets", *SPACE)})
     import visualization  # only now: only who reports draws, and its import takes seconds of start-up
 
     try:

@@ -232,6 +232,10 @@ def test_the_options_that_are_not_at_their_default_are_told_from_the_rest():
     assert rest["model_name"] == "vgg16"
     assert changed | rest == {key: value for key, value in everything.items() if key not in args.OF_ONE_RUN}
     assert args.changed(options())[0] == {}
+    whole = {"trainable": "all"}  # from which other numbers follow
+    assert args.changed(options(data_dir="d", **whole))[0] == whole
+    whole |= {"weights": "w.pth"}
+    assert args.changed(options(data_dir="d", model_name="wrn_10_1", **whole))[0] == whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------

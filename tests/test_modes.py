@@ -307,6 +307,11 @@ def test_a_network_that_learns_as_a_whole_learns_what_the_features_said_that_it_
     assert cli.metrics("test")["test"] == cli.metrics("all")["test"]
     cli.inside("--name", "more", *run[2:], "--trainable", "all", "--load_path", "all")
     assert np.array_equal(aims[-1], aims[0])  # not what the features have become
+    weights.unlink()
+    lost = cli.inside("--name", "lost", "--load_path", "all", "--num_epochs", "1", check=4).stderr
+    assert "no such file" in lost
+    assert "--targets teacher does without the frozen features" in lost
+    cli.inside("--name", "lost", "--load_path", "all", "--num_epochs", "1", "--targets", "teacher")
 
 
 def test_the_shares_of_chosen_labels_are_not_believed(cli, tmp_path, colours):
@@ -356,7 +361,7 @@ def test_the_search_keeps_given_options_and_its_result_is_trained_and_tested(cli
     out = cli.inside("--name", "tune", *run).stdout
     folder = cli.cwd / "results" / "tune"
     best = json.loads((folder / "best_params.json").read_text())
-    assert set(best) >= {"weight_decay", "lr", "temperature", "lambda_u", "uda_steps", "threshold"}
+    assert set(best) >= {"targets", "weight_decay", "lr", "temperature", "lambda_u", "uda_steps", "threshold"}
     assert best["lr"] == 0.01
     assert out.count("trial ") >= 3
     assert {"optuna_history.png", "optuna_slices.png"} <= {path.name for path in folder.iterdir()}

@@ -269,6 +269,8 @@ def test_workers_take_turns_at_the_accelerators(monkeypatch, device, count, expe
         def __init__(self, command, env):
             started.append(command[command.index("--device") + 1])
             assert command.count("--device") == 1
+            tables = command.index("--labels")
+            assert command[tables : tables + 3] == ["--labels", "a.csv", "b.csv"]
 
         def wait(self, timeout=None):
             pass
@@ -279,7 +281,8 @@ def test_workers_take_turns_at_the_accelerators(monkeypatch, device, count, expe
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
     monkeypatch.setattr(utils, "pick_device", lambda name: torch.device("cuda" if name == "auto" else name))
     threads = torch.get_num_threads()
-    with optuna_search.helpers(config(workers=4, device=device), "sqlite://"):
+    run = config(workers=4, device=device, labels=["a.csv", "b.csv"])
+    with optuna_search.helpers(run, "sqlite://"):
         torch.set_num_threads(threads)
     assert started == expected
 
