@@ -504,11 +504,13 @@ def without_password(url: str) -> str:
 
 def written(options: dict[str, Any]) -> str:
     """The command with these options, as it is typed."""
-    words = []
-    for name, value in options.items():
-        values = () if value is True else value if isinstance(value, list) else (value,)
-        words += [f"--{name}", *map(str, values)]
-    return shlex.join(["python", "MPL.py", *words])
+    return shlex.join(["python", "MPL.py", *(word for option in options.items() for word in words(*option))])
+
+
+def words(name: str, value: Any) -> list[str]:
+    """An option and its value as arguments of the command."""
+    values = () if value is True else value if isinstance(value, list) else (value,)
+    return [f"--{name}", *map(str, values)]
 
 
 OF_ONE_RUN = ("name", "resume", "overwrite", "params", "debug")  # options that are not repeated with another

@@ -358,8 +358,7 @@ def helpers(config: Config, url: str) -> Iterator[None]:
     for name in config.given:
         value = getattr(config, name)
         if name not in ("storage", "workers", "resume", "overwrite", "params", "device"):
-            values = () if value is True else value if isinstance(value, list) else (value,)
-            options.append([f"--{name}", *map(str, values)])
+            options.append(args.words(name, value))
     if "name" not in config.given:
         options.append(["--name", str(config.name)])
     threads = str(max(1, (os.cpu_count() or 1) // config.workers))
