@@ -805,7 +805,8 @@ def _describe(index: Index, split: Split, changes: Sequence[str]) -> list[str]:
         notes.append(f"{counted(len(groups), 'group')} of identical images, each kept on one side of the split")
         if conflicts:
             first = " and ".join(index.paths[i] for i in conflicts[0])
-            notes.append(f"{len(conflicts)} of them have conflicting labels, which are ignored (first: {first})")
+            have = "has" if len(conflicts) == 1 else "have"
+            notes.append(f"{len(conflicts)} of them {have} conflicting labels, which are ignored (first: {first})")
     if len(split.unused):
         none = int(index.of_none.sum())
         if none:

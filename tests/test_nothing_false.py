@@ -103,7 +103,7 @@ def test_images_of_conflicting_labels_are_not_said_to_be_used():
     )
     assert "unused" in found.split.part_of(len(conflict))
     (note,) = (note for note in found.notes if "conflicting" in note)
-    assert "1 of them have conflicting labels, which are ignored" in note
+    assert "1 of them has conflicting labels, which are ignored" in note
 
 
 def test_a_training_folder_is_no_class_because_its_test_folder_is_unlabelled(tmp_path):
