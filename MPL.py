@@ -375,7 +375,8 @@ def make_ready(start: Start, found: data.Data, device: torch.device, precision: 
             before = models.frozen_like(architecture, config.weights)
         except utils.Failure as error:
             without = "--targets teacher" + " --alignment none" * (config.alignment == "estimated")
-            raise type(error)(f"{error}; {without} does without the frozen features") from error
+            hint = "" if config.resume else f"; {without} does without the frozen features"  # options stay on resuming
+            raise type(error)(f"{error}{hint}") from error
         frozen = inputs_for(config, decoded, before, device, precision, averaged=True)
     notes = [*found.notes]
     if preparation.value_range:

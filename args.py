@@ -897,6 +897,9 @@ def _check_training(config: Config) -> None:
         raise ValueError("--grad_checkpointing goes with --trainable all: a frozen backbone keeps no activations")
     if config.grad_checkpointing and config.feedback == "exact":
         raise ValueError("--grad_checkpointing does not go with --feedback exact: use another estimate")
-    for option, value in (("targets", "mixture"), ("alignment", "estimated")):
+    for option, value, instead in (("targets", "mixture", "teacher"), ("alignment", "estimated", "none")):
         if getattr(config, option) == value and config.trainable == "all" and config.weights == "none":
-            raise ValueError(f"--{option} {value} needs the features of a pretrained network, not --weights none")
+            raise ValueError(
+                f"--{option} {value} needs the features of a pretrained network, not --weights none: give "
+                f"--{option} {instead}"
+            )

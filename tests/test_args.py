@@ -262,8 +262,11 @@ def test_the_options_that_are_not_at_their_default_are_told_from_the_rest():
         ("--num_epochs 10 --warmup_epoch_num 10", "leaves the student nothing"),
         ("--pseudo_label soft --feedback dot", "no gradient"),
         ("--pseudo_label hard --feedback exact", "needs --pseudo_label soft"),
-        ("--targets mixture", "--targets mixture needs the features of a pretrained network"),
-        ("--alignment estimated", "--alignment estimated needs the features of a pretrained network"),
+        ("--targets mixture", "needs the features of a pretrained network, not --weights none: give --targets teacher"),
+        (
+            "--alignment estimated",
+            "--alignment estimated needs the features of a pretrained network, not --weights none",
+        ),
         ("--model_name wrn_11_2", "wrn_D_K needs"),
         ("--model_name wrn_16_2 --weights default", "no pretrained weights"),
         ("--model_name a+wrn_16_2", "two pretrained networks"),
